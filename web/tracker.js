@@ -1,0 +1,688 @@
+// tracker.js records the page that embeds it and sends the recording to the
+// server it came from. The server serves it behind rrweb's recorder, in one
+// function: rrwebRecord is a local name here, nothing else is shared.
+//
+//   <script src="https://replay.example.com/tracker.js" async data-user="ann"></script>
+//
+// Options, as data- attributes or in sessionReplay.start({…}):
+//   user            who this is; else a random visitor id, kept in localStorage
+//   visitor         "off": no visitor id
+//   key             the server's INGEST_KEY
+//   endpoint        the server's URL, if it is not where the script came from
+//   sample-rate     0 to 1: the share of tabs that are recorded (start: sampleRate)
+//   autostart       "false": record nothing until sessionReplay.start() (consent)
+//   gpc             "ignore": record in spite of Global Privacy Control
+//   mask-text       selector of what is masked as data-replay-mask is (maskText)
+//   block-selector  selector of what is left out as data-replay-block is (blockSelector)
+//   allow-query     keep the query strings of URLs (allowQuery)
+//
+// window.sessionReplay: start(options), stop(), identify(user, traits),
+// event(name, payload), sessionId.
+//
+// Two rules stand above the rest: what somebody typed never leaves the page, and
+// nothing that goes wrong here reaches it: each way in goes through safe().
+(() => {
+"use strict";
+
+if (window.sessionReplay && typeof window.sessionReplay.start === "function") return; // embedded twice
+
+const script = document.currentScript || document.querySelector('script[src*="/tracker.js"]');
+const { record } = rrwebRecord;
+const { stringify } = JSON; // pages replace such things; these are from before
+const Socket = window.WebSocket;
+
+const FLUSH_MS = 500, FLUSH_EVENTS = 50;
+const BUFFER = 8 << 20; // UTF-16 units of JSON that may wait for an ack, the newest full snapshot apart
+const QUOTA = 2 << 20; // UTF-16 units of them in sessionStorage
+const IDLE_MS = 30 * 60_000; // a page that loads after this begins a new session
+const CHECKOUT_MS = 5 * 60_000;
+const ACK_MS = 60_000; // silence after which a connection is taken for dead
+const RETRY_MS = 500, RETRY_MAX_MS = 30_000;
+const MAX_ERRORS = 100; // a page, so that a loop of errors cannot flood
+const STORE = "session-replay";
+
+// rrweb's event types, and the sources of its incremental events, that matter here.
+const FULL = 2, INCREMENTAL = 3, META = 4, CUSTOM = 5;
+const MUTATION = 0, INPUT = 5;
+
+let options;
+let wanted = false; // between start() and stop()
+let stopRecorder = null;
+let listeners = null; // an AbortController: ends every listener at once
+let session = null; // {id, resume, next, acked, started, at, entry, referrer, user, traits}
+let unlock = () => {};
+let held = []; // batches that are not acked: {seq (0: not sent yet), snap, text}
+let heldSize = 0;
+let notes = []; // errors that wait for a connection
+let noted = 0;
+let pending = [], pendingSize = 0, flushTimer = 0; // events of the next batch
+let snapshotSize = 0; // of the newest full snapshot
+let fullSince = 0; // when the buffer was full, and recording stopped
+let socket = null, ready = false, readyAt = 0;
+let sent = 0; // how many of held went over this connection
+let retries = 0, retryTimer = 0, ackTimer = 0;
+let gapAt = 0, gaps = 0, renewals = 0;
+
+function safe(f) {
+  return function (...args) {
+    try {
+      return f.apply(this, args);
+    } catch (error) {
+      console.debug("session-replay:", error);
+      return undefined;
+    }
+  };
+}
+
+// ── Privacy ──────────────────────────────────────────────────────────────────
+// rrweb masks the values of inputs as they change. What it lets through is
+// closed here, on the finished event, before anything keeps it: the value
+// attribute behind an emptied field, of hidden, radio and custom elements,
+// editable text, text directly in a shadow root, data- attributes that repeat
+// a value, srcdoc, handlers, tokens in meta elements, query strings.
+
+let maskSelector, blockSelector;
+const IGNORED = "[data-replay-ignore], [data-replay-ignore] *";
+const CONTROLS = /^(input|textarea|select)$/;
+const OWN_VALUE = /^(button|option|li|progress|meter|data|param)$/; // their value attribute is the page's
+const URLS = /^(href|src|action|formaction|xlink:href|data|poster|cite|ping|background|srcset|imagesrcset|rr_src)$/;
+const WORDS = /^(title|alt|placeholder|label|summary|aria-(label|description|placeholder|roledescription)|data-.*)$/;
+const ECHO = /^data-(?!replay-|rr-)/; // on a control: what scripts copy its value to
+
+const stars = (text) => text.replace(/\S/g, "*");
+const isButton = (el) => el.localName === "input" && /^(button|submit|reset|image)$/.test(el.type);
+
+function maskValue(value, el) {
+  if (isButton(el)) return value; // it is the label
+  if (el.type === "hidden" || el.matches(IGNORED)) return "";
+  if (el.type === "password") return value && "********"; // not even its length
+  return "*".repeat(value.length);
+}
+
+// cutQuery takes the query off a URL, and a fragment that carries values.
+// Pictures too: their URLs may be signed, and the viewer loads none from other hosts.
+function cutQuery(url) {
+  if (options.allowQuery || /^(data|blob):/i.test(url)) return url;
+  const [, path, fragment] = /^([^?#]*)[^#]*#?([^?]*)/.exec(url);
+  return path + (fragment && !fragment.includes("=") ? "#" + fragment : "");
+}
+
+// cutQueries does so for each absolute URL in a text: JSON, a style sheet in it,
+// a stack, where the line and column after the URL stay. The bound keeps a long
+// text without blanks from costing its length squared.
+const QUERIES = /(https?:\/\/[^\s"\\?#<>]{1,2048})\?[^\s"'\\<>()#]*?((?::\d+){0,2})(?=[\s"'\\<>()#]|$)/gi;
+const cutQueries = (text) => (options.allowQuery || !text.includes("?") ? text : text.replace(QUERIES, "$1$2"));
+
+// outer is the element around a node, also out of a shadow tree or a frame.
+function outer(node) {
+  const parent = node.nodeType === 9 ? node : node.parentNode;
+  if (!parent || parent.nodeType === 1) return parent;
+  return parent.host || (parent.defaultView && parent.defaultView.frameElement) || null;
+}
+
+// view tells how an element is recorded: 0 openly, 1 masked, 2 not at all.
+// seen remembers the answers for the length of one event.
+function view(el, seen) {
+  if (!el) return 0;
+  let v = seen.get(el);
+  if (v === undefined) {
+    v = el.matches(blockSelector) ? 2 : el.matches(maskSelector) || el.ownerDocument.designMode === "on" ? 1 : 0;
+    if (v < 2) v = Math.max(v, view(outer(el), seen));
+    seen.set(el, v);
+  }
+  return v;
+}
+
+const nodeOf = (id) => record.mirror.getNode(id);
+
+function cleanAttributes(el, attributes, masked) {
+  const tag = el.localName;
+  const control = CONTROLS.test(tag);
+  for (const name of Object.keys(attributes)) {
+    const value = attributes[name];
+    if (/^on|^srcdoc$|^selected$/.test(name)) delete attributes[name]; // a frame's document is recorded itself
+    else if (typeof value !== "string" || name.startsWith("rr_") && name !== "rr_src") continue;
+    else if (name === "value") { if (!OWN_VALUE.test(tag)) attributes.value = maskValue(value, el); }
+    else if (/^aria-value/.test(name) || masked && WORDS.test(name) || control && ECHO.test(name)) attributes[name] = stars(value);
+    else if (tag === "meta" && name === "content" && !/^(viewport|color-scheme)$/.test(el.name)) attributes[name] = "";
+    else if (masked && (/^(a|area)$/.test(tag) && name === "href" || /^data:/.test(value))) attributes[name] = ""; // a typed link, a pasted picture
+    else if (URLS.test(name) || /^[^\s?]+\?\S*=/.test(value) && name !== "style" && name !== "_cssText") attributes[name] = cutQuery(value);
+  }
+}
+
+// cleanNode cleans a serialized node and all below it.
+function cleanNode(serialized, seen) {
+  const node = nodeOf(serialized.id);
+  if (serialized.attributes) cleanAttributes(node, serialized.attributes, view(node, seen) > 0);
+  else if (serialized.textContent) serialized.textContent = cleanText(node, serialized.textContent, seen);
+  for (const child of serialized.childNodes || []) cleanNode(child, seen);
+}
+
+function cleanText(node, text, seen) {
+  const el = outer(node);
+  if (el && el.localName === "style") return text;
+  if (el && el.localName === "noscript") return ""; // markup as text; a replay never shows it
+  return view(el, seen) > 0 ? stars(text) : text;
+}
+
+// cleanMutation also leaves out what happens in a blocked element: rrweb's own
+// check stops at a shadow root.
+function cleanMutation(data, seen) {
+  data.adds = data.adds.filter((add) => view(outer(nodeOf(add.node.id)) || nodeOf(add.parentId), seen) < 2);
+  data.texts = data.texts.filter((text) => view(outer(nodeOf(text.id)), seen) < 2);
+  data.attributes = data.attributes.filter((a) => view(outer(nodeOf(a.id)), seen) < 2);
+  for (const add of data.adds) cleanNode(add.node, seen);
+  for (const text of data.texts) if (text.value) text.value = cleanText(nodeOf(text.id), text.value, seen);
+  for (const a of data.attributes) cleanAttributes(nodeOf(a.id), a.attributes, view(nodeOf(a.id), seen) > 0);
+}
+
+function clean(event) {
+  const { type, data } = event;
+  if (type === META) data.href = cutQuery(data.href);
+  if (type === FULL) cleanNode(data.node, new Map());
+  if (type !== INCREMENTAL) return;
+  if (data.source === MUTATION) cleanMutation(data, new Map());
+  if (data.source === INPUT) data.text = maskValue(data.text, nodeOf(data.id));
+}
+
+// toText is JSON.stringify for pages whose libraries gave arrays and strings a
+// toJSON of their own (Prototype.js did).
+function toText(value) {
+  const theirs = [Array.prototype, String.prototype].filter((p) => p.toJSON).map((p) => [p, p.toJSON]);
+  for (const [p] of theirs) delete p.toJSON;
+  try {
+    return stringify(value);
+  } finally {
+    for (const [p, toJSON] of theirs) p.toJSON = toJSON;
+  }
+}
+
+// ── Recording ────────────────────────────────────────────────────────────────
+
+const emit = safe((event) => {
+  if (!stopRecorder && event.type === INCREMENTAL) return; // after the recorder was stopped
+  clean(event); // if it throws, the event is not recorded
+  push(event);
+});
+
+function startRecorder() {
+  stopRecorder = () => {}; // rrweb emits before it returns
+  const stop = record({
+    emit,
+    recordAfter: "DOMContentLoaded",
+    checkoutEveryNms: CHECKOUT_MS, // looked at when there is an event: an idle page takes none
+    maskInputOptions: { input: true, textarea: true, select: true }, // by element: every type of input
+    maskInputFn: maskValue,
+    blockSelector,
+    ignoreSelector: IGNORED,
+    slimDOMOptions: "all", // no scripts, comments, meta data
+    sampling: { scroll: 150, media: 800 },
+    // Pages rely on the DOMExceptions of what rrweb wraps (insertRule and the
+    // like); any other error in there is rrweb's own.
+    errorHandler: (error) => !(error instanceof DOMException),
+  });
+  if (stop) stopRecorder = safe(stop);
+}
+
+function endRecorder() {
+  if (stopRecorder) stopRecorder();
+  stopRecorder = null;
+}
+
+const takeSnapshot = safe(() => { if (stopRecorder) record.takeFullSnapshot(true); });
+
+const customEvent = (tag, payload) => ({ type: CUSTOM, data: { tag, payload }, timestamp: Date.now() });
+
+function push(event) {
+  if (fullSince) return;
+  const text = cutQueries(toText(event));
+  if (heldSize + pendingSize > BUFFER + snapshotSize) return bufferFull();
+  if (event.type === META) flush(); // a snapshot's batch begins with its Meta
+  pending.push(text);
+  pendingSize += text.length;
+  if (session) session.at = event.timestamp;
+  if (event.type === FULL) flush((snapshotSize = pendingSize));
+  else if (pending.length >= FLUSH_EVENTS) flush();
+  else if (!flushTimer) flushTimer = setTimeout(safe(flush), FLUSH_MS, 0);
+}
+
+function flush(snap = 0) {
+  clearTimeout(flushTimer);
+  flushTimer = 0;
+  if (!pending.length) return;
+  held.push({ seq: 0, snap: snap > 0, text: pending.join(",") });
+  heldSize += pendingSize;
+  pending = [];
+  pendingSize = 0;
+  transmit();
+}
+
+// When the buffer is full recording stops: what is held stays playable. It goes
+// on with a fresh snapshot once half of it is acked, and says that there is a gap.
+function bufferFull() {
+  fullSince = Date.now();
+  flush();
+  endRecorder();
+}
+
+function goOn() {
+  if (!fullSince || !wanted || heldSize > BUFFER / 2) return;
+  const gap = customEvent("gap", { from: fullSince, to: Date.now() });
+  fullSince = 0;
+  push(gap);
+  startRecorder();
+}
+
+let lastHref;
+function noteNavigation() {
+  const href = cutQuery(location.href);
+  if (href === lastHref) return;
+  lastHref = href;
+  push(customEvent("navigation", { href }));
+}
+
+function watchHistory() {
+  lastHref = cutQuery(location.href);
+  for (const name of ["pushState", "replaceState"]) {
+    const original = history[name];
+    const wrapped = history[name] = function (...args) {
+      const result = original.apply(this, args);
+      if (!listeners.signal.aborted) safe(noteNavigation)();
+      return result;
+    };
+    // Another script may have wrapped ours since; then ours stays, and does nothing.
+    listeners.signal.addEventListener("abort", () => { if (history[name] === wrapped) history[name] = original; });
+  }
+}
+
+function noteError(type, data, error) {
+  if (++noted > MAX_ERRORS) return;
+  const trim = (text) => cutQueries(String(text)).slice(0, 8192);
+  for (const key of Object.keys(data)) if (typeof data[key] === "string") data[key] = trim(data[key]);
+  if (error && error.stack) data.stack = trim(error.stack);
+  data.url = cutQuery(location.href);
+  data.timestamp = Date.now();
+  notes.push(toText({ type, data }));
+  transmit();
+}
+
+function listen() {
+  listeners = new AbortController();
+  // The prototype's own, because pages replace window.addEventListener too.
+  const on = (target, type, f, capture = false) =>
+    EventTarget.prototype.addEventListener.call(target, type, safe(f), { capture, signal: listeners.signal });
+  on(window, "error", (e) => {
+    if (e.message) noteError("javascript_error", { message: e.message, filename: e.filename, lineno: e.lineno, colno: e.colno }, e.error);
+  });
+  on(window, "unhandledrejection", ({ reason }) => {
+    noteError("promise_rejection", { reason: reason && reason.message ? reason.message : String(reason) }, reason);
+  });
+  on(window, "popstate", noteNavigation);
+  on(window, "hashchange", noteNavigation);
+  on(document, "visibilitychange", () => {
+    if (ready) say("visibility_change", { hidden: document.hidden, timestamp: Date.now() });
+    if (document.hidden) keep();
+    else if (!socket) connect();
+  }, true);
+  on(window, "pagehide", leave, true);
+  on(window, "pageshow", (e) => { if (e.persisted) comeBack(); }, true);
+  on(document, "freeze", () => { keep(); disconnect(); }, true);
+  on(document, "resume", connect, true);
+  on(window, "online", () => { if (!socket) connect(); });
+  on(window, "offline", () => { disconnect(); retry(); });
+  watchHistory();
+}
+
+// ── The tab's session ────────────────────────────────────────────────────────
+// sessionStorage carries it over reloads and navigations. A duplicated tab gets
+// a copy of that; a Web Lock tells which of the two may go on with the session.
+// (Without Web Locks, on an insecure origin, the duplicate takes the session
+// over, the server closes the other's connection, and that one stops.)
+
+const newId = () => (crypto.randomUUID ? crypto.randomUUID()
+  : Array.from(crypto.getRandomValues(new Uint8Array(16)), (b) => b.toString(16).padStart(2, "0")).join(""));
+
+function load() {
+  try {
+    const stored = JSON.parse(sessionStorage.getItem(STORE));
+    return stored && Date.now() - stored.at < IDLE_MS ? stored : null;
+  } catch {
+    return null;
+  }
+}
+
+// keep stores what a next page needs. Every batch has its number by then, so
+// that what does not fit is missed there, and said to be a gap.
+function keep() {
+  flush();
+  if (!session) return;
+  for (const batch of held) if (!batch.seq) batch.seq = session.next++;
+  let room = QUOTA;
+  const fitting = held.filter((batch) => (room -= batch.text.length) >= 0); // the oldest, without a hole
+  for (const some of [fitting, []]) {
+    try {
+      sessionStorage.setItem(STORE, toText({ ...session, held: some, notes }));
+      return;
+    } catch { /* the page has used the space, or there is none */ }
+  }
+}
+
+const forget = safe(() => sessionStorage.removeItem(STORE));
+
+function lock(id) {
+  if (!navigator.locks) return Promise.resolve(true);
+  return new Promise((done) => {
+    navigator.locks.request(`${STORE}:${id}`, { ifAvailable: true }, (got) => {
+      done(got !== null);
+      return got && new Promise((release) => { unlock = release; });
+    }).catch(() => done(true)); // no locks here: as if there were no API
+  });
+}
+
+// claim gives the session that this tab had, if it is free. The page before
+// this one may hold its lock for a moment still, and store something more.
+async function claim() {
+  for (let stored = load(), tries = 0; stored && tries < 6; tries++) {
+    if (await lock(stored.id)) return load();
+    await new Promise((done) => setTimeout(done, 150));
+  }
+  return null;
+}
+
+function newSession() {
+  const id = newId();
+  lock(id);
+  return { id, resume: "", next: 1, acked: 0, started: Date.now(), at: Date.now(),
+    entry: cutQuery(location.href), referrer: cutQuery(document.referrer) };
+}
+
+// begin finds the tab's session, while the recorder already fills held.
+async function begin() {
+  const { held: before = [], notes: said = [], ...stored } = await claim() || {};
+  if (!wanted) return;
+  held = before.concat(held);
+  notes = said.concat(notes);
+  heldSize = held.reduce((sum, batch) => sum + batch.text.length, 0);
+  session = stored.id ? stored : newSession();
+  session.user = options.user || session.user || visitor();
+  session.traits = { ...session.traits, ...options.traits };
+  connect();
+}
+
+function leave() {
+  keep();
+  disconnect();
+  unlock();
+}
+
+// comeBack continues in a page from the back/forward cache: the pages that were
+// visited since may have gone on with the session.
+function comeBack() {
+  session = null;
+  held = [];
+  notes = [];
+  begin().catch(() => {});
+  takeSnapshot();
+}
+
+// visitor is a random name for this browser on this site; nothing is measured.
+function visitor() {
+  if (options.visitor === "off") return undefined;
+  try {
+    const name = `${STORE}:visitor`;
+    const id = localStorage.getItem(name) || `visitor_${newId()}`;
+    localStorage.setItem(name, id);
+    return id;
+  } catch {
+    return undefined;
+  }
+}
+
+// ── Delivery ─────────────────────────────────────────────────────────────────
+// A batch is held until the server has acked it, and sent again on each new
+// connection; the server knows by its number what it has already.
+
+const say = (type, data) => socket.send(toText({ type, data }));
+
+function sayStart() {
+  const { id, resume, started, entry, referrer, user, traits } = session;
+  say("session_start", {
+    sessionId: id, resume, userId: user, traits, startTime: started,
+    url: cutQuery(location.href), entryUrl: entry, referrer, userAgent: navigator.userAgent,
+    viewport: { width: innerWidth, height: innerHeight, devicePixelRatio },
+    timeZone: Intl.DateTimeFormat().resolvedOptions().timeZone,
+  });
+}
+
+function connect() {
+  if (socket || !wanted || !session) return;
+  clearTimeout(retryTimer);
+  let opened;
+  try {
+    opened = socket = new Socket(options.url);
+  } catch { // ws: from an https: page, for one
+    return retry();
+  }
+  opened.onopen = safe(() => { if (opened === socket) sayStart(); });
+  opened.onmessage = safe((e) => { if (opened === socket) receive(JSON.parse(e.data)); });
+  opened.onclose = safe((e) => { if (opened === socket) closed(e.code); });
+}
+
+function disconnect() {
+  clearTimeout(retryTimer);
+  clearTimeout(ackTimer);
+  ackTimer = 0;
+  const closing = socket;
+  socket = null;
+  ready = false;
+  sent = 0;
+  if (closing) closing.close();
+}
+
+function retry() {
+  if (!wanted) return;
+  const pause = Math.min(RETRY_MAX_MS, RETRY_MS * 2 ** retries++);
+  clearTimeout(retryTimer);
+  retryTimer = setTimeout(safe(connect), pause * (0.5 + Math.random() / 2));
+}
+
+function closed(code) {
+  if (ready && Date.now() - readyAt > 10_000) retries = 0;
+  disconnect();
+  if (code === 4001) halt(); // another page has the session, and its storage
+  else if (code === 4004 || code === 1009) { forget(); halt(); }
+  else retry();
+}
+
+// halt ends recording until the next page load.
+function halt() {
+  wanted = false;
+  endRecorder();
+  if (listeners) listeners.abort();
+  disconnect();
+  unlock();
+  clearTimeout(flushTimer);
+  session = null;
+  held = [], pending = [], notes = [];
+  heldSize = pendingSize = flushTimer = fullSince = 0;
+}
+
+function receive({ type, data = {} }) {
+  if (type === "session_ready") started(data);
+  else if (type === "events_ack" && data.sessionId === session.id) acked(data.seq);
+  else if (type === "take_snapshot") takeSnapshot();
+  else if (type === "error") refused(data);
+}
+
+function started({ sessionId, resume, lastSeq }) {
+  session.resume = resume;
+  if (ready && sessionId === session.id) return; // the answer to identify()
+  if (sessionId !== session.id || lastSeq < session.acked) startOver(sessionId, lastSeq);
+  else align(lastSeq);
+  ready = true;
+  readyAt = Date.now();
+  transmit();
+  goOn();
+}
+
+// startOver turns what is held into the beginning of another session: it can
+// be played from the first full snapshot on.
+function startOver(id, lastSeq) {
+  flush();
+  unlock();
+  lock(id);
+  const first = held.findIndex((batch) => batch.snap);
+  held = first < 0 ? [] : held.slice(first);
+  heldSize = 0;
+  for (const batch of held) { batch.seq = 0; heldSize += batch.text.length; }
+  Object.assign(session, { id, next: lastSeq + 1, acked: lastSeq, started: Date.now() });
+  sent = 0;
+  if (first < 0) takeSnapshot();
+}
+
+// align makes what is held go on where the server stands. Numbers that were
+// given to batches which are no longer here (they did not fit into storage) are
+// used up with a word about the gap; the page after them has a snapshot.
+function align(lastSeq) {
+  drop(lastSeq);
+  const first = held.length && held[0].seq || session.next;
+  const missing = [];
+  for (let seq = lastSeq + 1; seq < first; seq++) missing.push({ seq, snap: false, text: toText(customEvent("gap", {})) });
+  if (missing.length > 1000) return startOver(newId(), 0);
+  held = missing.concat(held);
+  heldSize += missing.reduce((sum, batch) => sum + batch.text.length, 0);
+  session.next = Math.max(session.next, lastSeq + 1);
+  sent = 0;
+}
+
+function drop(seq) {
+  while (held.length && held[0].seq && held[0].seq <= seq) {
+    heldSize -= held.shift().text.length;
+    sent = Math.max(0, sent - 1);
+  }
+  session.acked = Math.max(session.acked, seq);
+}
+
+function acked(seq) {
+  drop(seq);
+  retries = gaps = 0;
+  clearTimeout(ackTimer);
+  ackTimer = 0;
+  transmit();
+  goOn();
+}
+
+function transmit() {
+  if (!ready) return;
+  for (; sent < held.length; sent++) {
+    const batch = held[sent];
+    batch.seq ||= session.next++;
+    socket.send(`{"type":"events_batch","data":{"seq":${batch.seq},"events":[${batch.text}]}}`);
+  }
+  for (const note of notes.splice(0)) socket.send(note);
+  if (held.length && !ackTimer) ackTimer = setTimeout(safe(() => { disconnect(); retry(); }), ACK_MS);
+}
+
+function refused({ code, message, expected }) {
+  if (code === "sequence_gap") {
+    if (Date.now() - gapAt < 2000) return; // about one of the batches behind the first
+    gapAt = Date.now();
+    if (++gaps > 3) return renew();
+    align(expected - 1);
+    transmit();
+  } else if (code === "not_stored") renew();
+  else if (code === "session_full" || code === "session_deleted" || code === "too_large") { forget(); halt(); }
+  else if (code === "too_many_sessions" || code === "unavailable") { disconnect(); retries = Math.max(retries, 3); retry(); }
+  else console.debug("session-replay: the server said", code, message);
+}
+
+// renew begins another session, because the server cannot go on with this one.
+function renew() {
+  if (++renewals > 3) { forget(); return halt(); }
+  startOver(newId(), 0);
+  session.resume = "";
+  ready = false;
+  sayStart();
+}
+
+// ── window.sessionReplay ─────────────────────────────────────────────────────
+
+function readOptions(given) {
+  const all = { ...(script && script.dataset), ...given };
+  const base = script && script.src || location.href;
+  const url = all.endpoint ? new URL(all.endpoint, base) : new URL("ws", base); // beside the script
+  if (all.endpoint && !url.pathname.endsWith("/ws")) url.pathname = url.pathname.replace(/\/?$/, "/ws");
+  url.protocol = url.protocol.replace("http", "ws");
+  url.search = "?type=tracker" + (all.key ? "&key=" + encodeURIComponent(all.key) : "");
+  url.hash = "";
+  all.url = url.href;
+  all.allowQuery = "allowQuery" in all && String(all.allowQuery) !== "false";
+  return all;
+}
+
+// One draw a tab, so that a visit is recorded whole or not at all.
+function sampled() {
+  const rate = options.sampleRate === undefined ? 1 : Number(options.sampleRate);
+  if (rate >= 1 || load()) return true;
+  let draw = Math.random();
+  try {
+    draw = Number(sessionStorage.getItem(`${STORE}:draw`) ?? draw);
+    sessionStorage.setItem(`${STORE}:draw`, draw);
+  } catch { /* one draw a page, then */ }
+  return draw < rate;
+}
+
+// A frame that a recorded page of the same origin can see into is in its recording.
+function isInRecordedPage() {
+  try {
+    return parent !== window && !!parent.document && !!parent.sessionReplay;
+  } catch {
+    return false;
+  }
+}
+
+function start(given) {
+  if (wanted || !Socket || isInRecordedPage()) return;
+  options = readOptions(given);
+  if (navigator.globalPrivacyControl && options.gpc !== "ignore") return;
+  maskSelector = "[data-replay-mask], textarea, [contenteditable]:not([contenteditable=false i])" + (options.maskText ? ", " + options.maskText : "");
+  blockSelector = "[data-replay-block]" + (options.blockSelector ? ", " + options.blockSelector : "");
+  document.querySelector(`${maskSelector}, ${blockSelector}`); // throws if one is malformed: then nothing is recorded
+  if (!sampled()) return;
+  if (document.prerendering) {
+    document.addEventListener("prerenderingchange", safe(() => start(given)), { once: true });
+    return;
+  }
+  wanted = true;
+  listen();
+  begin().catch((error) => console.debug("session-replay:", error));
+  startRecorder();
+}
+
+function stop() {
+  if (!wanted) return;
+  endRecorder();
+  flush();
+  forget();
+  if (ready) say("session_end", { sessionId: session.id });
+  halt(); // closing sends what was given to the socket before
+}
+
+function identify(user, traits) {
+  if (!options) options = {};
+  options.user = user;
+  options.traits = { ...options.traits, ...traits };
+  if (session) Object.assign(session, { user, traits: { ...session.traits, ...traits } });
+  if (ready) sayStart();
+}
+
+window.sessionReplay = {
+  start: safe(start),
+  stop: safe(stop),
+  identify: safe(identify),
+  event: safe((name, payload) => { if (wanted) push(customEvent(String(name), payload)); }),
+  get sessionId() { return session ? session.id : null; },
+};
+
+if (!script || script.dataset.autostart !== "false") window.sessionReplay.start();
+})();
