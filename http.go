@@ -1,0 +1,650 @@
+package main
+
+import (
+	"bytes"
+	"compress/gzip"
+	"context"
+	"crypto/sha256"
+	"embed"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"net"
+	"net/http"
+	"path"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"nhooyr.io/websocket"
+)
+
+// server answers HTTP and WebSocket requests. It owns the connections' readers
+// and writers; its parts are safe for concurrent use.
+type server struct {
+	cfg       config
+	hub       *hub
+	store     *store
+	budget    *budget
+	metrics   *metrics
+	admission *admission
+	logs      *logs
+	log       *slog.Logger
+	started   time.Time
+	files     map[string]asset
+
+	ctx   context.Context // ends the connections when all else has failed
+	conns sync.WaitGroup
+	open  sync.Map // of *conn: those to be told when the server stops
+}
+
+// routes are all that the server answers.
+func (s *server) routes() http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /{$}", s.handleRoot)
+	mux.HandleFunc("GET /ws", s.handleWebSocket)
+	mux.HandleFunc("GET /health", s.handleHealth)
+	mux.HandleFunc("GET /stats", s.handleStats)
+	mux.HandleFunc("GET /sessions", s.handleSessions)
+	mux.HandleFunc("GET /sessions/active", s.handleActive)
+	mux.HandleFunc("GET /sessions/{id}", s.handleSession)
+	mux.HandleFunc("GET /sessions/{id}/events", s.handleEvents)
+	mux.HandleFunc("GET /sessions/{id}/errors", s.handleErrors)
+	mux.HandleFunc("GET /sessions/{id}/chunks/{index}", s.handleChunk)
+	mux.HandleFunc("DELETE /sessions/cleanup", s.handleCleanup)
+	mux.HandleFunc("DELETE /sessions/{id}", s.handleDelete)
+	mux.HandleFunc("GET /view/{id}", s.handleView)
+	mux.HandleFunc("GET /demo", s.handleDemo)
+	mux.HandleFunc("GET /demo/{page}", s.handleDemo)
+	mux.HandleFunc("GET /assets/{file}", s.handleAsset)
+	mux.HandleFunc("GET /tracker.js", s.handleTracker)
+	mux.HandleFunc("/", s.handleElse(mux))
+	return s.recovered(mux)
+}
+
+// recovered writes down a handler's panic and answers for it.
+func (s *server) recovered(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		defer func() {
+			if v := recover(); v != nil {
+				if v == http.ErrAbortHandler {
+					panic(v)
+				}
+				s.fail(w, r, http.StatusInternalServerError, "internal error", nil)
+				func() { defer s.catch("handler"); panic(v) }()
+			}
+		}()
+		next.ServeHTTP(w, r)
+	})
+}
+
+// handleElse answers what no route takes: 405 where another method would do.
+func (s *server) handleElse(mux *http.ServeMux) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		var allowed []string
+		for _, method := range []string{"GET", "POST", "DELETE"} {
+			other := r.Clone(r.Context())
+			other.Method = method
+			if _, pattern := mux.Handler(other); pattern != "/" {
+				allowed = append(allowed, method)
+			}
+		}
+		if allowed == nil {
+			s.fail(w, r, http.StatusNotFound, "no such page", nil)
+			return
+		}
+		w.Header().Set("Allow", strings.Join(allowed, ", "))
+		s.fail(w, r, http.StatusMethodNotAllowed, "method not allowed", nil)
+	}
+}
+
+// fail answers with an error, and logs its cause.
+func (s *server) fail(w http.ResponseWriter, r *http.Request, status int, reason string, cause error) {
+	if cause != nil {
+		s.log.Warn("request failed", "method", r.Method, "path", r.URL.Path, "status", status, "err", cause)
+	}
+	s.write(w, status, map[string]string{"error": reason})
+}
+
+func (s *server) write(w http.ResponseWriter, status int, v any) {
+	w.Header().Set("Content-Type", "application/json; charset=utf-8")
+	w.Header().Set("Cache-Control", "no-store")
+	w.WriteHeader(status)
+	w.Write(encodeJSON(v))
+}
+
+// failQuery answers for a question to the database that has no answer.
+func (s *server) failQuery(w http.ResponseWriter, r *http.Request, err error) {
+	if errors.Is(err, errNotFound) {
+		s.fail(w, r, http.StatusNotFound, "no such session", nil)
+		return
+	}
+	s.fail(w, r, http.StatusServiceUnavailable, "the database does not answer", err)
+}
+
+// WebSocket.
+
+type netConnKey struct{}
+
+func (s *server) handleWebSocket(w http.ResponseWriter, r *http.Request) {
+	kind := r.URL.Query().Get("type")
+	if kind != "" && kind != "tracker" && kind != "viewer" {
+		s.fail(w, r, http.StatusBadRequest, `type must be "tracker" or "viewer"`, nil)
+		return
+	}
+	addr := clientAddr(r)
+	if !s.admission.enter(addr) {
+		s.metrics.refuse("connections")
+		s.fail(w, r, http.StatusServiceUnavailable, "too many connections", nil)
+		return
+	}
+	ws, err := websocket.Accept(w, r, &websocket.AcceptOptions{InsecureSkipVerify: true, CompressionMode: websocket.CompressionDisabled})
+	if err != nil {
+		s.admission.leave(addr)
+		return // Accept has answered
+	}
+	ws.SetReadLimit(-1) // conn.read has its own
+	c := &conn{srv: s, ws: ws, net: r.Context().Value(netConnKey{}).(net.Conn), addr: addr, viewer: kind == "viewer"}
+	c.ctx, c.cancel = context.WithCancel(s.ctx)
+	c.limit = time.AfterFunc(time.Hour, func() {
+		s.metrics.refuse("message_time")
+		c.shut(closePolicy, "the message took too long")
+	})
+	c.limit.Stop()
+	s.conns.Add(1)
+	s.open.Store(c, nil)
+	go c.serve()
+}
+
+// forget is called when a connection has ended.
+func (s *server) forget(c *conn) {
+	s.open.Delete(c)
+	s.admission.leave(c.addr)
+}
+
+// goodbye tells every connection that the server stops, and waits until they
+// have ended or ctx has.
+func (s *server) goodbye(ctx context.Context) {
+	s.budget.open()
+	s.open.Range(func(c, _ any) bool {
+		c.(*conn).shut(closeGoingAway, "the server stops")
+		return true
+	})
+	ended := make(chan struct{})
+	go func() { // ends with the connections
+		s.conns.Wait()
+		close(ended)
+	}()
+	select {
+	case <-ended:
+	case <-ctx.Done():
+	}
+}
+
+// Pages of events.
+
+// events calls emit with the events of a session from one number on, at most
+// limit, until emit says false; those not yet committed too. What is in memory
+// is asked for first: everything before it was committed by then.
+func (s *server) events(ctx context.Context, id string, from, limit int64, emit func([]byte) bool) (summary, error) {
+	reply := make(chan found, 1)
+	f, ok := ask(s.hub, reply, find{id, from, from + limit, reply})
+	if !ok {
+		return summary{}, net.ErrClosed
+	}
+	if !f.ok {
+		row, err := s.store.session(ctx, id)
+		if err != nil {
+			return summary{}, err
+		}
+		f.session = row.summary
+	}
+	to := min(from+limit, f.session.now.events)
+	inMemory := to
+	if len(f.batches) > 0 {
+		inMemory = min(to, f.batches[0].first)
+	}
+	more := true
+	if from < inMemory {
+		err := s.store.events(ctx, id, from, inMemory, func(event []byte) bool {
+			from++
+			more = emit(event)
+			return more
+		})
+		if err != nil || from < inMemory {
+			return f.session, err
+		}
+	}
+	for _, b := range f.batches {
+		for ; more && from < min(to, b.end()); from++ {
+			e := b.events[from-b.first]
+			more = emit(b.body[e.start:e.end])
+		}
+	}
+	return f.session, nil
+}
+
+// number reads a whole number from the query, between bounds.
+func query(r *http.Request, name string, preset, least, most int64) (int64, error) {
+	raw := r.URL.Query().Get(name)
+	if raw == "" {
+		return preset, nil
+	}
+	n, err := strconv.ParseInt(raw, 10, 64)
+	if err != nil || n < least || n > most {
+		return 0, fmt.Errorf("%s must be a whole number from %d to %d", name, least, most)
+	}
+	return n, nil
+}
+
+const maxIndex = 1 << 53
+
+func (s *server) handleEvents(w http.ResponseWriter, r *http.Request) {
+	id := r.PathValue("id")
+	from, err := query(r, "fromIndex", 0, 0, maxIndex)
+	limit, err2 := query(r, "limit", 1000, 1, 10000)
+	if err := errors.Join(err, err2); err != nil {
+		s.fail(w, r, http.StatusBadRequest, strings.ReplaceAll(err.Error(), "\n", "; "), nil)
+		return
+	}
+	if !validID(id) {
+		s.failQuery(w, r, errNotFound)
+		return
+	}
+	out := &eventsWriter{w: w, id: id}
+	_, err = s.events(r.Context(), id, from, limit, out.add)
+	switch {
+	case err != nil && out.count == 0:
+		s.failQuery(w, r, err)
+	case err != nil || out.err != nil:
+		panic(http.ErrAbortHandler) // the client sees that the answer is cut
+	default:
+		out.finish(from)
+	}
+}
+
+// eventsWriter writes a page of events as they come.
+type eventsWriter struct {
+	w     http.ResponseWriter
+	id    string
+	count int64
+	err   error
+}
+
+func (o *eventsWriter) begin() {
+	o.w.Header().Set("Content-Type", "application/json; charset=utf-8")
+	o.w.Header().Set("Cache-Control", "no-store")
+	fmt.Fprintf(o.w, `{"sessionId":"%s","events":[`, o.id)
+}
+
+func (o *eventsWriter) add(event []byte) bool {
+	if o.count == 0 {
+		o.begin()
+	} else {
+		o.w.Write([]byte{','})
+	}
+	o.count++
+	if len(event) > writePiece || o.count%100 == 0 {
+		http.NewResponseController(o.w).SetWriteDeadline(time.Now().Add(time.Minute))
+	}
+	_, o.err = o.w.Write(event)
+	return o.err == nil
+}
+
+func (o *eventsWriter) finish(from int64) {
+	if o.count == 0 {
+		o.begin()
+	}
+	fmt.Fprintf(o.w, `],"fromIndex":%d,"count":%d}`, from, o.count)
+}
+
+func (s *server) handleChunk(w http.ResponseWriter, r *http.Request) {
+	id := r.PathValue("id")
+	first, err := strconv.ParseInt(r.PathValue("index"), 10, 64)
+	if err != nil || !validID(id) {
+		s.fail(w, r, http.StatusNotFound, "no such chunk", nil)
+		return
+	}
+	data, err := s.store.chunk(r.Context(), id, first)
+	if err != nil {
+		s.failQuery(w, r, err)
+		return
+	}
+	h := w.Header()
+	h.Set("Content-Type", "application/json; charset=utf-8")
+	h.Set("Cache-Control", "private, max-age=31536000, immutable")
+	h.Set("Vary", "Accept-Encoding")
+	if !strings.Contains(r.Header.Get("Accept-Encoding"), "gzip") {
+		if data, err = gunzip(data, 4*len(data)); err != nil {
+			s.fail(w, r, http.StatusInternalServerError, "the chunk is damaged", err)
+			return
+		}
+	} else {
+		h.Set("Content-Encoding", "gzip")
+	}
+	h.Set("Content-Length", strconv.Itoa(len(data)))
+	w.Write(data)
+}
+
+// Sessions.
+
+// sessionJSON is a session as lists show it.
+type sessionJSON struct {
+	sessionID
+	UserID        string          `json:"userId"`
+	Metadata      json.RawMessage `json:"metadata"`
+	EventCount    int64           `json:"eventCount"`
+	ErrorCount    int64           `json:"errorCount"`
+	IsActive      bool            `json:"isActive"`
+	CreatedAt     time.Time       `json:"createdAt"`
+	UpdatedAt     time.Time       `json:"updatedAt"`
+	EndedAt       *time.Time      `json:"endedAt"`
+	StartTime     *int64          `json:"startTime"`
+	EndTime       *int64          `json:"endTime"`
+	StoredBytes   int64           `json:"storedBytes"`
+	RawBytes      int64           `json:"rawBytes"`
+	SnapshotIndex *int64          `json:"snapshotIndex"`
+}
+
+// millis gives a timestamp as JSON has it: null when there is none.
+func millis(t int64) *int64 {
+	if t == 0 {
+		return nil
+	}
+	return &t
+}
+
+// toJSON takes a row, and what memory knows better of it.
+func toJSON(row storedSession, live map[string]summary) sessionJSON {
+	s := row.summary
+	if l, ok := live[s.id]; ok {
+		stored := s.now.stored
+		s = l
+		s.now.stored = stored
+	}
+	return sessionJSON{
+		sessionID: sessionID{s.id}, UserID: s.about.userID, Metadata: s.about.metadata, EventCount: s.now.events, ErrorCount: s.now.errors,
+		IsActive: s.isActive, CreatedAt: row.createdAt.UTC(), UpdatedAt: row.updatedAt.UTC(), EndedAt: row.endedAt,
+		StartTime: millis(s.now.firstTime), EndTime: millis(s.now.endTime), StoredBytes: s.now.stored, RawBytes: s.now.raw,
+		SnapshotIndex: index(s.now.snapshot),
+	}
+}
+
+// live gives the sessions in memory by their ids.
+func (s *server) live() map[string]summary {
+	reply := make(chan []summary, 1)
+	all, _ := ask(s.hub, reply, active{reply})
+	byID := make(map[string]summary, len(all))
+	for _, l := range all {
+		byID[l.id] = l
+	}
+	return byID
+}
+
+func (s *server) toJSON(rows []storedSession) []sessionJSON {
+	live := s.live()
+	all := make([]sessionJSON, len(rows))
+	for i, row := range rows {
+		all[i] = toJSON(row, live)
+	}
+	return all
+}
+
+func (s *server) handleSessions(w http.ResponseWriter, r *http.Request) {
+	limit, err := query(r, "limit", 100, 1, 1000)
+	offset, err2 := query(r, "offset", 0, 0, maxIndex)
+	if err := errors.Join(err, err2); err != nil {
+		s.fail(w, r, http.StatusBadRequest, strings.ReplaceAll(err.Error(), "\n", "; "), nil)
+		return
+	}
+	rows, err := s.store.newest(r.Context(), limit, offset)
+	if err != nil {
+		s.failQuery(w, r, err)
+		return
+	}
+	s.write(w, http.StatusOK, map[string]any{"sessions": s.toJSON(rows), "limit": limit, "offset": offset})
+}
+
+func (s *server) handleActive(w http.ResponseWriter, r *http.Request) {
+	rows, err := s.store.active(r.Context())
+	if err != nil {
+		s.failQuery(w, r, err)
+		return
+	}
+	s.write(w, http.StatusOK, map[string]any{"sessions": s.toJSON(rows)})
+}
+
+func (s *server) handleSession(w http.ResponseWriter, r *http.Request) {
+	id := r.PathValue("id")
+	if !validID(id) {
+		s.failQuery(w, r, errNotFound)
+		return
+	}
+	row, err := s.store.session(r.Context(), id)
+	if err != nil {
+		s.failQuery(w, r, err)
+		return
+	}
+	chunks, err := s.store.chunks(r.Context(), id)
+	if err != nil {
+		s.failQuery(w, r, err)
+		return
+	}
+	type chunkJSON struct {
+		FromIndex     int64  `json:"fromIndex"`
+		Count         int64  `json:"count"`
+		StartTime     *int64 `json:"startTime"`
+		EndTime       *int64 `json:"endTime"`
+		SnapshotIndex *int64 `json:"snapshotIndex"`
+		Bytes         int    `json:"bytes"`
+	}
+	seek := make([]chunkJSON, len(chunks))
+	for i, c := range chunks {
+		seek[i] = chunkJSON{c.first, c.count, millis(c.startTime), millis(c.endTime), index(c.snapshot), c.raw}
+	}
+	s.write(w, http.StatusOK, struct {
+		sessionJSON
+		Chunks []chunkJSON `json:"chunks"`
+	}{toJSON(row, s.live()), seek})
+}
+
+func (s *server) handleErrors(w http.ResponseWriter, r *http.Request) {
+	id := r.PathValue("id")
+	if !validID(id) {
+		s.failQuery(w, r, errNotFound)
+		return
+	}
+	_, err := s.store.session(r.Context(), id)
+	if err != nil {
+		s.failQuery(w, r, err)
+		return
+	}
+	reports, err := s.store.reports(r.Context(), id)
+	if err != nil {
+		s.failQuery(w, r, err)
+		return
+	}
+	s.write(w, http.StatusOK, map[string]any{"sessionId": id, "errors": reports})
+}
+
+func (s *server) handleDelete(w http.ResponseWriter, r *http.Request) {
+	id := r.PathValue("id")
+	if !validID(id) {
+		s.failQuery(w, r, errNotFound)
+		return
+	}
+	reply := make(chan struct{}, 1)
+	ask(s.hub, reply, evict{id, reply})
+	if err := s.store.remove(r.Context(), id); err != nil {
+		s.failQuery(w, r, err)
+		return
+	}
+	s.log.Info("session deleted", "session", id)
+	w.WriteHeader(http.StatusNoContent)
+}
+
+func (s *server) handleCleanup(w http.ResponseWriter, r *http.Request) {
+	hours, err := query(r, "maxAgeHours", int64(s.cfg.retention/time.Hour), 0, 1<<20)
+	if err != nil {
+		s.fail(w, r, http.StatusBadRequest, err.Error(), nil)
+		return
+	}
+	n, err := s.store.removeEnded(r.Context(), time.Now().Add(-time.Duration(hours)*time.Hour))
+	if err != nil {
+		s.failQuery(w, r, err)
+		return
+	}
+	s.write(w, http.StatusOK, map[string]any{"message": fmt.Sprintf("deleted %d sessions that ended more than %d hours ago", n, hours), "deletedCount": n})
+}
+
+// The server itself.
+
+func (s *server) stats() hubStats {
+	reply := make(chan hubStats, 1)
+	st, _ := ask(s.hub, reply, look{reply})
+	return st
+}
+
+func (s *server) uptime() int64 { return time.Since(s.started).Milliseconds() }
+
+func (s *server) handleHealth(w http.ResponseWriter, r *http.Request) {
+	st := s.stats()
+	status, code := "healthy", http.StatusOK
+	t, err := s.store.totals(r.Context())
+	if err != nil {
+		status, code = "unhealthy", http.StatusServiceUnavailable
+	}
+	s.write(w, code, map[string]any{
+		"status": status, "timestamp": time.Now().UTC(), "uptime": s.uptime(),
+		"database":   map[string]int64{"totalSessions": t.sessions, "activeSessions": t.active, "totalEvents": t.events},
+		"sessions":   map[string]int64{"totalSessions": int64(st.sessions), "activeSessions": int64(st.live), "totalEvents": st.events},
+		"websockets": map[string]int{"totalClients": st.trackers + st.viewers, "viewers": st.viewers, "trackers": st.trackers},
+	})
+}
+
+func (s *server) handleStats(w http.ResponseWriter, r *http.Request) {
+	st := s.stats()
+	s.write(w, http.StatusOK, map[string]any{
+		"totalClients": st.trackers + st.viewers, "activeSessions": st.live, "viewers": st.viewers, "trackers": st.trackers,
+		"totalEvents": st.events, "uptime": s.uptime(),
+		"refusedSessions": s.metrics.refusedSessions.Load(), "viewersLagged": s.metrics.viewersLagged.Load(),
+	})
+}
+
+// The browser's side.
+
+//go:embed web/*.html web/*.js web/*.css web/dist
+var web embed.FS
+
+// asset is an embedded file, ready to be served.
+type asset struct {
+	body, zipped []byte
+	contentType  string
+	etag         string
+}
+
+func newAsset(name string, body []byte) asset {
+	sum := sha256.Sum256(body)
+	types := map[string]string{".html": "text/html", ".js": "text/javascript", ".css": "text/css"}
+	var zipped bytes.Buffer
+	z, _ := gzip.NewWriterLevel(&zipped, gzip.BestCompression)
+	z.Write(body)
+	z.Close()
+	return asset{body, zipped.Bytes(), types[path.Ext(name)] + "; charset=utf-8", `"` + hex.EncodeToString(sum[:8]) + `"`}
+}
+
+// loadAssets reads the embedded files by their base names, and puts the tracker
+// together: rrweb's recorder and ours, in a function of their own, so that the
+// recorder's bundle finds neither the page's globals nor its module loader.
+func loadAssets() (files map[string]asset, bundled bool) {
+	files = map[string]asset{}
+	fs.WalkDir(web, "web", func(name string, d fs.DirEntry, err error) error {
+		if err == nil && !d.IsDir() && path.Ext(name) != ".txt" {
+			body, _ := web.ReadFile(name)
+			files[path.Base(name)] = newAsset(name, body)
+		}
+		return err
+	})
+	recorder, bundled := files["rrweb-record.js"]
+	script := []byte(`console.warn("session-replay: the recorder was not bundled: run 'make web' and build again");`)
+	if bundled {
+		script = []byte("(function(){var module={exports:{}},exports=module.exports,define;" + string(recorder.body) +
+			"\n;var rrwebRecord=module.exports;" + string(files["tracker.js"].body) + "})();")
+	}
+	files["tracker.js"] = newAsset("tracker.js", script)
+	return files, bundled
+}
+
+func (s *server) serve(w http.ResponseWriter, r *http.Request, name, cache string) {
+	a, ok := s.files[name]
+	if !ok {
+		s.fail(w, r, http.StatusNotFound, "no such file", nil)
+		return
+	}
+	h := w.Header()
+	h.Set("Content-Type", a.contentType)
+	h.Set("X-Content-Type-Options", "nosniff")
+	h.Set("Cache-Control", cache)
+	h.Set("ETag", a.etag)
+	h.Set("Vary", "Accept-Encoding")
+	if r.Header.Get("If-None-Match") == a.etag {
+		w.WriteHeader(http.StatusNotModified)
+		return
+	}
+	body := a.body
+	if strings.Contains(r.Header.Get("Accept-Encoding"), "gzip") {
+		h.Set("Content-Encoding", "gzip")
+		body = a.zipped
+	}
+	h.Set("Content-Length", strconv.Itoa(len(body)))
+	w.Write(body)
+}
+
+const (
+	// viewerPolicy keeps what was recorded, which may be hostile, from running
+	// scripts, sending requests and reaching the viewer's session.
+	viewerPolicy = "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src data: blob: 'self'; " +
+		"font-src data:; connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+	demoPolicy = "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; " +
+		"connect-src 'self' ws: wss:; form-action 'self'; base-uri 'none'"
+)
+
+func (s *server) page(w http.ResponseWriter, r *http.Request, name, policy string) {
+	w.Header().Set("Content-Security-Policy", policy)
+	w.Header().Set("Referrer-Policy", "no-referrer")
+	s.serve(w, r, name, "no-cache")
+}
+
+func (s *server) handleRoot(w http.ResponseWriter, r *http.Request) {
+	if strings.Contains(r.Header.Get("Accept"), "text/html") {
+		s.page(w, r, "index.html", viewerPolicy)
+		return
+	}
+	s.write(w, http.StatusOK, map[string]any{
+		"name": "session-replay", "version": version(),
+		"endpoints": map[string]string{"websocket": "/ws", "health": "/health", "stats": "/stats", "activeSessions": "/sessions/active",
+			"sessionEvents": "/sessions/:sessionId/events", "cleanup": "/sessions/cleanup"},
+		"documentation": "README.md",
+	})
+}
+
+func (s *server) handleView(w http.ResponseWriter, r *http.Request) {
+	s.page(w, r, "view.html", viewerPolicy)
+}
+func (s *server) handleDemo(w http.ResponseWriter, r *http.Request) {
+	s.page(w, r, "demo.html", demoPolicy)
+}
+
+func (s *server) handleAsset(w http.ResponseWriter, r *http.Request) {
+	s.serve(w, r, r.PathValue("file"), "no-cache")
+}
+
+func (s *server) handleTracker(w http.ResponseWriter, r *http.Request) {
+	w.Header().Set("Access-Control-Allow-Origin", "*")
+	w.Header().Set("Cross-Origin-Resource-Policy", "cross-origin")
+	s.serve(w, r, "tracker.js", "public, max-age=3600")
+}

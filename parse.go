@@ -1,0 +1,420 @@
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"math"
+	"strconv"
+	"unicode/utf8"
+)
+
+// maxDepth is how deep a message may nest, the limit of encoding/json too.
+const maxDepth = 10000
+
+// rrweb's event types that the server looks at (rrweb's packages/types).
+const fullSnapshot = 2
+
+// event says where in its message an rrweb event stands, and the little that
+// the server needs to know of it.
+type event struct {
+	start, end uint32 // bounds of the event's JSON object
+	kind       int32  // rrweb's "type", -1 when there is none
+	time       int64  // "timestamp" in milliseconds, 0 when there is none
+}
+
+// frame is one message of a client, cut into its parts but not decoded. Its
+// slices share the memory of the message.
+type frame struct {
+	typ    string
+	data   []byte // the raw "data", nil when absent
+	events []event
+	seq    []byte // the raw "data.seq", nil when absent
+	body   []byte // "data.events" behind its bracket; the events' bounds count from its start
+	array  bool   // "data.events" is there, and an array of objects
+}
+
+var (
+	errUTF8   = errors.New("a text frame must be valid UTF-8")
+	errSyntax = errors.New("not a JSON object")
+	errType   = errors.New(`"type" must be a string`)
+	errChunk  = errors.New("chunk is not a JSON array of objects")
+)
+
+// parseFrame validates a message as encoding/json would, and finds in the same
+// pass the parts of the envelope and the bounds of each event. It puts the
+// events into room, which may be nil. Where a key stands twice the last one
+// counts, as in JavaScript.
+func parseFrame(msg []byte, room []event) (frame, error) {
+	if !utf8.Valid(msg) {
+		return frame{}, errUTF8
+	}
+	var f frame
+	var rawType []byte
+	s := scanner{b: msg}
+	s.space()
+	if s.peek() != '{' {
+		return frame{}, errSyntax
+	}
+	for more := s.enter('}'); more; more = s.next('}') {
+		key, start := s.key(), s.i
+		switch {
+		case keyIs(key, "data"):
+			f = s.envelope(room)
+			f.data = s.since(start)
+		case keyIs(key, "type"):
+			s.value()
+			rawType = s.since(start)
+		default:
+			s.value()
+		}
+	}
+	if s.space(); s.bad || s.i != len(msg) {
+		return frame{}, errSyntax
+	}
+	if len(rawType) == 0 || rawType[0] != '"' {
+		return frame{}, errType
+	}
+	f.typ = unquote(rawType)
+	return f, nil
+}
+
+// envelope reads the value of "data" and what the server needs of its members.
+func (s *scanner) envelope(room []event) (f frame) {
+	if s.peek() != '{' {
+		s.value()
+		return f
+	}
+	for more := s.enter('}'); more; more = s.next('}') {
+		key, start := s.key(), s.i
+		switch {
+		case keyIs(key, "events") && s.peek() == '[':
+			f.events, f.array = s.events(start+1, room[:0])
+			f.body = s.since(start + 1)
+		case keyIs(key, "seq"):
+			s.value()
+			f.seq = s.since(start)
+		default:
+			s.value()
+		}
+	}
+	return f
+}
+
+// events reads an array of events, whose bounds count from base, and says
+// whether all of them are objects.
+func (s *scanner) events(base int, events []event) ([]event, bool) {
+	objects := true
+	for more := s.enter(']'); more; more = s.next(']') {
+		if s.peek() != '{' {
+			objects = false
+			s.value()
+			continue
+		}
+		e := event{start: uint32(s.i - base), kind: -1}
+		for more := s.enter('}'); more; more = s.next('}') {
+			key, start := s.key(), s.i
+			s.value()
+			if keyIs(key, "type") {
+				e.kind = int32(number(s.since(start), -1))
+			} else if keyIs(key, "timestamp") {
+				e.time = number(s.since(start), 0)
+			}
+		}
+		e.end = uint32(s.i - base)
+		events = append(events, e)
+	}
+	return events, objects
+}
+
+// splitEvents finds the events of a JSON array, a stored chunk, and gives their
+// bounds in it.
+func splitEvents(chunk []byte) ([]event, error) {
+	s := scanner{b: chunk}
+	if s.peek() != '[' {
+		return nil, errChunk
+	}
+	events, objects := s.events(0, nil)
+	if s.bad || !objects || s.i != len(chunk) {
+		return nil, errChunk
+	}
+	return events, nil
+}
+
+// members calls fn for each member of a valid JSON object, with its key
+// unquoted, and with key and value as they stand.
+func members(object []byte, fn func(name string, key, value []byte)) {
+	s := scanner{b: object}
+	if s.peek() != '{' {
+		return
+	}
+	for more := s.enter('}'); more; more = s.next('}') {
+		key, start := s.key(), s.i
+		s.value()
+		fn(unquote(quoted(key)), quoted(key), s.since(start))
+	}
+}
+
+// keyIs compares a key between its quotes with a name. Only a key with an
+// escape in it has to be decoded.
+func keyIs(key []byte, name string) bool {
+	return string(key) == name || bytes.IndexByte(key, '\\') >= 0 && unquote(quoted(key)) == name
+}
+
+func quoted(key []byte) []byte {
+	return append(append(append(make([]byte, 0, len(key)+2), '"'), key...), '"')
+}
+
+// unquote decodes a valid JSON string; anything else gives "".
+func unquote(raw []byte) string {
+	if len(raw) >= 2 && raw[0] == '"' && bytes.IndexByte(raw, '\\') < 0 {
+		return string(raw[1 : len(raw)-1])
+	}
+	var s string
+	if json.Unmarshal(raw, &s) != nil {
+		return ""
+	}
+	return s
+}
+
+// number reads a JSON number as a whole one, cut towards zero, and gives none
+// for what is no number or not exact in a float64.
+func number(raw []byte, none int64) int64 {
+	n := int64(0)
+	for i, c := range raw {
+		if c < '0' || c > '9' || i > 15 {
+			return float(raw, none)
+		}
+		n = n*10 + int64(c-'0')
+	}
+	if n > 1<<53 {
+		return none
+	}
+	return n
+}
+
+func float(raw []byte, none int64) int64 {
+	f, err := strconv.ParseFloat(string(raw), 64)
+	if err != nil || math.Abs(f) > 1<<53 || math.IsNaN(f) {
+		return none
+	}
+	return int64(f)
+}
+
+// scanner walks JSON (RFC 8259) and accepts exactly what json.Valid accepts; a
+// fuzz test compares the two. A method starts on the first byte of what it
+// reads and leaves i behind the last. Text that is not valid makes it bad and
+// ends every loop over it.
+type scanner struct {
+	b     []byte
+	i     int
+	depth int
+	bad   bool
+}
+
+func (s *scanner) fail() {
+	s.bad = true
+	s.i = len(s.b)
+}
+
+// since gives the text from start to here.
+func (s *scanner) since(start int) []byte {
+	if s.bad {
+		return nil
+	}
+	return s.b[start:s.i:s.i]
+}
+
+// peek gives the next byte, 0 at the end.
+func (s *scanner) peek() byte {
+	if s.i < len(s.b) {
+		return s.b[s.i]
+	}
+	return 0
+}
+
+func (s *scanner) space() {
+	for s.i < len(s.b) {
+		switch s.b[s.i] {
+		case ' ', '\n', '\r', '\t':
+			s.i++
+		default:
+			return
+		}
+	}
+}
+
+// enter goes into an object or array and says whether there is something in it.
+func (s *scanner) enter(closer byte) bool {
+	s.i++
+	s.depth++
+	if s.depth > maxDepth {
+		s.fail()
+		return false
+	}
+	s.space()
+	if s.peek() == closer {
+		s.i++
+		s.depth--
+		return false
+	}
+	return true
+}
+
+// next goes behind the comma that follows a member, or behind the closer.
+func (s *scanner) next(closer byte) bool {
+	s.space()
+	switch s.peek() {
+	case ',':
+		s.i++
+		s.space()
+		return true
+	case closer:
+		s.i++
+		s.depth--
+		return false
+	}
+	s.fail()
+	return false
+}
+
+// key reads a member's key and colon and gives the key between its quotes.
+func (s *scanner) key() []byte {
+	if s.peek() != '"' {
+		s.fail()
+		return nil
+	}
+	start := s.i + 1
+	s.str()
+	end := s.i - 1
+	s.space()
+	if s.peek() != ':' {
+		s.fail()
+		return nil
+	}
+	s.i++
+	s.space()
+	return s.b[start:end]
+}
+
+func (s *scanner) value() {
+	switch s.peek() {
+	case '{':
+		for more := s.enter('}'); more; more = s.next('}') {
+			s.key()
+			s.value()
+		}
+	case '[':
+		for more := s.enter(']'); more; more = s.next(']') {
+			s.value()
+		}
+	case '"':
+		s.str()
+	case 't':
+		s.word("true")
+	case 'f':
+		s.word("false")
+	case 'n':
+		s.word("null")
+	default:
+		s.num()
+	}
+}
+
+func (s *scanner) word(w string) {
+	if len(s.b)-s.i < len(w) || string(s.b[s.i:s.i+len(w)]) != w {
+		s.fail()
+		return
+	}
+	s.i += len(w)
+}
+
+// plain marks the bytes of a string that need no second look.
+var plain = func() (t [256]bool) {
+	for c := range t {
+		t[c] = c >= ' ' && c != '"' && c != '\\'
+	}
+	return t
+}()
+
+func (s *scanner) str() {
+	b, i := s.b, s.i+1
+	for {
+		for i < len(b) && plain[b[i]] {
+			i++
+		}
+		switch {
+		case i < len(b) && b[i] == '"':
+			s.i = i + 1
+			return
+		case i < len(b) && b[i] == '\\':
+			n := escape(b[i:])
+			if n == 0 {
+				s.fail()
+				return
+			}
+			i += n
+		default:
+			s.fail()
+			return
+		}
+	}
+}
+
+// escape gives the length of the escape sequence that b begins with, 0 if it
+// is none.
+func escape(b []byte) int {
+	if len(b) < 2 {
+		return 0
+	}
+	switch b[1] {
+	case '"', '\\', '/', 'b', 'f', 'n', 'r', 't':
+		return 2
+	case 'u':
+		if len(b) < 6 {
+			return 0
+		}
+		for _, c := range b[2:6] {
+			if (c < '0' || c > '9') && (c|0x20 < 'a' || c|0x20 > 'f') {
+				return 0
+			}
+		}
+		return 6
+	}
+	return 0
+}
+
+// num reads a number: sign, whole part without leading zeros, fraction,
+// exponent.
+func (s *scanner) num() {
+	if s.peek() == '-' {
+		s.i++
+	}
+	if s.peek() == '0' {
+		s.i++
+	} else {
+		s.digits()
+	}
+	if s.peek() == '.' {
+		s.i++
+		s.digits()
+	}
+	if s.peek()|0x20 == 'e' {
+		s.i++
+		if c := s.peek(); c == '+' || c == '-' {
+			s.i++
+		}
+		s.digits()
+	}
+}
+
+// digits reads one digit or more.
+func (s *scanner) digits() {
+	start := s.i
+	for s.i < len(s.b) && s.b[s.i]-'0' <= 9 {
+		s.i++
+	}
+	if s.i == start {
+		s.fail()
+	}
+}

@@ -1,0 +1,51 @@
+-- The schema, applied at every start, in one transaction under an advisory
+-- lock. Every key contains session_id, which is never updated, so that the
+-- tables can be distributed by it.
+
+create table if not exists sessions (
+    session_id       text primary key,
+    user_id          text not null,
+    url              text not null,
+    metadata         json not null,            -- as the page sent it; jsonb refuses \u0000
+    is_active        boolean not null,
+    created_at       timestamptz not null default now(),
+    updated_at       timestamptz not null default now(),
+    ended_at         timestamptz,
+    event_count      bigint not null default 0,
+    error_count      bigint not null default 0,
+    raw_bytes        bigint not null default 0, -- JSON of its events
+    stored_bytes     bigint not null default 0, -- the chunks they are in
+    first_event_time bigint,                    -- least and greatest timestamp of
+    last_event_time  bigint,                    -- its events, in milliseconds
+    snapshot_index   bigint,                    -- number of the newest full snapshot
+    last_seq         bigint not null default 0, -- highest batch number that is stored
+    resume_hash      bytea,                     -- SHA-256 of the token that continues it
+    epoch            bigint not null default 1  -- raised by each claim; writes of an older one are refused
+) with (fillfactor = 80);                       -- room for updates in place
+
+create index if not exists sessions_created on sessions (created_at desc, session_id);
+create index if not exists sessions_active on sessions (created_at desc) where is_active;
+create index if not exists sessions_ended on sessions (ended_at) where not is_active;
+
+create table if not exists session_events (
+    session_id     text not null references sessions on delete cascade,
+    first_index    bigint not null,             -- number of the chunk's first event
+    event_count    integer not null,
+    start_time     bigint,                      -- least and greatest timestamp
+    end_time       bigint,
+    snapshot_index bigint,                      -- newest full snapshot in the chunk
+    raw_bytes      integer not null,
+    events         bytea not null,              -- gzipped JSON array
+    primary key (session_id, first_index)
+);
+
+alter table session_events alter column events set storage external;
+
+create table if not exists session_errors (
+    session_id text not null references sessions on delete cascade,
+    id         bigint not null,                 -- 0, 1, 2… within the session
+    kind       text not null,
+    error_data json not null,
+    created_at timestamptz not null default now(),
+    primary key (session_id, id)
+);
