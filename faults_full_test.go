@@ -1,0 +1,6 @@
+//go:build faults
+
+package main
+
+// fullFaults: see faults_quick_test.go.
+const fullFaults = true
