@@ -86,14 +86,14 @@ func startLoad(t testing.TB, s *serverProcess, address string, trackers int, cha
 func (l *load) comeAndGo(ctx context.Context) {
 	defer l.visits.Done()
 	for ctx.Err() == nil {
-		pause(ctx, 50)
+		linger(ctx, 50)
 		v, err := openViewer(l.t, l.server.ws("viewer"))
 		if err != nil {
 			continue // the server is away
 		}
 		for range 1 + rand.IntN(5) {
 			v.join(l.trackers[rand.IntN(len(l.trackers))].session)
-			pause(ctx, 300)
+			linger(ctx, 300)
 			v.leave()
 		}
 		l.seen.Add(int64(v.look().events))
@@ -101,8 +101,8 @@ func (l *load) comeAndGo(ctx context.Context) {
 	}
 }
 
-// pause waits for at most so many milliseconds.
-func pause(ctx context.Context, milliseconds int) {
+// linger waits for at most so many milliseconds.
+func linger(ctx context.Context, milliseconds int) {
 	select {
 	case <-time.After(time.Duration(rand.IntN(milliseconds)) * time.Millisecond):
 	case <-ctx.Done():
