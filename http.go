@@ -37,9 +37,8 @@ type server struct {
 	started   time.Time
 	files     map[string]asset
 
-	ctx   context.Context // ends the connections when all else has failed
-	conns sync.WaitGroup
-	open  sync.Map // of *conn: those to be told when the server stops
+	ctx  context.Context // ends the connections when all else has failed
+	open sync.Map        // of *conn: those to be told when the server stops
 }
 
 // routes are all that the server answers.
@@ -155,7 +154,7 @@ func (s *server) handleWebSocket(w http.ResponseWriter, r *http.Request) {
 		c.shut(closePolicy, "the message took too long")
 	})
 	c.limit.Stop()
-	s.conns.Add(1)
+	c.pulse = time.AfterFunc(time.Hour, c.heartbeat)
 	s.open.Store(c, nil)
 	go c.serve()
 }
@@ -166,22 +165,17 @@ func (s *server) forget(c *conn) {
 	s.admission.leave(c.addr)
 }
 
-// goodbye tells every connection that the server stops, and waits until they
+// goodbye tells every connection that the server stops, and waits until all
 // have ended or ctx has.
 func (s *server) goodbye(ctx context.Context) {
 	s.budget.open()
-	s.open.Range(func(c, _ any) bool {
-		c.(*conn).shut(closeGoingAway, "the server stops")
-		return true
-	})
-	ended := make(chan struct{})
-	go func() { // ends with the connections
-		s.conns.Wait()
-		close(ended)
-	}()
-	select {
-	case <-ended:
-	case <-ctx.Done():
+	for left := 1; left > 0 && ctx.Err() == nil; time.Sleep(5 * time.Millisecond) {
+		left = 0
+		s.open.Range(func(c, _ any) bool { // also those that came since
+			c.(*conn).shut(closeGoingAway, "the server stops")
+			left++
+			return true
+		})
 	}
 }
 

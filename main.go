@@ -113,12 +113,12 @@ func (s *server) run(ctx context.Context) error {
 	s.ctx = work
 	house, stopHouse := context.WithCancel(work)
 	defer stopHouse()
-	s.background("hub", func() { s.hub.run(work) }) // ends when it is drained
-	for range writers {                             // each ends with the hub
+	go s.hub.run(work) // ends when it is drained
+	for range writers {
 		w := &writer{s.hub, s.store, s.metrics, s.logs.rejected}
-		s.background("writer", func() { w.run(work) })
+		go w.run(work) // ends with the hub
 	}
-	s.background("housekeeping", func() { s.keepHouse(house) }) // ends with house
+	go s.keepHouse(house) // ends with house
 	srv := &http.Server{
 		Handler:           s.routes(),
 		ReadHeaderTimeout: s.cfg.readHeaderTimeout,
@@ -168,12 +168,6 @@ func (s *server) stop(srv *http.Server) error {
 	return nil
 }
 
-// background runs a part of the server in a goroutine of its own. These parts
-// must not end before their time: a panic in one is fatal.
-func (s *server) background(name string, part func()) {
-	go part()
-}
-
 // keepHouse applies the schema as soon as the database is there, and from then
 // on marks live sessions and deletes old ones.
 func (s *server) keepHouse(ctx context.Context) {
@@ -207,7 +201,7 @@ func (s *server) keepHouse(ctx context.Context) {
 }
 
 func (s *server) touch(ctx context.Context) {
-	var ids []string
+	ids := []string{} // not nil, which would be null
 	for id := range s.live() {
 		ids = append(ids, id)
 	}

@@ -42,10 +42,9 @@ var (
 )
 
 // parseFrame validates a message as encoding/json would, and finds in the same
-// pass the parts of the envelope and the bounds of each event. It puts the
-// events into room, which may be nil. Where a key stands twice the last one
-// counts, as in JavaScript.
-func parseFrame(msg []byte, room []event) (frame, error) {
+// pass the parts of the envelope and the bounds of each event. Where a key
+// stands twice the last one counts, as in JavaScript.
+func parseFrame(msg []byte) (frame, error) {
 	if !utf8.Valid(msg) {
 		return frame{}, errUTF8
 	}
@@ -60,7 +59,7 @@ func parseFrame(msg []byte, room []event) (frame, error) {
 		key, start := s.key(), s.i
 		switch {
 		case keyIs(key, "data"):
-			f = s.envelope(room)
+			f = s.envelope()
 			f.data = s.since(start)
 		case keyIs(key, "type"):
 			s.value()
@@ -80,7 +79,7 @@ func parseFrame(msg []byte, room []event) (frame, error) {
 }
 
 // envelope reads the value of "data" and what the server needs of its members.
-func (s *scanner) envelope(room []event) (f frame) {
+func (s *scanner) envelope() (f frame) {
 	if s.peek() != '{' {
 		s.value()
 		return f
@@ -89,7 +88,7 @@ func (s *scanner) envelope(room []event) (f frame) {
 		key, start := s.key(), s.i
 		switch {
 		case keyIs(key, "events") && s.peek() == '[':
-			f.events, f.array = s.events(start+1, room[:0])
+			f.events, f.array = s.events(start + 1)
 			f.body = s.since(start + 1)
 		case keyIs(key, "seq"):
 			s.value()
@@ -103,8 +102,8 @@ func (s *scanner) envelope(room []event) (f frame) {
 
 // events reads an array of events, whose bounds count from base, and says
 // whether all of them are objects.
-func (s *scanner) events(base int, events []event) ([]event, bool) {
-	objects := true
+func (s *scanner) events(base int) (events []event, objects bool) {
+	events, objects = make([]event, 0, 16), true
 	for more := s.enter(']'); more; more = s.next(']') {
 		if s.peek() != '{' {
 			objects = false
@@ -122,7 +121,9 @@ func (s *scanner) events(base int, events []event) ([]event, bool) {
 			}
 		}
 		e.end = uint32(s.i - base)
-		events = append(events, e)
+		if len(events) <= maxBatchEvents {
+			events = append(events, e)
+		}
 	}
 	return events, objects
 }
@@ -134,7 +135,7 @@ func splitEvents(chunk []byte) ([]event, error) {
 	if s.peek() != '[' {
 		return nil, errChunk
 	}
-	events, objects := s.events(0, nil)
+	events, objects := s.events(0)
 	if s.bad || !objects || s.i != len(chunk) {
 		return nil, errChunk
 	}

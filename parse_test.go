@@ -41,7 +41,7 @@ func TestParseFrame(t *testing.T) {
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			f, err := parseFrame([]byte(tt.msg), nil)
+			f, err := parseFrame([]byte(tt.msg))
 			if err != tt.err {
 				t.Fatalf("got error %v, want %v", err, tt.err)
 			}
@@ -96,7 +96,7 @@ func FuzzParseFrame(f *testing.F) {
 		f.Add([]byte(seed))
 	}
 	f.Fuzz(func(t *testing.T, msg []byte) {
-		got, err := parseFrame(msg, nil)
+		got, err := parseFrame(msg)
 		trimmed := bytes.TrimLeft(msg, " \t\r\n")
 		object := utf8.Valid(msg) && len(trimmed) > 0 && trimmed[0] == '{' && json.Valid(msg)
 		if object == (err == errSyntax || err == errUTF8) {
@@ -137,14 +137,11 @@ func BenchmarkParseFrame(b *testing.B) {
 		b.Fatal(err)
 	}
 	msg := append(append([]byte(`{"type":"events_batch","data":{"events":`), recording...), `,"seq":1}}`...)
-	var room []event
 	b.SetBytes(int64(len(msg)))
 	b.ReportAllocs()
 	for b.Loop() {
-		f, err := parseFrame(msg, room)
-		if err != nil {
+		if _, err := parseFrame(msg); err != nil {
 			b.Fatal(err)
 		}
-		room = f.events
 	}
 }

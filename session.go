@@ -157,7 +157,7 @@ func (a activeSessions) encode() []byte {
 // with the events, so that their bounds hold in the frame too.
 func newBatch(id string, f frame, seq int64) *batch {
 	const slot = 20 // digits of an int64; JSON lets spaces stand before and after a number
-	b := &batch{seq: seq, events: slices.Clone(f.events), received: time.Now()}
+	b := &batch{seq: seq, events: f.events, received: time.Now()}
 	var body []byte
 	if n := len(f.events); n > 0 {
 		start := f.events[0].start
@@ -176,7 +176,7 @@ func newBatch(id string, f frame, seq int64) *batch {
 	b.frame = append(append(frame, body...), "]}}"...)
 	b.index = b.frame[place : place+slot : place+slot]
 	b.body = b.frame[start : start+len(body)]
-	b.room = int64(len(b.frame)) + int64(len(b.events))*24 + 256
+	b.room = int64(len(b.frame)) + int64(cap(b.events))*24 + 256
 	return b
 }
 
@@ -219,11 +219,10 @@ type recording struct {
 
 // serve reads until the connection ends. It is the connection's goroutine.
 func (c *conn) serve() {
-	defer c.srv.conns.Done()
 	defer c.srv.forget(c)
 	defer c.close()
 	defer c.srv.catch("connection")
-	c.pulse = time.AfterFunc(c.srv.cfg.heartbeat, c.heartbeat)
+	c.pulse.Reset(c.srv.cfg.heartbeat)
 	if !c.srv.hub.send(enter{c}) {
 		c.shut(closeGoingAway, "the server stops")
 	}
@@ -361,7 +360,7 @@ func (c *conn) complain(r *refusal) {
 }
 
 func (c *conn) handle(msg []byte) error {
-	f, err := parseFrame(msg, nil)
+	f, err := parseFrame(msg)
 	if err != nil {
 		return &refusal{code: "invalid_message", reason: err.Error()}
 	}
@@ -511,7 +510,7 @@ func (c *conn) write() {
 		if m == nil && !again {
 			return
 		}
-		if m == nil {
+		if sent = 0; m == nil {
 			c.srv.hub.send(drained{c})
 			continue
 		}
