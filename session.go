@@ -472,9 +472,10 @@ func (c *conn) ack(id string, seq int64) {
 func (c *conn) shut(code closeCode, reason string) {
 	c.out.mu.Lock()
 	defer c.out.mu.Unlock()
-	if c.out.bye == nil {
-		c.out.bye = &farewell{code, reason}
+	if c.out.bye != nil {
+		return
 	}
+	c.out.bye = &farewell{code, reason}
 	c.armWrite()
 	c.start()
 }
