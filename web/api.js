@@ -1,0 +1,137 @@
+// What both pages need: requests that wait for the server to come back, the
+// viewer's WebSocket, and a few words for times and addresses.
+
+export class HttpError extends Error {
+  constructor(status, message) {
+    super(message);
+    this.status = status;
+  }
+}
+
+export async function request(path, options = {}) {
+  const response = await fetch(path, { headers: { Accept: 'application/json' }, ...options });
+  if (response.status === 401) location.reload(); // the server answers with the sign-in page
+  if (!response.ok) throw new HttpError(response.status, response.statusText);
+  return response;
+}
+
+export const getJSON = async (path) => (await request(path)).json();
+
+const pause = (ms) => new Promise((done) => setTimeout(done, ms));
+
+// Pauses grow to 15 s and are jittered, so that a server which comes back is
+// not met by every open page in the same instant.
+const backoff = (attempt) => Math.min(15000, 500 * 2 ** attempt) * (0.6 + 0.4 * Math.random());
+
+// Calls work until it succeeds. Only what time can mend is tried again: no
+// network, or a server that is busy or away.
+export async function patiently(work, onWait = () => {}) {
+  for (let attempt = 0; ; attempt++) {
+    try {
+      const result = await work();
+      if (attempt > 0) onWait(0);
+      return result;
+    } catch (err) {
+      const status = err.status ?? 503;
+      if (status < 500 && status !== 429 && status !== 408) throw err;
+      const wait = backoff(attempt);
+      onWait(wait);
+      await pause(wait);
+    }
+  }
+}
+
+// connect keeps a viewer's WebSocket open until close() is called. onOpen runs
+// after every (re)connection, onWait(ms) when one is lost (0: it is back).
+export function connect({ onOpen, onMessage, onWait }) {
+  let socket, attempt = 0, closed = false, heard = 0, timer;
+  const open = () => {
+    socket = new WebSocket(`${location.protocol.replace('http', 'ws')}//${location.host}/ws?type=viewer`);
+    socket.onopen = () => {
+      if (attempt > 0) onWait(0);
+      attempt = 0;
+      heard = Date.now();
+      onOpen(send);
+    };
+    socket.onmessage = ({ data }) => {
+      heard = Date.now();
+      const { type, data: body } = JSON.parse(data);
+      onMessage(type, body ?? {}, data.length);
+    };
+    socket.onclose = () => {
+      if (closed) return;
+      const wait = backoff(attempt++);
+      onWait(wait);
+      timer = setTimeout(open, wait);
+      // A refused handshake does not say why; this turns a lapsed sign-in into the sign-in page.
+      request('/stats').catch(() => {});
+    };
+  };
+  const send = (type, data) => {
+    if (socket.readyState === WebSocket.OPEN) socket.send(JSON.stringify({ type, data }));
+  };
+  // A half-open connection is silent for ever: ask for a sign of life, then give up on it.
+  const watch = setInterval(() => {
+    const silent = Date.now() - heard;
+    if (socket.readyState !== WebSocket.OPEN || silent < 20000) return;
+    if (silent > 40000) socket.close();
+    else send('get_active_sessions');
+  }, 5000);
+  open();
+  return {
+    send,
+    close() {
+      closed = true;
+      clearInterval(watch);
+      clearTimeout(timer);
+      socket.close();
+    },
+  };
+}
+
+// el makes an element. Text is only ever set as text: most of it comes from
+// recorded pages.
+export function el(tag, props = {}, ...children) {
+  const node = Object.assign(document.createElement(tag), props);
+  node.append(...children);
+  return node;
+}
+
+// clock writes a duration in milliseconds as 1:05 or 2:01:05.
+export function clock(ms) {
+  const s = Math.max(0, Math.floor((ms || 0) / 1000));
+  const two = (n) => String(n).padStart(2, '0');
+  const rest = `${Math.floor(s / 60) % 60}:${two(s % 60)}`;
+  return s < 3600 ? rest : `${Math.floor(s / 3600)}:${rest.padStart(5, '0')}`;
+}
+
+// when writes a moment (RFC 3339 or milliseconds) in the reader's own time.
+export function when(moment) {
+  const date = new Date(moment);
+  if (moment == null || Number.isNaN(date.getTime())) return '–';
+  return date.toLocaleString(undefined, { dateStyle: 'medium', timeStyle: 'short' });
+}
+
+// place shortens a recorded address to what tells pages apart: host and path.
+export function place(url) {
+  const text = String(url ?? '');
+  try {
+    const { host, pathname } = new URL(text);
+    return host ? host + pathname : text;
+  } catch {
+    return text || 'unknown page';
+  }
+}
+
+export const count = (n) => Number(n ?? 0).toLocaleString();
+
+export const inWaiting = (ms) => `Connection lost; trying again in ${Math.ceil(ms / 1000)} s.`;
+
+export async function offerSignOut(button) {
+  const { signedIn } = await getJSON('/').catch(() => ({}));
+  button.hidden = !signedIn;
+  button.onclick = async () => {
+    await request('/signout', { method: 'POST' }).catch(() => {});
+    location.assign('/');
+  };
+}

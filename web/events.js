@@ -1,0 +1,128 @@
+// Recorded events come from other people's browsers and may be anything. Here
+// they become what rrweb's Replayer can play: well-formed, in order, disarmed.
+
+export const FULL = 2, META = 4;
+const INCREMENTAL = 3, CUSTOM = 5;
+const MUTATION = 0, RESIZE = 4, POSITIONS = [1, 6, 12]; // mouse, touch, drag
+
+const isObject = (v) => v !== null && typeof v === 'object';
+const finite = (...numbers) => numbers.every(Number.isFinite);
+
+// What rrweb's recorder calls user interaction: mouse, scroll, resize, input.
+export const isInteraction = (e) => e.type === INCREMENTAL && e.data.source > MUTATION && e.data.source <= 5;
+
+// A time that is no number, or an empty list of positions, becomes a NaN in the
+// Replayer's queue, which then waits for it for ever.
+function wellFormed(e) {
+  if (!isObject(e) || !Number.isInteger(e.type) || !isObject(e.data)) return false;
+  if (!finite(e.timestamp) || Math.abs(e.timestamp) > 8.64e15) return false;
+  if (e.type === META) return finite(e.data.width, e.data.height);
+  if (e.type === FULL) return isObject(e.data.node) && Array.isArray(e.data.node.childNodes);
+  if (e.type !== INCREMENTAL || !POSITIONS.includes(e.data.source)) return true;
+  const { positions } = e.data;
+  return Array.isArray(positions) && positions.length > 0
+    && positions.every((p) => isObject(p) && finite(p.x, p.y, p.timeOffset));
+}
+
+function forget(attributes, names) {
+  for (const name of Object.keys(attributes)) {
+    if (names.includes(name.toLowerCase())) delete attributes[name];
+  }
+}
+
+// The page's Content-Security-Policy stops scripts and requests of recorded
+// nodes. Chromium still connects, or looks a name up, for <link rel=preconnect>
+// and its kin, for what stands in srcdoc, and for the address of a frame before
+// it refuses it: those attributes go. Nothing seen depends on them, because
+// rrweb records style sheets and frames by content.
+const ARMED = ['http-equiv', 'srcdoc', 'autofocus'];
+const FRAMES = ['iframe', 'frame', 'object', 'embed'];
+
+// disarmNodes walks a tree, adding the ids of its frames. A loop, not recursion:
+// how deep the tree is, is for the recorded page to say.
+function disarmNodes(root, frames) {
+  for (const open = [root]; open.length > 0;) {
+    const node = open.pop();
+    if (!isObject(node)) continue;
+    const tag = String(node.tagName).toLowerCase();
+    if (FRAMES.includes(tag)) frames.add(node.id);
+    if (isObject(node.attributes)) {
+      forget(node.attributes, ARMED);
+      if (FRAMES.includes(tag)) forget(node.attributes, ['src', 'data']);
+      if (tag === 'link' && !node.attributes._cssText) forget(node.attributes, ['rel', 'href']);
+    }
+    if (Array.isArray(node.childNodes)) for (const child of node.childNodes) open.push(child);
+  }
+}
+
+function disarm(e, frames) {
+  if (e.type === FULL) disarmNodes(e.data.node, frames);
+  if (e.type !== INCREMENTAL || e.data.source !== MUTATION) return;
+  for (const add of [].concat(e.data.adds ?? [])) disarmNodes(add?.node, frames);
+  for (const change of [].concat(e.data.attributes ?? [])) {
+    if (!isObject(change?.attributes)) continue;
+    forget(change.attributes, ['rel', ...ARMED]); // a link without rel does nothing
+    if (frames.has(change.id)) forget(change.attributes, ['src', 'data']);
+  }
+}
+
+// A Cleaner takes a session's events in the order of their index, piece by piece.
+export class Cleaner {
+  constructor(viewport) {
+    this.size = { width: Number(viewport?.width) || 1280, height: Number(viewport?.height) || 720 };
+    this.meta = null; // a Meta event whose snapshot has not come yet
+    this.href = null;
+    this.last = null; // time of the newest event
+    this.frames = new Set(); // ids of nodes that load documents
+  }
+
+  // take returns what the Replayer gets, and the marks for the time line.
+  take(raw) {
+    const events = [], marks = [];
+    for (const e of raw) {
+      if (!wellFormed(e)) continue;
+      // Order is the index's, never the clock's; the Replayer sorts by time.
+      e.timestamp = this.last = Math.max(e.timestamp, this.last ?? e.timestamp);
+      disarm(e, this.frames);
+      if (e.type === META) this.takeMeta(e, marks);
+      else if (e.type === FULL) events.push(this.metaFor(e), e);
+      else if (e.type === INCREMENTAL) events.push(...this.unpaired(), e);
+      else if (e.type === CUSTOM) this.takeCustom(e, marks);
+    }
+    return { events, marks };
+  }
+
+  // rrweb seeks to the last Meta, and expects a full snapshot right behind it:
+  // so every snapshot gets one at its own time, and a Meta alone is a resize.
+  metaFor(snapshot) {
+    this.meta = null;
+    return { type: META, data: { href: '', ...this.size }, timestamp: snapshot.timestamp };
+  }
+
+  unpaired() {
+    if (!this.meta) return [];
+    const { timestamp } = this.meta;
+    this.meta = null;
+    return [{ type: INCREMENTAL, data: { source: RESIZE, ...this.size }, timestamp }];
+  }
+
+  takeMeta(e, marks) {
+    const { href, width, height } = e.data;
+    if (this.href !== null && this.href !== href) marks.push(mark(e, 'navigation', `went to ${String(href)}`));
+    this.href = href;
+    this.size = { width, height };
+    this.meta = e;
+  }
+
+  takeCustom(e, marks) {
+    const { tag, payload } = e.data;
+    if (tag === 'gap') marks.push(mark(e, 'gap', 'the recording has a gap here'));
+    if (tag === 'navigation') {
+      const href = String(payload?.href ?? payload?.url ?? '');
+      if (href !== this.href) marks.push(mark(e, 'navigation', `went to ${href}`));
+      this.href = href;
+    }
+  }
+}
+
+const mark = (e, kind, text) => ({ time: e.timestamp, kind, text });

@@ -1,0 +1,252 @@
+// The player: a play head over a recording of any length.
+//
+// Memory stays bounded, however long the session: only a window of it is here,
+// from the full snapshot before the play head to at most a minute or about 8 MB
+// of JSON ahead of it; from 24 MB on, what has been played is dropped (trim).
+// Seeking outside the window builds a new scene from the last full snapshot
+// before the target and shows it when it is ready.
+
+import { clock } from './api.js';
+import { FULL } from './events.js';
+import { Scene } from './scene.js';
+
+const AHEAD_MS = 60000, AHEAD_BYTES = 8 << 20, WINDOW_BYTES = 24 << 20;
+const IDLE_MS = 10000; // what counts as inactivity
+// Trackers send every 500 ms, and rrweb gathers mouse moves for 500 ms more:
+// this far behind the recorded page, live replay always has the next event.
+const LIVE_DELAY = 1000;
+
+export class Player {
+  // on: {change(), mark(mark), note(text), failed(err)}
+  constructor(recording, stage, on) {
+    Object.assign(this, { recording, stage, on });
+    this.state = 'loading'; // loading, waiting (for a snapshot), paused, playing, ended
+    this.speed = 1;
+    this.skip = false;
+    this.following = false; // live
+    this.wantsPlay = true;
+    this.lags = []; // of live batches: viewer's clock minus the newest event's time
+    this.turn = 0; // raised by each seek, so that an overtaken one gives up
+    setInterval(() => this.tick(), 100);
+    new ResizeObserver(() => this.scene?.fit()).observe(stage);
+    document.addEventListener('visibilitychange', () => this.visibility());
+  }
+
+  get time() { return this.target ?? this.scene?.time ?? this.recording.start ?? 0; }
+
+  setState(state) {
+    this.state = state;
+    this.on.change();
+  }
+
+  // What people do.
+
+  seek(time) {
+    this.following = false;
+    const { start, end } = this.recording;
+    if (start === null) return;
+    return this.goto(Math.min(Math.max(time, start), end));
+  }
+
+  play() {
+    this.wantsPlay = true;
+    if (this.state === 'ended') return this.seek(this.recording.start);
+    if (this.state === 'paused') this.run();
+  }
+
+  pause() {
+    this.wantsPlay = this.following = false;
+    if (this.state !== 'playing') return this.on.change();
+    this.scene.pause();
+    this.setState('paused');
+  }
+
+  setSpeed(speed) {
+    this.speed = speed;
+    this.scene?.setSpeed(speed);
+  }
+
+  // follow goes to the live edge, and stays there. A window that reaches it
+  // already is kept.
+  follow() {
+    this.following = this.wantsPlay = true;
+    if (this.scene && this.target === null && !this.hasMore()) this.arrive(Infinity);
+    else this.goto(Infinity);
+  }
+
+  // How it gets there.
+
+  async goto(time) {
+    const turn = ++this.turn;
+    this.target = Math.min(time, this.recording.end);
+    try {
+      if (!this.scene?.covers(time)) {
+        this.scene?.pause();
+        this.setState('loading');
+        const scene = await this.build(time, turn);
+        if (!scene) return;
+        this.scene?.destroy();
+        this.scene = scene;
+        scene.root.classList.add('shown');
+      }
+      this.arrive(time);
+    } catch (err) {
+      if (turn === this.turn) this.on.failed(err);
+    }
+  }
+
+  async build(time, turn) {
+    const start = await this.recording.startBefore(time);
+    if (turn !== this.turn) return null;
+    if (!start) return this.setState(this.recording.isActive ? 'waiting' : 'empty');
+    const scene = new Scene(this.stage, this.recording.info.metadata?.viewport, () => this.broken());
+    this.mark(scene.add(start));
+    while (scene.end <= time) {
+      const piece = await this.recording.read(scene.next);
+      if (turn !== this.turn) return scene.destroy();
+      if (!piece) break;
+      this.mark(scene.add(piece));
+      await null; // the Replayer takes added events in a microtask
+      // A far target is reached in steps that each fit into the window.
+      if (scene.end <= time) scene.pause(scene.end);
+      scene.trim(scene.end, WINDOW_BYTES);
+    }
+    return scene;
+  }
+
+  arrive(time) {
+    const { scene } = this;
+    this.target = null;
+    this.lags.push(performance.now() - scene.end); // until live batches tell better
+    const edge = this.following ? this.liveTime : scene.end;
+    scene.pause(Math.max(Math.min(time, edge), scene.start));
+    this.setState('paused');
+    if (this.wantsPlay) this.run();
+  }
+
+  run() {
+    this.scene.setSpeed(this.following ? 1 : this.speed);
+    this.scene.play();
+    this.setState('playing');
+  }
+
+  // Ten times a second.
+
+  tick() {
+    const { scene } = this;
+    if (!scene || document.hidden || this.target !== null) return;
+    const now = scene.time;
+    if (this.state === 'playing') this.steer(now);
+    this.readAhead(now);
+    scene.trim(now, WINDOW_BYTES);
+    scene.giveBackFocus();
+    this.on.change();
+  }
+
+  steer(now) {
+    if (this.following) this.keepUp(now);
+    else if (now >= this.scene.end) this.runOut();
+    else if (this.skip) this.skipIdle(now);
+  }
+
+  // The window is played to its end: more is coming, or this is the live edge,
+  // or the end of the session.
+  runOut() {
+    if (this.recording.isActive && this.scene.next >= this.recording.total) return this.follow();
+    this.scene.pause(this.scene.end);
+    if (this.hasMore()) return this.setState('loading');
+    this.wantsPlay = false;
+    this.setState('ended');
+  }
+
+  hasMore() { return !this.scene.exhausted && this.scene.next < this.recording.total; }
+
+  skipIdle(now) {
+    const { scene } = this;
+    const next = scene.nextInteraction(now) ?? scene.end;
+    if (next - now < IDLE_MS) return;
+    this.on.note(`Skipped ${clock(next - now)} without activity.`);
+    scene.play(next - 1000);
+  }
+
+  async readAhead(now) {
+    const { scene } = this;
+    if (this.reading || !this.hasMore() || !this.wantsAhead(now)) return;
+    this.reading = true;
+    const { next } = scene;
+    try {
+      const piece = await this.recording.read(next);
+      if (!piece) scene.exhausted = true;
+      // Meanwhile a live batch may have brought the same events, or a seek another scene.
+      else if (scene === this.scene && scene.next === next) this.mark(scene.add(piece));
+      if (this.state === 'loading' && scene === this.scene && this.target === null) this.resume();
+    } catch (err) {
+      this.on.failed(err);
+    } finally {
+      this.reading = false;
+    }
+  }
+
+  async resume() {
+    await null; // see build
+    if (this.wantsPlay) this.run();
+    else this.setState('paused');
+  }
+
+  wantsAhead(now) {
+    const ms = this.scene.end - now;
+    return ms < 5000 || (ms < AHEAD_MS * Math.max(1, this.speed) && this.scene.bytesAhead(now) < AHEAD_BYTES);
+  }
+
+  // Live.
+
+  // batch takes a live batch. One that does not join on is left to readAhead.
+  batch(from, events, bytes) {
+    const { scene, recording } = this;
+    const end = from + events.length;
+    const newest = events.reduce((max, e) => (Number.isFinite(e?.timestamp) ? Math.max(max, e.timestamp) : max), -Infinity);
+    const snapshot = events.findLastIndex((e) => e?.type === FULL);
+    recording.total = Math.max(recording.total, end);
+    recording.end = Math.max(recording.end, newest);
+    recording.start ??= recording.end;
+    if (snapshot >= 0) recording.newestSnapshot = from + snapshot;
+    if (newest > -Infinity) this.lags = [...this.lags.slice(-19), performance.now() - newest];
+    if (this.state === 'waiting' && snapshot >= 0) return this.follow();
+    if (!scene || from > scene.next || end <= scene.next) return;
+    if (document.hidden || (!this.following && !this.wantsAhead(scene.time))) return;
+    this.mark(scene.add({ from: scene.next, events: events.slice(scene.next - from), next: end, bytes }));
+  }
+
+  // The recorded page's time now, less the delay. Only differences of its clock
+  // count; the smallest lag is the one with the least waiting in it.
+  get liveTime() { return performance.now() - Math.min(...this.lags) - LIVE_DELAY; }
+
+  keepUp(now) {
+    const goal = Math.max(this.liveTime, this.scene.start), drift = goal - now;
+    if (drift > 2000 || (drift < -2000 && this.scene.covers(goal))) this.scene.play(goal);
+    else this.scene.setSpeed(drift > 100 ? 1.1 : drift < -100 ? 0.9 : 1);
+  }
+
+  async ended() {
+    this.recording.isActive = this.following = false;
+    this.scene?.setSpeed(this.speed);
+    await this.recording.load();
+    if (this.state === 'waiting') this.setState('empty');
+  }
+
+  // A hidden page gets no animation frames: it stops, and goes on when seen.
+  visibility() {
+    if (!this.scene || this.target !== null) return;
+    if (document.hidden) {
+      if (this.state === 'playing') this.scene.pause();
+    } else if (this.following) {
+      this.follow();
+    } else if (this.state === 'playing') {
+      this.scene.play();
+    }
+  }
+
+  mark(marks) { for (const m of marks) this.on.mark(m); }
+
+  broken() { this.on.note('A part of this recording is damaged and is not shown.'); }
+}

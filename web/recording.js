@@ -1,0 +1,95 @@
+// A stored session as a player needs it: what it is, where its chunks lie, and
+// its events from any index on. Times are milliseconds of the recorded page's
+// clock, everywhere in the player.
+
+import { getJSON, patiently, request } from './api.js';
+import { FULL, META } from './events.js';
+
+const PAGE = 1000; // events in a page of what is not committed yet
+
+export class Recording {
+  constructor(id, onWait) {
+    this.path = `/sessions/${encodeURIComponent(id)}`;
+    this.onWait = onWait;
+    this.newestSnapshot = null; // index
+  }
+
+  async load() {
+    const info = await patiently(() => getJSON(this.path), this.onWait);
+    this.info = info;
+    this.loaded = Date.now();
+    this.chunks = info.chunks ?? [];
+    this.isActive = info.isActive;
+    this.newestSnapshot ??= info.snapshotIndex;
+    this.total = Math.max(this.total ?? 0, info.eventCount ?? 0);
+    this.start = info.startTime ?? this.start ?? null;
+    this.end = Math.max(this.end ?? -Infinity, info.endTime ?? -Infinity);
+    return info;
+  }
+
+  // The first index that is in no chunk yet.
+  get committed() {
+    const last = this.chunks.at(-1);
+    return last ? last.fromIndex + last.count : 0;
+  }
+
+  // read gives a piece of the session that begins at index, or behind a hole at
+  // the next one there is: {from, events, next, bytes}. null: there is no more.
+  async read(index) {
+    if (index >= this.committed && Date.now() - this.loaded > 10000) await this.load();
+    const chunk = this.chunks.find((c) => index < c.fromIndex + c.count);
+    if (chunk) return this.readChunk(chunk, index);
+    if (index >= this.total) return null;
+    const page = await this.fetch(`${this.path}/events?fromIndex=${index}&limit=${PAGE}`);
+    const { events, fromIndex } = page.body;
+    if (events.length === 0) return null;
+    return { from: fromIndex, events, next: fromIndex + events.length, bytes: page.bytes };
+  }
+
+  async readChunk(chunk, index) {
+    const { body, bytes } = await this.fetch(`${this.path}/chunks/${chunk.fromIndex}`);
+    const from = Math.max(index, chunk.fromIndex);
+    return { from, events: body.slice(from - chunk.fromIndex), next: chunk.fromIndex + chunk.count, bytes };
+  }
+
+  async fetch(path) {
+    const text = await patiently(async () => (await request(path)).text(), this.onWait);
+    return { body: JSON.parse(text), bytes: text.length };
+  }
+
+  // startBefore gives the piece that begins with the last full snapshot before
+  // time; if there is none, with the first one after it; null: no snapshot at all.
+  async startBefore(time) {
+    const uncommitted = this.newestSnapshot !== null && this.newestSnapshot >= this.committed;
+    if (uncommitted && time >= (this.chunks.at(-1)?.endTime ?? time)) {
+      const piece = await this.fromSnapshot(this.newestSnapshot, time);
+      if (piece) return piece;
+    }
+    const holders = this.chunks.filter((c) => c.snapshotIndex !== null);
+    for (let i = Math.max(0, holders.findLastIndex((c) => c.startTime <= time)); i >= 0 && holders[i]; i--) {
+      const piece = await this.fromSnapshot(holders[i].fromIndex, time, i === 0);
+      if (piece) return piece;
+    }
+    return uncommitted ? this.fromSnapshot(this.newestSnapshot, time, true) : null;
+  }
+
+  // fromSnapshot begins a piece at its last full snapshot before time, or, if
+  // any will do, at its first.
+  async fromSnapshot(index, time, any) {
+    const piece = await this.read(index);
+    if (!piece) return null;
+    const isFull = (e) => e?.type === FULL;
+    let i = piece.events.findLastIndex((e) => isFull(e) && e.timestamp <= time);
+    if (i < 0 && any) i = piece.events.findIndex(isFull);
+    if (i < 0) return null;
+    // The Meta event with the page's size stands right before it, maybe in another chunk.
+    const before = i > 0 ? piece.events[i - 1] : await this.single(piece.from - 1);
+    const meta = before?.type === META ? [before] : [];
+    return { ...piece, from: piece.from + i, events: [...meta, ...piece.events.slice(i)] };
+  }
+
+  async single(index) {
+    if (index < 0) return null;
+    return (await this.fetch(`${this.path}/events?fromIndex=${index}&limit=1`)).body.events[0];
+  }
+}

@@ -1,0 +1,134 @@
+// A scene is one rrweb Replayer and the window of events it holds. It begins at
+// a full snapshot; pieces are added at its end and dropped at its beginning.
+
+import { el } from './api.js';
+import { Cleaner, FULL, isInteraction } from './events.js';
+
+// A Replayer that one bad event cannot stop: an exception in its timer would
+// end the replay without a word.
+function tolerantReplayer(events, root, onBroken) {
+  class Tolerant extends window.rrwebReplay.Replayer {
+    applyIncremental(...args) { this.attempt(() => super.applyIncremental(...args)); }
+    rebuildFullSnapshot(...args) { this.attempt(() => super.rebuildFullSnapshot(...args)); }
+    moveAndHover(...args) { this.attempt(() => super.moveAndHover(...args)); }
+    attempt(work) {
+      try { work(); } catch { onBroken(); }
+    }
+  }
+  return new Tolerant(events, {
+    root,
+    // With liveMode the Replayer's clock goes on when events run out, so that
+    // more can follow: the end of a session is the player's to decide.
+    liveMode: true,
+    // rrweb's virtual DOM makes recorded nodes in this document, where scripts
+    // may run, before it moves them into the sandboxed frame. Without it they
+    // are only ever made inside; seeking costs about the same.
+    useVirtualDom: false,
+    triggerFocus: false, // the keyboard stays with the player
+    showWarning: false,
+    mouseTail: { duration: 500, lineWidth: 2, strokeStyle: '#4950f6' },
+  });
+}
+
+export class Scene {
+  constructor(stage, viewport, onBroken) {
+    this.stage = stage;
+    this.root = el('div', { className: 'scene' });
+    stage.append(this.root);
+    this.onBroken = onBroken;
+    this.cleaner = new Cleaner(viewport);
+    this.pieces = []; // {bytes, events, end}: what the window is made of
+    this.next = null; // index of the first event behind the window
+  }
+
+  // add appends a piece and returns its marks.
+  add(piece) {
+    const before = this.end;
+    const { events, marks } = this.cleaner.take(piece.events);
+    if (this.next !== null && piece.from > this.next) {
+      marks.unshift({ time: before ?? this.end, kind: 'gap', text: 'the recording has a gap here' });
+    }
+    this.next = piece.next;
+    this.pieces.push({ bytes: piece.bytes, events: events.length, end: this.end });
+    if (this.replayer) for (const e of events) this.replayer.addEvent(e);
+    else this.begin(events);
+    return marks;
+  }
+
+  begin(events) {
+    this.replayer = tolerantReplayer(events, this.root, this.onBroken);
+    this.replayer.iframe.inert = true;
+    this.replayer.iframe.title = 'The recorded page';
+    this.replayer.on('resize', (size) => {
+      this.size = size;
+      this.fit();
+    });
+  }
+
+  // fit scales the recorded page into the stage.
+  fit() {
+    if (!this.size) return;
+    const { width, height } = this.size;
+    const scale = Math.min(this.stage.clientWidth / width, this.stage.clientHeight / height, 1);
+    Object.assign(this.replayer.wrapper.style, {
+      width: `${width}px`, height: `${height}px`, transform: `translate(-50%, -50%) scale(${scale})`,
+    });
+  }
+
+  get events() { return this.replayer.service.state.context.events; }
+  get start() { return this.events[0].timestamp; }
+  get end() { return this.cleaner.last; }
+  get time() { return this.start + this.replayer.getCurrentTime(); }
+
+  // Rounded up, because half a step back makes the Replayer rebuild everything.
+  play(time = this.time) { this.replayer.play(Math.ceil(time) - this.start); }
+
+  // Without a time it stops where it is; with one it shows that moment. The
+  // Replayer applies what is before a time: what happened at it belongs to it.
+  pause(time) {
+    if (time === undefined) this.replayer.pause();
+    else this.replayer.pause(time - this.start + 1);
+  }
+
+  setSpeed(speed) {
+    if (this.replayer.config.speed !== speed) this.replayer.setConfig({ speed });
+  }
+
+  // A dialog that opens in the recording takes the focus, inert or not, and with
+  // it the keyboard from the player.
+  giveBackFocus() {
+    if (document.activeElement === this.replayer.iframe) document.activeElement.blur();
+  }
+
+  // covers tells whether the window is enough to show a time: there is a full
+  // snapshot to begin from, or it lies ahead of what is shown.
+  covers(time) {
+    if (time > this.end) return false;
+    return time >= this.time || this.events.some((e) => e.type === FULL && e.timestamp <= time);
+  }
+
+  bytesAhead(time) {
+    return this.pieces.reduce((sum, p) => sum + (p.end > time ? p.bytes : 0), 0);
+  }
+
+  // trim drops whole pieces that have been played, oldest first, as long as the
+  // window is larger than limit. The Replayer needs them for going back only,
+  // and going back behind the window begins a new scene.
+  trim(time, limit) {
+    let bytes = this.pieces.reduce((sum, p) => sum + p.bytes, 0);
+    while (bytes > limit && this.pieces.length > 1 && this.pieces[0].end < time) {
+      const [gone] = this.pieces.splice(0, 1);
+      this.events.splice(0, Math.min(gone.events, this.events.length - 1));
+      bytes -= gone.bytes;
+    }
+  }
+
+  nextInteraction(time) {
+    return this.events.find((e) => e.timestamp > time && isInteraction(e))?.timestamp;
+  }
+
+  destroy() {
+    this.replayer?.destroy();
+    this.root.remove();
+  }
+}
