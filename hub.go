@@ -950,8 +950,8 @@ func (h *hubState) trim(s *session, n int) {
 
 func (h *hubState) find(cmd find) found {
 	s := h.sessions[cmd.id]
-	if s == nil {
-		return found{}
+	if s == nil || s.tracker == nil && !s.dirty() {
+		return found{} // the database has all of it, and more when another server has taken it over
 	}
 	return found{true, s.summary(), s.memory(cmd.from, cmd.to)}
 }

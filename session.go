@@ -926,6 +926,7 @@ func (c *conn) claim(rec *recording, about *description, resuming bool) (claim, 
 			return cl, c.ctx.Err()
 		}
 		c.srv.metrics.databaseErrors.Add(1)
+		c.srv.store.distrust(err)
 		c.srv.log.Debug("session waits for the database", "session", rec.id, "err", err)
 		if !pause(c.ctx, attempt) {
 			return cl, c.ctx.Err()

@@ -195,6 +195,7 @@ func (w *writer) write(ctx context.Context, work []*flush) {
 // PostgreSQL refuses.
 func (w *writer) fail(work []*flush, err error) {
 	w.metrics.databaseErrors.Add(1)
+	w.store.distrust(err)
 	result := failed
 	if len(work) == 1 && blamesData(err) {
 		result = refused
@@ -206,6 +207,15 @@ func (w *writer) fail(work []*flush, err error) {
 	for _, f := range work {
 		f.outcome = result
 		f.attempts++
+	}
+}
+
+// distrust gives up the connections that there are when an error says that they
+// lead to a server which does not take writes: new ones may lead to another.
+func (st *store) distrust(err error) {
+	var e *pgconn.PgError
+	if errors.As(err, &e) && e.Code == "25006" {
+		st.pool.Reset()
 	}
 }
 
