@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"compress/gzip"
 	"context"
@@ -127,7 +128,22 @@ func (s *server) failQuery(w http.ResponseWriter, r *http.Request, err error) {
 
 // WebSocket.
 
-type netConnKey struct{}
+// hijacker hands a connection over from HTTP to a WebSocket, and keeps hold of
+// it for deadlines. The buffers of an HTTP connection take 8 KB for as long as
+// it lasts; smaller ones serve a tracker, which is sent little, as well.
+type hijacker struct {
+	http.ResponseWriter
+	conn net.Conn
+}
+
+func (h *hijacker) Hijack() (net.Conn, *bufio.ReadWriter, error) {
+	conn, rw, err := http.NewResponseController(h.ResponseWriter).Hijack()
+	h.conn = conn
+	if err == nil && rw.Reader.Buffered() == 0 {
+		rw = bufio.NewReadWriter(bufio.NewReaderSize(conn, 2<<10), bufio.NewWriterSize(conn, 1<<10))
+	}
+	return conn, rw, err
+}
 
 func (s *server) handleWebSocket(w http.ResponseWriter, r *http.Request) {
 	kind := r.URL.Query().Get("type")
@@ -141,13 +157,14 @@ func (s *server) handleWebSocket(w http.ResponseWriter, r *http.Request) {
 		s.fail(w, r, http.StatusServiceUnavailable, "too many connections", nil)
 		return
 	}
-	ws, err := websocket.Accept(w, r, &websocket.AcceptOptions{InsecureSkipVerify: true, CompressionMode: websocket.CompressionDisabled})
+	h := &hijacker{ResponseWriter: w}
+	ws, err := websocket.Accept(h, r, &websocket.AcceptOptions{InsecureSkipVerify: true, CompressionMode: websocket.CompressionDisabled})
 	if err != nil {
 		s.admission.leave(addr)
 		return // Accept has answered
 	}
 	ws.SetReadLimit(-1) // conn.read has its own
-	c := &conn{srv: s, ws: ws, net: r.Context().Value(netConnKey{}).(net.Conn), addr: addr, viewer: kind == "viewer"}
+	c := &conn{srv: s, ws: ws, net: h.conn, addr: addr, viewer: kind == "viewer"}
 	c.ctx, c.cancel = context.WithCancel(s.ctx)
 	c.limit = time.AfterFunc(time.Hour, func() {
 		s.metrics.refuse("message_time")

@@ -229,7 +229,7 @@ func (c *conn) serve() {
 	for {
 		msg, err := c.read()
 		if err == nil {
-			err = c.handle(msg)
+			err = c.handleApart(msg)
 		}
 		c.release(msg)
 		var refusal *refusal
@@ -357,6 +357,19 @@ func (c *conn) complain(r *refusal) {
 	if c.errors >= maxErrors {
 		c.shut(closePolicy, "too many errors in a row")
 	}
+}
+
+// handleApart handles a message in a goroutine of its own, which lets go of the
+// stack that parsing and SQL need: an idle connection then takes 4 KB less.
+func (c *conn) handleApart(msg []byte) error {
+	done := make(chan error, 1)
+	go func() { // ends with the message; the reader waits for it
+		err := errors.New("panic") // unless handle returns
+		defer func() { done <- err }()
+		defer c.srv.catch("message")
+		err = c.handle(msg)
+	}()
+	return <-done
 }
 
 func (c *conn) handle(msg []byte) error {
