@@ -185,6 +185,11 @@ func TestLogMidnight(t *testing.T) {
 		// Silent at midnight: only the file for fatal panics moves on.
 		second := nextLogDay()
 		wantLogs(t, dir, "application-"+first+".log", "error-"+first+".log", "exceptions-"+second+".log")
+		for _, f := range l.files {
+			if f.file != nil && f.kind != exceptionsLog {
+				t.Errorf("%s: still open after its day", f.kind)
+			}
+		}
 		l.app.Info("two")
 		l.exception("hub", "boom", nil)
 		nextLogDay()
@@ -248,6 +253,8 @@ func TestLogSizeAndRestart(t *testing.T) {
 		wantLogMessages(t, name(".2"), line+"4")
 		wantLogMessages(t, name(".3"), long)
 		wantLogMessages(t, name(".4"), "last")
+		l.exception(long, "boom", nil) // its file is open, and empty
+		wantLogMessages(t, filepath.Join(dir, "exceptions-"+logDay()+".log"), "panic")
 		nextLogDay()
 		l.app.Info("tomorrow")
 		wantLogMessages(t, name(""), "tomorrow")
@@ -284,14 +291,14 @@ func oldLogs(t *testing.T, dir string) (days, others []string) {
 	putLog(t, dir, "rejections-"+days[4]+".log", "") // nobody's, and today's
 	putLog(t, dir, "exceptions-"+days[2]+".log", "") // of a process that was killed
 	others = []string{
-		"application.log", "application-2001-01-01.txt", "myapplication-2001-01-01.log", "application-2001-01-01.log.bak",
-		"application-2001-01-01.01.log", "application-2001-1-1.log", "access-2001-01-01.log", "application-2001-01-01.log.gz.tmp",
+		"application.log", "application-1990-01-01.txt", "myapplication-1990-01-01.log", "application-1990-01-01.log.bak",
+		"application-1990-01-01.01.log", "application-1990-1-1.log", "access-1990-01-01.log", "application-1990-01-01.log.gz.tmp",
 	}
 	for _, name := range others {
 		putLog(t, dir, name, "not ours")
 	}
-	others = append(others, "rejections-2001-01-01.log")
-	if err := os.Mkdir(filepath.Join(dir, "rejections-2001-01-01.log"), 0o750); err != nil {
+	others = append(others, "rejections-1990-01-01.log")
+	if err := os.Mkdir(filepath.Join(dir, "rejections-1990-01-01.log"), 0o750); err != nil {
 		t.Fatal(err)
 	}
 	return days, others
@@ -413,14 +420,18 @@ func TestLogZipStops(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := errors.Join(f.Truncate(64<<30), f.Close()); err != nil { // a hole: minutes to zip
+	if err := errors.Join(f.Truncate(16<<30), f.Close()); err != nil { // a hole: minutes to zip
 		t.Fatal(err)
 	}
 	l, _, stderr := testLogs(t, logConfig{dir: dir, zipped: true})
-	for _, err := os.Stat(filepath.Join(dir, name+".gz")); err != nil; _, err = os.Stat(filepath.Join(dir, name+".gz")) {
+	start := time.Now()
+	for len(logNames(t, dir)) < 3 { // with the exceptions file and the zipped one
+		if time.Since(start) > 30*time.Second {
+			t.Fatal("got no zipped file")
+		}
 		time.Sleep(time.Millisecond)
 	}
-	start := time.Now()
+	start = time.Now()
 	if err := l.Close(); err != nil {
 		t.Fatal(err)
 	}
@@ -546,13 +557,21 @@ func TestLogRemovedWhileWritten(t *testing.T) {
 		dir := filepath.Join(t.TempDir(), "logs")
 		l, _, stderr := testLogs(t, logConfig{dir: dir})
 		l.app.Info("one")
+		synctest.Wait()
 		if err := os.RemoveAll(dir); err != nil {
 			t.Fatal(err)
 		}
 		nextLogMinute()
 		l.app.Info("two")
-		wantLogMessages(t, filepath.Join(dir, "application-"+logDay()+".log"), "two")
+		name := filepath.Join(dir, "application-"+logDay()+".log")
+		wantLogMessages(t, name, "two")
 		wantLogs(t, dir, "application-"+logDay()+".log", "exceptions-"+logDay()+".log")
+		if err := errors.Join(os.Rename(name, name+".bak"), os.WriteFile(name, nil, 0o640)); err != nil {
+			t.Fatal(err)
+		}
+		nextLogMinute()
+		l.app.Info("three")
+		wantLogMessages(t, name, "three")
 		if stderr.Len() > 0 {
 			t.Errorf("stderr: got %q, want nothing", stderr)
 		}
