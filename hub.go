@@ -233,7 +233,6 @@ type (
 		c  *conn
 		id string
 	}
-	listTo  struct{ c *conn } // send c the active sessions
 	drained struct{ c *conn } // c's outbox, once full, is empty again
 
 	take    struct{ reply chan []*flush } // a writer is free; nil when there will be no more
@@ -432,23 +431,15 @@ func (h *hubState) handle(cmd command) {
 	case reported:
 		h.report(cmd.c, cmd.r, cmd.m)
 	case forward:
-		if s := h.recorded[cmd.c]; s != nil {
-			h.toWatchers(s.id, cmd.m)
-		}
+		h.recordedBy(cmd.c, func(s *session) { h.toWatchers(s.id, cmd.m) })
 	case finish:
-		if s := h.recorded[cmd.c]; s != nil {
-			h.end(s)
-		}
+		h.recordedBy(cmd.c, h.end)
 	case acks:
-		if s := h.recorded[cmd.c]; s != nil {
-			h.ack(s)
-		}
+		h.recordedBy(cmd.c, h.ack)
 	case join:
 		cmd.reply <- h.join(cmd)
 	case unjoin:
 		h.unwatch(cmd.c, cmd.id)
-	case listTo:
-		cmd.c.offer(activeSessions(h.summaries()))
 	case drained:
 		h.catchUp(cmd.c)
 	case find:
@@ -467,6 +458,13 @@ func (h *hubState) handle(cmd command) {
 		for _, s := range h.sessions {
 			h.end(s)
 		}
+	}
+}
+
+// recordedBy calls fn with the session that a tracker records, if it does.
+func (h *hubState) recordedBy(c *conn, fn func(*session)) {
+	if s := h.recorded[c]; s != nil {
+		fn(s)
 	}
 }
 
@@ -536,7 +534,9 @@ func (h *hubState) attach(cmd attach) attached {
 	case cmd.claim.epoch < s.epoch:
 		return attached{outcome: outdated}
 	case s.tracker != nil && s.tracker != cmd.c && !s.ended && !cmd.claim.byToken:
-		s.epoch = cmd.claim.epoch // the claim was for nothing, but the row has it now
+		if cmd.claim.epoch == s.epoch+1 {
+			s.epoch = cmd.claim.epoch // the claim was for nothing, but the row has it now
+		}
 		return attached{outcome: heldByOther}
 	case cmd.claim.epoch != s.epoch+1:
 		h.drop(s) // another server had it in between: trackers that number their batches send them again

@@ -967,7 +967,9 @@ func (c *conn) ready(rec *recording, at attached) {
 var viewerMessages map[string]func(*conn, frame) error
 
 func (c *conn) listSessions(frame) error {
-	c.srv.hub.send(listTo{c})
+	reply := make(chan []summary, 1)
+	live, _ := ask(c.srv.hub, reply, active{reply})
+	c.offer(activeSessions(live))
 	return nil
 }
 
