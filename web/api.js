@@ -109,7 +109,8 @@ export function clock(ms) {
 export function when(moment) {
   const date = new Date(moment);
   if (moment == null || Number.isNaN(date.getTime())) return '–';
-  return date.toLocaleString(undefined, { dateStyle: 'medium', timeStyle: 'short' });
+  const year = date.getFullYear() === new Date().getFullYear() ? undefined : 'numeric';
+  return date.toLocaleString(undefined, { year, month: 'short', day: 'numeric', hour: 'numeric', minute: '2-digit' });
 }
 
 // place shortens a recorded address to what tells pages apart: host and path.

@@ -116,7 +116,7 @@ export class Cleaner {
 
   takeCustom(e, marks) {
     const { tag, payload } = e.data;
-    if (tag === 'gap') marks.push(mark(e, 'gap', 'the recording has a gap here'));
+    if (tag === 'gap') marks.push({ ...mark(e, 'gap', 'a gap'), ms: payload?.to - payload?.from });
     if (tag === 'navigation') {
       const href = String(payload?.href ?? payload?.url ?? '');
       if (href !== this.href) marks.push(mark(e, 'navigation', `went to ${href}`));

@@ -7,7 +7,7 @@
 // before the target and shows it when it is ready.
 
 import { clock } from './api.js';
-import { FULL } from './events.js';
+import { FULL, isInteraction } from './events.js';
 import { Scene } from './scene.js';
 
 const AHEAD_MS = 60000, AHEAD_BYTES = 8 << 20, WINDOW_BYTES = 24 << 20;
@@ -163,7 +163,7 @@ export class Player {
 
   skipIdle(now) {
     const { scene } = this;
-    const next = scene.nextInteraction(now) ?? scene.end;
+    const next = scene.nextEvent(now, isInteraction) ?? scene.end;
     if (next - now < IDLE_MS) return;
     this.on.note(`Skipped ${clock(next - now)} without activity.`);
     scene.play(next - 1000);
@@ -223,14 +223,16 @@ export class Player {
 
   keepUp(now) {
     const goal = Math.max(this.liveTime, this.scene.start), drift = goal - now;
-    if (drift > 2000 || (drift < -2000 && this.scene.covers(goal))) this.scene.play(goal);
+    const idle = drift > 200 && !(this.scene.nextEvent(now) <= goal); // nothing is skipped by a jump
+    if (idle || drift > 2000 || (drift < -2000 && this.scene.covers(goal))) this.scene.play(goal);
     else this.scene.setSpeed(drift > 100 ? 1.1 : drift < -100 ? 0.9 : 1);
   }
 
   async ended() {
-    this.recording.isActive = this.following = false;
+    this.following = false;
     this.scene?.setSpeed(this.speed);
-    await this.recording.load();
+    await this.recording.load(); // the database may not know yet that it has ended
+    this.recording.isActive = false;
     if (this.state === 'waiting') this.setState('empty');
   }
 

@@ -2,7 +2,7 @@
 // a full snapshot; pieces are added at its end and dropped at its beginning.
 
 import { el } from './api.js';
-import { Cleaner, FULL, isInteraction } from './events.js';
+import { Cleaner, FULL } from './events.js';
 
 // A Replayer that one bad event cannot stop: an exception in its timer would
 // end the replay without a word.
@@ -46,7 +46,7 @@ export class Scene {
     const before = this.end;
     const { events, marks } = this.cleaner.take(piece.events);
     if (this.next !== null && piece.from > this.next) {
-      marks.unshift({ time: before ?? this.end, kind: 'gap', text: 'the recording has a gap here' });
+      marks.unshift({ time: before ?? this.end, kind: 'gap', text: 'a gap' });
     }
     this.next = piece.next;
     this.pieces.push({ bytes: piece.bytes, events: events.length, end: this.end });
@@ -123,8 +123,8 @@ export class Scene {
     }
   }
 
-  nextInteraction(time) {
-    return this.events.find((e) => e.timestamp > time && isInteraction(e))?.timestamp;
+  nextEvent(time, suits = () => true) {
+    return this.events.find((e) => e.timestamp > time && suits(e))?.timestamp;
   }
 
   destroy() {

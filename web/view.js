@@ -57,8 +57,18 @@ function describe() {
   const told = ['sessionId', 'userId', 'url', 'referrer', 'startTime', 'viewport', 'timeZone', 'userAgent'];
   const others = Object.entries(meta).filter(([name]) => !told.includes(name)).slice(0, 50);
   const rows = [...Object.entries(known), ...others].filter(([, v]) => v !== undefined && v !== null && v !== '');
-  const text = (v) => (typeof v === 'object' ? JSON.stringify(v) : String(v));
-  $.about.replaceChildren(...rows.flatMap(([k, v]) => [el('dt', { textContent: k }), el('dd', { textContent: text(v) })]));
+  for (const [name, value] of rows) fact(name, typeof value === 'object' ? JSON.stringify(value) : String(value));
+}
+
+const facts = new Map();
+
+function fact(name, text) {
+  if (text === '{}' || facts.get(name)?.textContent === text) return;
+  if (!facts.has(name)) {
+    facts.set(name, el('dd'));
+    $.about.append(el('dt', { textContent: name }), facts.get(name));
+  }
+  facts.get(name).textContent = text;
 }
 
 const length = () => Math.max(0, recording.end - recording.start) || 0;
@@ -67,7 +77,8 @@ const length = () => Math.max(0, recording.end - recording.start) || 0;
 
 function addError({ data, createdAt }) {
   const sent = Number.isFinite(data?.timestamp) ? data.timestamp : Date.parse(data?.timestamp ?? createdAt);
-  const time = Math.min(Math.max(Number.isFinite(sent) ? sent : Infinity, recording.start), recording.end);
+  const latest = recording.isActive ? Infinity : recording.end; // live, an error comes before its events
+  const time = Math.min(Math.max(Number.isFinite(sent) ? sent : recording.end, recording.start), latest);
   const what = data?.message ?? data?.reason ?? data?.error ?? 'Error without a message';
   const text = typeof what === 'string' ? what : JSON.stringify(what);
   const button = el('button', { title: String(data?.stack ?? ''), onclick: () => jump(time - 1000) },
@@ -114,6 +125,7 @@ function change() {
   if ($.length.textContent !== clock(length())) {
     $.length.textContent = clock(length());
     placeMarks();
+    describe();
   }
   if (!dragging) $.seek.value = Math.min(shown, $.seek.max = length());
   $.seek.setAttribute('aria-valuetext', `${clock(shown)} of ${clock(length())}`);
@@ -130,7 +142,8 @@ function badge(text) {
 
 function sayGaps(time) {
   for (const m of marks.values()) {
-    if (m.kind === 'gap' && shownTime < m.time && m.time <= time && time - shownTime < 60000) note('The recording has a gap here: what happened in between was not kept.');
+    if (m.kind !== 'gap' || m.time <= shownTime || m.time > time || time - shownTime > 60000) continue;
+    note(`The recording has a gap here${m.ms > 0 ? ` of ${clock(m.ms)}` : ''}: what happened in it was not kept.`);
   }
   shownTime = time;
 }
