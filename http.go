@@ -618,7 +618,7 @@ func (s *server) serve(w http.ResponseWriter, r *http.Request, name, cache strin
 const (
 	// viewerPolicy keeps what was recorded, which may be hostile, from running
 	// scripts, sending requests and reaching the viewer's session.
-	viewerPolicy = "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src data: blob: 'self'; " +
+	viewerPolicy = "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src data:; " +
 		"font-src data:; connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 	demoPolicy = "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; " +
 		"connect-src 'self' ws: wss:; form-action 'self'; base-uri 'none'"

