@@ -1,0 +1,652 @@
+// Recording, in real Chromium against the real server: what is recorded arrives
+// once and in order whatever happens between, and what is private never leaves.
+import assert from "node:assert/strict";
+import { readFileSync } from "node:fs";
+import { after, before, test } from "node:test";
+import { gunzipSync, gzipSync } from "node:zlib";
+import { harness, sleep, until } from "./harness.mjs";
+
+let h, browser, site;
+const pages = {}; // path → page, of a web site that embeds the tracker
+
+before(async () => {
+  h = await harness();
+  browser = await h.launch({
+    args: ["--host-resolver-rules=MAP insecure.test 127.0.0.1"],
+    ignoreDefaultArgs: ["--disable-back-forward-cache"],
+  });
+  site = await h.site(pages);
+});
+after(() => h?.close());
+
+// embed puts a page on the site, and gives its URL.
+function embed(path, body, attributes = "") {
+  pages[path] = `<!doctype html><meta charset="utf-8"><title>${path}</title>
+    <script src="${h.url}/tracker.js" ${attributes}></script><body>${body}`;
+  return site + path;
+}
+
+// visit opens a URL in a browser without memory, and collects what goes wrong in it.
+async function visit(t, url, { script } = {}) {
+  const context = await browser.newContext();
+  t.after(() => context.close());
+  if (script) await context.addInitScript(script);
+  const page = await context.newPage();
+  page.wrong = [];
+  page.on("pageerror", (error) => page.wrong.push(error.message));
+  page.on("console", (m) => { if (m.text().startsWith("session-replay:")) page.wrong.push(m.text()); });
+  if (url) await page.goto(url);
+  return page;
+}
+
+const sessionOf = (page) => until(() => page.evaluate(() => window.sessionReplay.sessionId), "a session's id");
+
+// mark records n custom events, numbered over the life of a page's test.
+async function mark(page, n) {
+  page.marks ??= 0;
+  await page.evaluate(([from, to]) => { for (let i = from; i < to; i++) window.sessionReplay.event("mark", i); }, [page.marks, page.marks + n]);
+  page.marks += n;
+}
+
+const customs = (events, tag) => events.filter((e) => e.type === 5 && e.data.tag === tag).map((e) => e.data.payload);
+
+// arrived waits until the last mark is stored, and checks that each is there
+// once and in order, in chunks without gap or overlap.
+async function arrived(page, id) {
+  const last = page.marks - 1;
+  const events = await until(async () => {
+    const all = await h.events(id).catch(() => []);
+    return customs(all, "mark").includes(last) && all;
+  }, `mark ${last} of ${id}`);
+  assert.deepEqual(customs(events, "mark"), Array.from({ length: page.marks }, (_, i) => i));
+  await until(async () => Number((await h.sql(`select event_count from sessions where session_id = '${id}'`))[0]) >= events.length, "commit");
+  const chunks = await h.sql(`select first_index, event_count from session_events where session_id = '${id}' order by first_index`);
+  let next = 0;
+  for (const [first, count] of chunks) {
+    assert.equal(Number(first), next);
+    next += Number(count);
+  }
+  assert.ok(next >= events.length, `${next} events in chunks, ${events.length} read`);
+  return events;
+}
+
+// playable replays all events with rrweb and fails if one of them finds no node.
+async function playable(t, events) {
+  const bundle = readFileSync(new URL("../dist/rrweb-replay.js", import.meta.url), "utf8");
+  const page = await visit(t);
+  const warnings = [];
+  page.on("console", (m) => { if (m.type() === "warning" || m.type() === "error") warnings.push(m.text()); });
+  await page.goto("about:blank");
+  await page.evaluate(bundle);
+  const text = await page.evaluate((events) => {
+    const replayer = new window.rrwebReplay.Replayer(events, { showWarning: true, mouseTail: false });
+    replayer.pause(events.at(-1).timestamp - events[0].timestamp + 1);
+    return replayer.iframe.contentDocument.body.innerText;
+  }, events);
+  assert.deepEqual(warnings.filter((w) => /not found|\[replayer\]/i.test(w)), []);
+  return text;
+}
+
+// everything gives all that the database keeps, as one text.
+async function everything() {
+  const chunks = await h.sql("select encode(events, 'hex') from session_events");
+  const rest = await h.sql("select s::text from sessions s union all select e::text from session_errors e");
+  return chunks.map(([hex]) => gunzipSync(Buffer.from(hex, "hex")).toString()).concat(rest.flat()).join("\n");
+}
+
+const sessionCount = async () => Number((await h.sql("select count(*) from sessions"))[0]);
+
+test("the demo, reloaded, left and come back to, is one session", async (t) => {
+  const page = await visit(t, `${h.url}/demo`);
+  const id = await sessionOf(page);
+  await page.click("text=Add >> nth=0");
+  await mark(page, 30);
+  await page.reload();
+  await mark(page, 60);
+  await page.click("text=Go to checkout");
+  await page.fill("[name=street]", "Somewhere");
+  await mark(page, 10);
+  await page.goto(`${h.url}/demo`);
+  await mark(page, 5);
+  await page.goBack();
+  await mark(page, 5);
+  assert.equal(await sessionOf(page), id);
+  const events = await arrived(page, id);
+  assert.ok(events.filter((e) => e.type === 2).length >= 4, "each page brings a full snapshot");
+  assert.ok(events.filter((e) => e.type === 4).some((e) => e.data.href === `${h.url}/demo/checkout`));
+  assert.match(await playable(t, events), /Checkout/);
+  assert.deepEqual(page.wrong, []);
+  const { metadata } = await h.json(`/sessions/${id}`);
+  assert.match(metadata.url, /\/demo/);
+});
+
+test("many quick reloads lose nothing", async (t) => {
+  const page = await visit(t, embed("/quick", "<p>quick"));
+  const id = await sessionOf(page);
+  for (let i = 0; i < 10; i++) {
+    await mark(page, 7);
+    await page.reload({ waitUntil: "commit" });
+    await page.waitForFunction(() => window.sessionReplay);
+  }
+  await mark(page, 1);
+  await arrived(page, id);
+  assert.deepEqual(page.wrong, []);
+});
+
+test("a duplicated tab takes a session of its own", async (t) => {
+  const page = await visit(t, embed("/twice", "<p>twice"));
+  const id = await sessionOf(page);
+  await mark(page, 5);
+  const opening = page.context().waitForEvent("page");
+  await page.evaluate(() => { window.dispatchEvent(new Event("pagehide")); }); // what a browser copies has been stored
+  await page.evaluate(() => { window.dispatchEvent(Object.assign(new Event("pageshow"), { persisted: true })); });
+  await until(() => page.evaluate(() => window.sessionReplay.sessionId), "the session");
+  await page.evaluate(() => window.open(location.href)); // copies sessionStorage
+  const other = await opening;
+  const otherId = await sessionOf(other);
+  assert.notEqual(otherId, id);
+  other.marks = 0;
+  await mark(other, 5);
+  await mark(page, 5);
+  await arrived(page, id);
+  await arrived(other, otherId);
+  assert.equal(await sessionOf(page), id);
+});
+
+test("the server is killed and started again, twice", async (t) => {
+  const page = await visit(t, embed("/killed", "<p id=p>killed"));
+  const id = await sessionOf(page);
+  for (let i = 0; i < 2; i++) {
+    await mark(page, 40);
+    await h.kill();
+    await mark(page, 60);
+    await page.evaluate(() => { document.getElementById("p").textContent += "!"; });
+    await h.start();
+    await mark(page, 40);
+  }
+  const events = await arrived(page, id);
+  assert.equal(events.filter((e) => e.type === 2).length, 1, "nothing was lost, so no new snapshot was needed");
+  assert.match(await playable(t, events), /killed!!/);
+  assert.deepEqual(page.wrong, []);
+});
+
+test("a page is left while the server is away", async (t) => {
+  const page = await visit(t, embed("/away", "<p>away"));
+  const id = await sessionOf(page);
+  await mark(page, 5);
+  await sleep(700);
+  pages["/away2"] = pages["/away"].replace(/<script.*?<\/script>/, `<script>${await (await fetch(`${h.url}/tracker.js`)).text()}</script>`
+    .replace("<script>", `<script data-endpoint="${h.url}">`));
+  await h.kill();
+  await mark(page, 20);
+  await page.goto(`${site}/away2`);
+  await mark(page, 20);
+  await page.reload();
+  await mark(page, 20);
+  await h.start();
+  const events = await arrived(page, id);
+  await playable(t, events);
+});
+
+test("offline and back", async (t) => {
+  const page = await visit(t, embed("/offline", "<p>offline"));
+  const id = await sessionOf(page);
+  await mark(page, 10);
+  await page.context().setOffline(true);
+  await mark(page, 100);
+  await sleep(1500);
+  assert.ok(!customs(await h.events(id), "mark").includes(109), "it was not offline");
+  await page.context().setOffline(false);
+  await mark(page, 10);
+  await arrived(page, id);
+});
+
+test("a full buffer makes an honest gap", async (t) => {
+  const page = await visit(t, embed("/full", "<p id=p>full"));
+  const id = await sessionOf(page);
+  await mark(page, 1);
+  await arrived(page, id);
+  await h.kill();
+  await page.evaluate(() => {
+    for (let i = 0; i < 30; i++) window.sessionReplay.event("big", "x".repeat(1 << 19));
+    document.getElementById("p").textContent = "not seen happening";
+  });
+  await sleep(200);
+  await page.evaluate(() => { document.getElementById("p").textContent = "after the gap"; });
+  await h.start();
+  const events = await until(async () => {
+    const all = await h.events(id);
+    return all.filter((e) => e.type === 2).length === 2 && all;
+  }, "a second snapshot");
+  const tail = events.slice(events.findIndex((e) => e.data.tag === "gap")).map((e) => e.type);
+  assert.deepEqual(tail.slice(0, 3), [5, 4, 2]);
+  const [gap] = customs(events, "gap");
+  assert.ok(gap.to - gap.from >= 200, JSON.stringify(gap));
+  assert.ok(customs(events, "big").length >= 16);
+  assert.match(await playable(t, events), /after the gap/);
+  await mark(page, 3);
+  await arrived(page, id);
+});
+
+test("what does not fit into sessionStorage is said to be missing", async (t) => {
+  embed("/quota", "<p id=p>quota");
+  const tracker = await (await fetch(`${h.url}/tracker.js`)).text();
+  pages["/quota"] = pages["/quota"].replace(/<script.*?<\/script>/, () => `<script data-endpoint="${h.url}">${tracker}</script>`);
+  const page = await visit(t, `${site}/quota`);
+  const id = await sessionOf(page);
+  await mark(page, 1);
+  await arrived(page, id);
+  await h.kill();
+  await page.evaluate(() => {
+    for (let i = 0; i < 300; i++) window.sessionReplay.event("big", `${i}`.padEnd(20_000, "x"));
+    document.getElementById("p").textContent = "changed";
+  });
+  await page.reload();
+  await h.start();
+  await mark(page, 1);
+  const events = await arrived(page, id);
+  assert.ok(customs(events, "gap").length > 0);
+  const kept = customs(events, "big").map((x) => parseInt(x, 10));
+  assert.ok(kept.length >= 50 && kept.length < 150, `${kept.length} kept`);
+  assert.deepEqual(kept, kept.map((_, i) => i));
+  await playable(t, events);
+});
+
+const secrets = {
+  typed: "SECRETtyped", password: "SECRETpassword", shown: "SECRETshown", area: "SECRETarea", note: "SECRETnote",
+  hidden: "SECREThidden", set: "SECRETset", cleared: "SECRETcleared", areaDefault: "SECRETareadefault", radio: "SECRETradio",
+  custom: "SECRETcustom", shadow: "SECRETshadow", masked: "SECRETmasked", title: "SECRETtitle", blocked: "SECRETblocked",
+  query: "SECRETquery", fragment: "SECRETfragment", link: "SECRETlink", action: "SECRETaction", style: "SECRETstyle",
+  meta: "SECRETmeta", handler: "SECREThandler", script: "SECRETscript", comment: "SECRETcomment", srcdoc: "SECRETsrcdoc",
+  noscript: "SECRETnoscript", data: "SECRETdata", design: "SECRETdesign", spa: "SECRETspa", own: "SECRETown", late: "SECRETlate",
+  optionally: "SECRETselector", pasted: "SECRETpasted", ignored: "SECRETignored", slider: "SECRETslider", referrer: "SECRETreferrer",
+  picture: "SECRETpicture", relative: "SECRETrelative", stack: "SECRETstack", framed: "SECRETframed", hiddenlate: "SECRETlatehidden",
+};
+
+const privatePage = (s) => `
+  <meta name="csrf" content="${s.meta}">
+  <p>What everybody may see</p>
+  <input id=typed><input id=password type=password><input id=shown type=password><textarea id=area></textarea>
+  <input type=hidden id=hidden value="${s.hidden}" data-copy="${s.data}"><input id=set><input id=cleared value="${s.cleared}">
+  <textarea id=areadefault>${s.areaDefault}</textarea>
+  <label><input type=radio name=r id=radio value="${s.radio}"> one</label><input type=checkbox id=check value="${s.radio}">
+  <input type=submit value="Send it"><input type=reset value="Start again">
+  <div id=note contenteditable><span contenteditable=false>${s.note}</span></div>
+  <div data-replay-mask title="${s.title}">${s.masked}<i aria-label="${s.title}"></i><div id=maskedhost></div></div>
+  <div class=own>${s.optionally}</div>
+  <div data-replay-block>${s.blocked}<b id=inblock></b><div id=blockedhost></div></div>
+  <input data-replay-ignore id=ignored>
+  <custom-field id=custom></custom-field>
+  <div id=slider role=slider aria-valuetext="${s.slider}"></div>
+  <a href="/x?token=${s.link}">link</a> <a href="#top">top</a> <a href="/x#access_token=${s.fragment}">fragment</a>
+  <a data-href="x?a=${s.relative}">relative</a>
+  <form action="/go?token=${s.action}"></form>
+  <img src="/picture?sig=${s.picture}"><div style="background: url(/b?sig=${s.style})" onclick="go('${s.handler}')"></div>
+  <style>p { background: url("/c?sig=${s.style}") }</style>
+  <script type="application/json">{"a": "${s.script}"}</script><!-- ${s.comment} -->
+  <noscript>${s.noscript}</noscript>
+  <iframe id=frame srcdoc="<input value='${s.srcdoc}'><div contenteditable>${s.srcdoc}</div>"></iframe>
+  <iframe id=design></iframe>
+  <div data-replay-mask><iframe id=framed srcdoc="<p>${s.framed}</p>"></iframe></div>`;
+
+test("what is private never leaves the page", async (t) => {
+  embed("/private", privatePage(secrets), 'data-mask-text=".own"');
+  pages["/from"] = `<a href="/private?token=${secrets.query}#access_token=${secrets.fragment}">go</a>`;
+  const page = await visit(t, `${site}/from?token=${secrets.referrer}`);
+  await page.click("a");
+  const id = await sessionOf(page);
+  await page.locator("#typed").pressSequentially(secrets.typed);
+  await page.locator("#password").pressSequentially(secrets.password);
+  await page.locator("#shown").pressSequentially(secrets.shown);
+  await page.locator("#area").pressSequentially(secrets.area);
+  await page.locator("#ignored").pressSequentially(secrets.ignored);
+  await page.click("#note");
+  await page.keyboard.type(secrets.note);
+  await page.fill("#cleared", "");
+  await page.fill("#areadefault", "");
+  await page.check("#radio");
+  await page.check("#check");
+  await page.evaluate((s) => {
+    const $ = (id) => document.getElementById(id);
+    $("shown").type = "text";
+    $("set").value = s.set;
+    $("set").setAttribute("value", s.set);
+    $("hidden").value = s.hiddenlate;
+    $("hidden").setAttribute("value", s.hiddenlate);
+    $("hidden").dataset.copy = s.data;
+    $("custom").setAttribute("value", s.custom);
+    $("areadefault").textContent = s.areaDefault;
+    $("slider").setAttribute("aria-valuetext", `${s.slider}2`);
+    for (const id of ["custom", "maskedhost", "blockedhost"]) $(id).attachShadow({ mode: "open" });
+    $("custom").shadowRoot.innerHTML = `<input value="${s.shadow}">`;
+    $("maskedhost").shadowRoot.append(s.masked);
+    $("blockedhost").shadowRoot.innerHTML = `<p>${s.blocked}</p>`;
+    const late = document.createElement("div");
+    late.innerHTML = `<textarea>${s.late}</textarea><input type=hidden value="${s.late}"><p data-replay-mask>${s.late}</p>
+      <div data-replay-block><p>${s.late}</p></div><a href="?x=${s.late}" title="x">late</a><b contenteditable>${s.late}</b>`;
+    document.body.append(late);
+    $("note").append(Object.assign(document.createElement("img"), { src: `data:image/png;base64,${s.pasted}`, alt: s.pasted }));
+    $("note").append(Object.assign(document.createElement("a"), { href: `https://${s.pasted}.test/`, textContent: s.pasted }));
+    const design = $("design").contentDocument;
+    design.designMode = "on";
+    design.body.textContent = s.design;
+    history.pushState(null, "", `/private?step=${s.spa}`);
+    setTimeout(() => {
+      $("maskedhost").shadowRoot.firstChild.data = `${s.masked}2`;
+      $("blockedhost").shadowRoot.firstChild.textContent = `${s.blocked}2`;
+      $("inblock").textContent = s.blocked;
+      late.querySelector("textarea").textContent = `${s.late}2`;
+      design.body.firstChild.data += "2";
+      document.querySelector(".own").firstChild.data += "2";
+      document.querySelector("[data-replay-mask]").title += "2";
+      document.querySelector("img").src += "&again=1";
+    }, 100);
+    setTimeout(() => { throw new Error(`see ${location.origin}/x?token=${s.stack}`); }, 150);
+  }, secrets);
+  await sleep(400);
+  await page.reload(); // the browser restores what was typed into the fields
+  await page.evaluate(() => history.replaceState(null, "", "/private"));
+  await mark(page, 1);
+  const events = await arrived(page, id);
+  await until(async () => (await h.sql("select 1 from session_errors")).length, "the error");
+
+  const stored = await everything();
+  for (const [what, secret] of Object.entries(secrets)) assert.ok(!stored.includes(secret), `${what} is stored: …${stored.slice(Math.max(0, stored.indexOf(secret) - 300), stored.indexOf(secret) + 50)}`);
+  assert.ok(!stored.includes("SECRET"), `…${stored.slice(Math.max(0, stored.indexOf("SECRET") - 300), stored.indexOf("SECRET") + 50)}`);
+  for (const shown of ["What everybody may see", "Send it", "Start again", '"navigation"', "custom-field"]) assert.ok(stored.includes(shown), shown);
+  const inputs = events.filter((e) => e.type === 3 && e.data.source === 5).map((e) => e.data.text);
+  assert.ok(inputs.includes("*".repeat(secrets.typed.length)), "typing is seen, as stars");
+  assert.ok(inputs.includes("********"), "of a password not even the length");
+  assert.match(await playable(t, events), /What everybody may see/);
+});
+
+test("allow-query keeps the query", async (t) => {
+  const page = await visit(t, embed("/query", "<a href='/x?page=2'>2</a>", "data-allow-query") + "?page=1");
+  const id = await sessionOf(page);
+  await mark(page, 1);
+  const events = await arrived(page, id);
+  assert.equal(events.find((e) => e.type === 4).data.href, `${site}/query?page=1`);
+  assert.ok(JSON.stringify(events).includes("/x?page=2"));
+});
+
+test("Global Privacy Control, consent, and samples", async (t) => {
+  const gpc = () => Object.defineProperty(Navigator.prototype, "globalPrivacyControl", { get: () => true });
+  const count = await sessionCount();
+  const used = (page) => page.evaluate(() => [sessionStorage.length, localStorage.length]);
+
+  let page = await visit(t, embed("/gpc", "<p>gpc"), { script: gpc });
+  await sleep(500);
+  assert.equal(await page.evaluate(() => window.sessionReplay.sessionId), null);
+  assert.deepEqual(await used(page), [0, 0]);
+  page = await visit(t, embed("/gpc2", "<p>gpc", "data-gpc=ignore"), { script: gpc });
+  await sessionOf(page);
+
+  page = await visit(t, embed("/consent", "<p>consent", "data-autostart=false"));
+  await sleep(500);
+  assert.equal(await page.evaluate(() => window.sessionReplay.sessionId), null);
+  assert.deepEqual(await used(page), [0, 0]);
+  await page.evaluate(() => window.sessionReplay.start({ user: "ann" }));
+  const id = await sessionOf(page);
+  await mark(page, 1);
+  await arrived(page, id);
+  assert.equal((await h.json(`/sessions/${id}`)).userId, "ann");
+  await page.evaluate(() => window.sessionReplay.stop());
+  await until(async () => !(await h.json(`/sessions/${id}`)).isActive, "the end of the session");
+  assert.equal(await page.evaluate(() => window.sessionReplay.sessionId), null);
+  const events = (await h.events(id)).length;
+  await page.evaluate(() => { document.body.append("after the end"); });
+  await sleep(700);
+  assert.equal((await h.events(id)).length, events);
+  await page.evaluate(() => window.sessionReplay.start());
+  assert.notEqual(await sessionOf(page), id);
+
+  page = await visit(t, embed("/none", "<p>none", "data-sample-rate=0"));
+  await sleep(300);
+  assert.equal(await page.evaluate(() => window.sessionReplay.sessionId), null);
+  page = await visit(t, embed("/all", "<p>all", "data-sample-rate=1 data-visitor=off"));
+  await sessionOf(page);
+  assert.equal((await used(page))[1], 0, "no visitor id");
+  let recorded = 0;
+  for (let i = 0; i < 20; i++) { // a tab keeps its lot
+    page = await visit(t, embed("/some", "<p>some", "data-sample-rate=0.5"));
+    const first = await page.evaluate(() => !!window.sessionReplay.sessionId || sessionStorage.getItem("session-replay:draw") < 0.5);
+    await page.reload();
+    assert.equal(await page.evaluate(() => sessionStorage.getItem("session-replay:draw") < 0.5), first);
+    recorded += first;
+    await page.context().close();
+  }
+  assert.ok(recorded > 1 && recorded < 19, `${recorded} of 20`);
+  assert.ok(await sessionCount() >= count + 4);
+});
+
+test("a malformed selector records nothing rather than too much", async (t) => {
+  const page = await visit(t, embed("/malformed", "<p>x", 'data-block-selector="div["'));
+  await sleep(400);
+  assert.equal(await page.evaluate(() => window.sessionReplay.sessionId), null);
+  assert.match(page.wrong.join(), /selector/);
+});
+
+test("errors, identify, and a page's own navigation", async (t) => {
+  const page = await visit(t, embed("/errors", "<p>errors", "data-user=ann"));
+  const id = await sessionOf(page);
+  await page.evaluate(() => {
+    setTimeout(() => { throw new TypeError("first"); });
+    Promise.reject(new Error("second"));
+    Promise.reject("third");
+    window.sessionReplay.identify("bob", { plan: "large" });
+    window.sessionReplay.event("loop", (() => { const a = {}; a.a = a; return a; })()); // cannot be serialized
+    history.pushState(null, "", "/errors/two?x=1");
+    history.replaceState(null, "", "/errors/two?x=2");
+    location.hash = "three";
+  });
+  await until(async () => (await h.json(`/sessions/${id}`)).errorCount === 3, "three errors");
+  const { errors } = await h.json(`/sessions/${id}/errors`);
+  const found = errors.map((e) => [e.kind, e.data.message ?? e.data.reason]).sort();
+  assert.deepEqual(found, [["javascript_error", "Uncaught TypeError: first"], ["promise_rejection", "second"], ["promise_rejection", "third"]]);
+  assert.match(errors.find((e) => e.kind === "javascript_error").data.stack, /TypeError: first\n/);
+  await mark(page, 1);
+  const events = await arrived(page, id);
+  assert.deepEqual(customs(events, "navigation").map((n) => n.href.slice(site.length)), ["/errors/two", "/errors/two#three"]);
+  const about = await h.json(`/sessions/${id}`);
+  assert.equal(about.userId, "bob");
+  assert.deepEqual(about.metadata.traits, { plan: "large" });
+});
+
+test("a viewer who joins gets a snapshot", async (t) => {
+  const page = await visit(t, embed("/joined", "<p>joined"));
+  const id = await sessionOf(page);
+  await mark(page, 1);
+  await arrived(page, id);
+  await page.evaluate(() => { for (let i = 0; i < 3000; i++) window.sessionReplay.event("noise", i); });
+  await sleep(1500);
+  const before = (await h.events(id)).filter((e) => e.type === 2).length;
+  const viewer = new (await wsOf(t))(`ws://${h.host}/ws?type=viewer`);
+  await viewer.opened;
+  viewer.send({ type: "viewer_join_session", data: { sessionId: id } });
+  const asked = await until(async () => (await h.events(id)).filter((e) => e.type === 2).length > before, "a snapshot", 3000).catch(() => false);
+  t.diagnostic(`the server ${asked ? "asked" : "did not ask"} for a snapshot`);
+});
+
+// wsOf gives a WebSocket class that runs in a blank page: node 20 has none.
+async function wsOf(t) {
+  const page = await visit(t, `${h.url}/demo`);
+  return class {
+    constructor(url) { this.opened = page.evaluate((u) => new Promise((done) => { window.ws = new WebSocket(u); window.ws.onopen = done; }).then(() => {}), url); }
+    send(message) { return page.evaluate((m) => window.ws.send(JSON.stringify(m)), message); }
+  };
+}
+
+test("a deleted session stops, and the next page begins another", async (t) => {
+  const page = await visit(t, embed("/deleted", "<p>deleted"));
+  const id = await sessionOf(page);
+  await mark(page, 1);
+  await arrived(page, id);
+  assert.equal((await fetch(`${h.url}/sessions/${id}`, { method: "DELETE" })).status, 204);
+  await until(() => page.evaluate(() => window.sessionReplay.sessionId === null), "the end of recording");
+  await page.reload();
+  const next = await sessionOf(page);
+  assert.notEqual(next, id);
+  page.marks = 0;
+  await mark(page, 1);
+  await playable(t, await arrived(page, next));
+});
+
+test("a session that the server does not know any more becomes another, whole", async (t) => {
+  const page = await visit(t, embed("/unknown", "<p id=p>unknown"));
+  const id = await sessionOf(page);
+  await mark(page, 1);
+  await arrived(page, id);
+  await h.kill();
+  await h.sql(`delete from session_events where session_id = '${id}'; delete from session_errors where session_id = '${id}'; delete from sessions where session_id = '${id}'`);
+  await page.evaluate(() => { document.getElementById("p").textContent = "known again"; });
+  await h.start();
+  const next = await until(async () => {
+    const now = await page.evaluate(() => window.sessionReplay.sessionId);
+    return now !== id && now;
+  }, "another session");
+  page.marks = 0;
+  await mark(page, 3);
+  const events = await arrived(page, next);
+  assert.deepEqual(events.slice(0, 2).map((e) => e.type), [4, 2]);
+  assert.match(await playable(t, events), /known again/);
+});
+
+test("frozen and resumed; back from the back/forward cache", async (t) => {
+  const page = await visit(t, embed("/frozen", "<p id=p>frozen"));
+  const id = await sessionOf(page);
+  await mark(page, 3);
+  const cdp = await page.context().newCDPSession(page);
+  await cdp.send("Page.setWebLifecycleState", { state: "frozen" });
+  await until(async () => (await h.json("/stats")).trackers === 0, "the end of the connection");
+  await cdp.send("Page.setWebLifecycleState", { state: "active" });
+  await mark(page, 3);
+  await arrived(page, id);
+
+  await page.evaluate(() => { window.here = true; });
+  await page.goto(embed("/other", "<p>other"));
+  await mark(page, 3);
+  await page.goBack();
+  const cached = await page.evaluate(() => window.here === true);
+  t.diagnostic(`the page ${cached ? "came" : "did not come"} from the back/forward cache`);
+  await page.evaluate(() => { document.getElementById("p").textContent = "thawed"; });
+  await mark(page, 3);
+  assert.equal(await sessionOf(page), id);
+  assert.match(await playable(t, await arrived(page, id)), /thawed/);
+  assert.deepEqual(page.wrong, []);
+});
+
+test("a page with a module loader, replaced globals and Prototype's toJSON", async (t) => {
+  pages["/hostile"] = `<!doctype html><script>
+    window.defined = [];
+    window.define = (...args) => { window.defined.push(args); };
+    window.define.amd = {};
+    window.exports = {}; window.module = { exports: {} };
+    Array.prototype.toJSON = function () { return "[broken]"; };
+    String.prototype.toJSON = function () { return "'" + this + "'"; };
+    window.handled = [];
+    window.onerror = (message) => { window.handled.push(message); return true; };
+    window.onunhandledrejection = () => false;
+    window.addEventListener = () => { throw new Error("this page listens to nothing"); };
+    JSON.stringify = () => "{}";
+  </script><script src="${h.url}/tracker.js"></script><script>
+    window.WebSocket = window.setTimeout = window.clearTimeout = undefined;
+    const sheet = document.head.appendChild(document.createElement("style")).sheet;
+    try { sheet.insertRule("no rule {"); window.threw = "nothing"; } catch (e) { window.threw = e.name; }
+    Promise.resolve().then(() => { throw new Error("rejected"); });
+    throw new Error("thrown");
+  </script><p>hostile`;
+  const page = await visit(t, `${site}/hostile`);
+  const id = await sessionOf(page);
+  await until(async () => (await h.json(`/sessions/${id}`)).errorCount === 2, "two errors");
+  const events = await until(async () => { const all = await h.events(id); return all.some((e) => e.type === 2) && all; }, "a snapshot");
+  assert.match(await playable(t, events), /hostile/);
+  assert.deepEqual(await page.evaluate(() => [window.defined.length, Object.keys(window.exports), Object.keys(window.module.exports),
+    window.threw, window.handled, typeof window.rrwebRecord, Object.hasOwn(Array.prototype, "toJSON")]),
+  [0, [], [], "SyntaxError", ["Uncaught Error: thrown"], "undefined", true]);
+  await page.evaluate(() => { document.body.append("still going"); for (let i = 0; i < 60; i++) document.body.append(i); });
+});
+
+test("an insecure origin, without Web Locks", async (t) => {
+  const url = embed("/insecure", "<p>insecure").replace("127.0.0.1", "insecure.test");
+  const page = await visit(t, url);
+  assert.equal(await page.evaluate(() => isSecureContext), false);
+  const id = await sessionOf(page);
+  await mark(page, 5);
+  await page.reload();
+  await mark(page, 5);
+  await arrived(page, id);
+  assert.deepEqual(page.wrong, []);
+});
+
+test("a frame inside a recorded page is in that page's recording", async (t) => {
+  const inner = embed("/inner", "<p>inside</p>");
+  const page = await visit(t, embed("/outer", `<p>outside</p><iframe src="${inner}"></iframe>`));
+  const id = await sessionOf(page);
+  const frame = page.frames().find((f) => f.url() === inner);
+  await sleep(500);
+  assert.equal(await frame.evaluate(() => window.sessionReplay.sessionId), null);
+  const events = await until(async () => { const all = await h.events(id); return JSON.stringify(all).includes("inside") && all; }, "the frame's text");
+  await playable(t, events);
+});
+
+test("the server's key", async (t) => {
+  await h.restart({ INGEST_KEY: "write-only" });
+  t.after(() => h.restart({ INGEST_KEY: "" }));
+  const wrong = await visit(t, embed("/nokey", "<p>nokey"));
+  const id = await sessionOf(wrong);
+  const page = await visit(t, embed("/key", "<p>key", "data-key=write-only"));
+  await mark(page, 1);
+  await arrived(page, await sessionOf(page));
+  assert.equal((await fetch(`${h.url}/sessions/${id}`)).status, 404);
+});
+
+test("the script is small, compressed and cacheable", async (t) => {
+  const answer = await fetch(`${h.url}/tracker.js`);
+  const body = Buffer.from(await answer.arrayBuffer());
+  const size = gzipSync(body, { level: 9 }).length;
+  t.diagnostic(`/tracker.js: ${body.length} bytes, ${size} with gzip -9`);
+  assert.ok(size < 32_000, `${size} bytes`);
+  assert.equal(answer.headers.get("content-encoding"), "gzip");
+  assert.match(answer.headers.get("cache-control"), /public, max-age=3600/);
+  assert.equal((await fetch(`${h.url}/tracker.js`, { headers: { "If-None-Match": answer.headers.get("etag") } })).status, 304);
+});
+
+test("what recording costs the demo page", async (t) => {
+  const page = await visit(t, `${h.url}/demo`);
+  await sessionOf(page);
+  await sleep(1000);
+  const cdp = await page.context().newCDPSession(page);
+  await cdp.send("Profiler.enable");
+  await cdp.send("Profiler.setSamplingInterval", { interval: 200 });
+
+  // measure gives the milliseconds a second that the profiler saw in tracker.js.
+  async function measure(act) {
+    const began = Date.now();
+    await cdp.send("Profiler.start");
+    await act();
+    const { profile } = await cdp.send("Profiler.stop");
+    const inTracker = new Set();
+    const walk = (node, inside) => { // what the recorder calls counts as the recorder's
+      const here = inside || node.callFrame.url.endsWith("/tracker.js");
+      if (here) inTracker.add(node.id);
+      for (const id of node.children ?? []) walk(byId.get(id), here);
+    };
+    const byId = new Map(profile.nodes.map((node) => [node.id, node]));
+    walk(profile.nodes[0], false);
+    const spent = profile.samples.reduce((sum, id, i) => sum + (inTracker.has(id) ? profile.timeDeltas[i] : 0), 0) / 1000;
+    return spent / ((Date.now() - began) / 1000);
+  }
+
+  const idle = await measure(() => sleep(3000));
+  const busy = await measure(async () => {
+    for (let i = 0; i < 6; i++) {
+      await page.click(`text=Add >> nth=${i}`);
+      await page.mouse.move(100 + 50 * i, 300, { steps: 20 });
+      await page.locator("[name=name]").pressSequentially("Somebody ");
+      await page.mouse.wheel(0, i % 2 ? -200 : 200);
+    }
+  });
+  t.diagnostic(`time in tracker.js: idle ${idle.toFixed(2)} ms a second, busy ${busy.toFixed(1)} ms a second`);
+  assert.ok(idle < 2, `${idle} ms a second on an idle page`);
+  assert.ok(busy < 60, `${busy} ms a second on a busy page`);
+});
