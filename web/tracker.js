@@ -1,26 +1,23 @@
-// tracker.js records the page that embeds it and sends the recording to the
-// server it came from. The server serves it behind rrweb's recorder, in one
-// function: rrwebRecord is a local name here, nothing else is shared.
+// tracker.js records the page that embeds it. The server serves it behind rrweb's
+// recorder, in one function: rrwebRecord is a local name here, no global.
 //
 //   <script src="https://replay.example.com/tracker.js" async data-user="ann"></script>
 //
-// Options, as data- attributes or in sessionReplay.start({…}):
-//   user            who this is; else a random visitor id, kept in localStorage
-//   visitor         "off": no visitor id
-//   key             the server's INGEST_KEY
-//   endpoint        the server's URL, if it is not where the script came from
-//   sample-rate     0 to 1: the share of tabs that are recorded (start: sampleRate)
-//   autostart       "false": record nothing until sessionReplay.start() (consent)
-//   gpc             "ignore": record in spite of Global Privacy Control
-//   mask-text       selector of what is masked as data-replay-mask is (maskText)
-//   block-selector  selector of what is left out as data-replay-block is (blockSelector)
-//   allow-query     keep the query strings of URLs (allowQuery)
+// Options, as data- attributes or, like maskText, in sessionReplay.start({…}):
+//   user, visitor    who this is; else a random id, unless visitor is "off"
+//   endpoint, key    the server, if not the script's; its INGEST_KEY
+//   sample-rate      0 to 1: the share of tabs that are recorded
+//   autostart        "false": nothing happens before sessionReplay.start() (consent)
+//   gpc              "ignore": record in spite of Global Privacy Control
+//   mask-text        selector of what is masked as by data-replay-mask
+//   block-selector   selector of what is left out as by data-replay-block
+//   allow-query      keep the query strings of URLs
 //
 // window.sessionReplay: start(options), stop(), identify(user, traits),
 // event(name, payload), sessionId.
 //
-// Two rules stand above the rest: what somebody typed never leaves the page, and
-// nothing that goes wrong here reaches it: each way in goes through safe().
+// What somebody typed never leaves the page; what goes wrong here never reaches
+// it: every way in goes through safe().
 (() => {
 "use strict";
 
@@ -36,7 +33,7 @@ const BUFFER = 8 << 20; // UTF-16 units of JSON that may wait for an ack, the ne
 const QUOTA = 2 << 20; // UTF-16 units of them in sessionStorage
 const IDLE_MS = 30 * 60_000; // a page that loads after this begins a new session
 const CHECKOUT_MS = 5 * 60_000;
-const ACK_MS = 60_000; // silence after which a connection is taken for dead
+const SILENCE_MS = 30_000; // without a session_ready or an ack: the connection is dead
 const RETRY_MS = 500, RETRY_MAX_MS = 30_000;
 const MAX_ERRORS = 100; // a page, so that a loop of errors cannot flood
 const STORE = "session-replay";
@@ -45,12 +42,13 @@ const STORE = "session-replay";
 const FULL = 2, INCREMENTAL = 3, META = 4, CUSTOM = 5;
 const MUTATION = 0, INPUT = 5;
 
-let options;
+let options = {};
 let wanted = false; // between start() and stop()
 let stopRecorder = null;
 let listeners = null; // an AbortController: ends every listener at once
 let session = null; // {id, resume, next, acked, started, at, entry, referrer, user, traits}
 let unlock = () => {};
+let turn = 0; // raised when a begin() that waits is of no use any more
 let held = []; // batches that are not acked: {seq (0: not sent yet), snap, text}
 let heldSize = 0;
 let notes = []; // errors that wait for a connection
@@ -60,34 +58,31 @@ let snapshotSize = 0; // of the newest full snapshot
 let fullSince = 0; // when the buffer was full, and recording stopped
 let socket = null, ready = false, readyAt = 0;
 let sent = 0; // how many of held went over this connection
-let retries = 0, retryTimer = 0, ackTimer = 0;
-let gapAt = 0, gaps = 0, renewals = 0;
+let retries = 0, retryTimer = 0, silence = 0, refusals = 0;
 
-function safe(f) {
-  return function (...args) {
-    try {
-      return f.apply(this, args);
-    } catch (error) {
-      console.debug("session-replay:", error);
-      return undefined;
-    }
-  };
-}
+const complain = (...what) => console.debug("session-replay:", ...what);
+
+const safe = (f) => (...args) => {
+  try {
+    return f(...args);
+  } catch (error) {
+    return complain(error);
+  }
+};
 
 // ── Privacy ──────────────────────────────────────────────────────────────────
-// rrweb masks the values of inputs as they change. What it lets through is
-// closed here, on the finished event, before anything keeps it: the value
-// attribute behind an emptied field, of hidden, radio and custom elements,
-// editable text, text directly in a shadow root, data- attributes that repeat
-// a value, srcdoc, handlers, tokens in meta elements, query strings.
+// rrweb masks what inputs show. The rest is closed here, on the finished event:
+// value attributes (behind an emptied field, of hidden, radio and custom
+// elements), editable text, shadow roots, data- attributes that repeat a value,
+// srcdoc, handlers, tokens in meta elements, query strings.
 
 let maskSelector, blockSelector;
 const IGNORED = "[data-replay-ignore], [data-replay-ignore] *";
 const CONTROLS = /^(input|textarea|select)$/;
 const OWN_VALUE = /^(button|option|li|progress|meter|data|param)$/; // their value attribute is the page's
-const URLS = /^(href|src|action|formaction|xlink:href|data|poster|cite|ping|background|srcset|imagesrcset|rr_src)$/;
+const URLS = /^(href|src|srcset|rr_src|action|formaction|xlink:href|data|poster)$/;
 const WORDS = /^(title|alt|placeholder|label|summary|aria-(label|description|placeholder|roledescription)|data-.*)$/;
-const ECHO = /^data-(?!replay-|rr-)/; // on a control: what scripts copy its value to
+const ECHO = /^data-(?!replay-|rr-)/; // on a control: where scripts copy its value
 
 const stars = (text) => text.replace(/\S/g, "*");
 const isButton = (el) => el.localName === "input" && /^(button|submit|reset|image)$/.test(el.type);
@@ -99,18 +94,18 @@ function maskValue(value, el) {
   return "*".repeat(value.length);
 }
 
-// cutQuery takes the query off a URL, and a fragment that carries values.
-// Pictures too: their URLs may be signed, and the viewer loads none from other hosts.
+// cutQuery cuts a URL's query, and a fragment that carries values. Of pictures
+// too: they may be signed, and the viewer loads none from other hosts.
 function cutQuery(url) {
   if (options.allowQuery || /^(data|blob):/i.test(url)) return url;
   const [, path, fragment] = /^([^?#]*)[^#]*#?([^?]*)/.exec(url);
   return path + (fragment && !fragment.includes("=") ? "#" + fragment : "");
 }
 
-// cutQueries does so for each absolute URL in a text: JSON, a style sheet in it,
-// a stack, where the line and column after the URL stay. The bound keeps a long
-// text without blanks from costing its length squared.
-const QUERIES = /(https?:\/\/[^\s"\\?#<>]{1,2048})\?[^\s"'\\<>()#]*?((?::\d+){0,2})(?=[\s"'\\<>()#]|$)/gi;
+// cutQueries does so for absolute URLs and url(…) in any JSON, style sheet or
+// stack (line and column stay). The bound: a long text without blanks would
+// cost its length squared.
+const QUERIES = /((?:https?:\/\/|url\((?!\\?["']?data:)\\?["']?)[^\s"\\?#<>]{1,2048})\?[^\s"'\\<>()#]*?((?::\d+){0,2})(?=[\s"'\\<>()#]|$)/gi;
 const cutQueries = (text) => (options.allowQuery || !text.includes("?") ? text : text.replace(QUERIES, "$1$2"));
 
 // outer is the element around a node, also out of a shadow tree or a frame.
@@ -241,24 +236,25 @@ function push(event) {
   pending.push(text);
   pendingSize += text.length;
   if (session) session.at = event.timestamp;
-  if (event.type === FULL) flush((snapshotSize = pendingSize));
-  else if (pending.length >= FLUSH_EVENTS) flush();
-  else if (!flushTimer) flushTimer = setTimeout(safe(flush), FLUSH_MS, 0);
+  const snap = event.type === FULL;
+  if (snap) snapshotSize = pendingSize;
+  if (snap || pending.length >= FLUSH_EVENTS) flush(snap);
+  else if (!flushTimer) flushTimer = setTimeout(safe(() => flush()), FLUSH_MS);
 }
 
-function flush(snap = 0) {
+function flush(snap = false) {
   clearTimeout(flushTimer);
   flushTimer = 0;
   if (!pending.length) return;
-  held.push({ seq: 0, snap: snap > 0, text: pending.join(",") });
+  held.push({ seq: 0, snap, text: pending.join(",") });
   heldSize += pendingSize;
   pending = [];
   pendingSize = 0;
   transmit();
 }
 
-// When the buffer is full recording stops: what is held stays playable. It goes
-// on with a fresh snapshot once half of it is acked, and says that there is a gap.
+// A full buffer stops the recorder: what is held stays playable. When half of it
+// is acked recording goes on, with a word about the gap and a fresh snapshot.
 function bufferFull() {
   fullSince = Date.now();
   flush();
@@ -273,7 +269,7 @@ function goOn() {
   startRecorder();
 }
 
-let lastHref;
+let lastHref, watching = false;
 function noteNavigation() {
   const href = cutQuery(location.href);
   if (href === lastHref) return;
@@ -281,27 +277,25 @@ function noteNavigation() {
   push(customEvent("navigation", { href }));
 }
 
+// watchHistory stays for good: other scripts may have wrapped what it wrapped.
 function watchHistory() {
   lastHref = cutQuery(location.href);
+  if (watching) return;
+  watching = true;
   for (const name of ["pushState", "replaceState"]) {
     const original = history[name];
-    const wrapped = history[name] = function (...args) {
+    history[name] = function (...args) {
       const result = original.apply(this, args);
-      if (!listeners.signal.aborted) safe(noteNavigation)();
+      if (wanted) safe(noteNavigation)();
       return result;
     };
-    // Another script may have wrapped ours since; then ours stays, and does nothing.
-    listeners.signal.addEventListener("abort", () => { if (history[name] === wrapped) history[name] = original; });
   }
 }
 
-function noteError(type, data, error) {
+function noteError(type, error, data) {
   if (++noted > MAX_ERRORS) return;
-  const trim = (text) => cutQueries(String(text)).slice(0, 8192);
-  for (const key of Object.keys(data)) if (typeof data[key] === "string") data[key] = trim(data[key]);
-  if (error && error.stack) data.stack = trim(error.stack);
-  data.url = cutQuery(location.href);
-  data.timestamp = Date.now();
+  Object.assign(data, { stack: error && error.stack, url: cutQuery(location.href), timestamp: Date.now() });
+  for (const key of Object.keys(data)) if (typeof data[key] === "string") data[key] = cutQueries(data[key]).slice(0, 8192);
   notes.push(toText({ type, data }));
   transmit();
 }
@@ -311,11 +305,11 @@ function listen() {
   // The prototype's own, because pages replace window.addEventListener too.
   const on = (target, type, f, capture = false) =>
     EventTarget.prototype.addEventListener.call(target, type, safe(f), { capture, signal: listeners.signal });
-  on(window, "error", (e) => {
-    if (e.message) noteError("javascript_error", { message: e.message, filename: e.filename, lineno: e.lineno, colno: e.colno }, e.error);
+  on(window, "error", ({ message, filename, lineno, colno, error }) => {
+    if (message) noteError("javascript_error", error, { message, filename, lineno, colno });
   });
   on(window, "unhandledrejection", ({ reason }) => {
-    noteError("promise_rejection", { reason: reason && reason.message ? reason.message : String(reason) }, reason);
+    noteError("promise_rejection", reason, { reason: String(reason && reason.message || reason) });
   });
   on(window, "popstate", noteNavigation);
   on(window, "hashchange", noteNavigation);
@@ -328,19 +322,21 @@ function listen() {
   on(window, "pageshow", (e) => { if (e.persisted) comeBack(); }, true);
   on(document, "freeze", () => { keep(); disconnect(); }, true);
   on(document, "resume", connect, true);
-  on(window, "online", () => { if (!socket) connect(); });
+  on(window, "online", () => { if (!ready) { disconnect(); connect(); } });
   on(window, "offline", () => { disconnect(); retry(); });
   watchHistory();
 }
 
 // ── The tab's session ────────────────────────────────────────────────────────
-// sessionStorage carries it over reloads and navigations. A duplicated tab gets
-// a copy of that; a Web Lock tells which of the two may go on with the session.
-// (Without Web Locks, on an insecure origin, the duplicate takes the session
-// over, the server closes the other's connection, and that one stops.)
+// sessionStorage carries it over reloads and navigations. A duplicated tab has a
+// copy of that; a Web Lock tells which of the two goes on with the session.
+// Without Web Locks (insecure origins) the duplicate takes it over: the server
+// closes the other's connection, and that one stops.
 
 const newId = () => (crypto.randomUUID ? crypto.randomUUID()
   : Array.from(crypto.getRandomValues(new Uint8Array(16)), (b) => b.toString(16).padStart(2, "0")).join(""));
+
+const sizeOf = (batches) => batches.reduce((sum, batch) => sum + batch.text.length, 0);
 
 function load() {
   try {
@@ -355,13 +351,15 @@ function load() {
 // that what does not fit is missed there, and said to be a gap.
 function keep() {
   flush();
-  if (!session) return;
-  for (const batch of held) if (!batch.seq) batch.seq = session.next++;
+  const stored = session || load(); // no session yet: add to what the page before this one kept
+  if (!stored) return;
+  const all = session ? held : (stored.held || []).concat(held);
+  if (session) for (const batch of all) batch.seq ||= session.next++;
   let room = QUOTA;
-  const fitting = held.filter((batch) => (room -= batch.text.length) >= 0); // the oldest, without a hole
+  const fitting = all.filter((batch) => (room -= batch.text.length) >= 0); // the oldest, without a hole
   for (const some of [fitting, []]) {
     try {
-      sessionStorage.setItem(STORE, toText({ ...session, held: some, notes }));
+      sessionStorage.setItem(STORE, toText({ ...stored, held: some, notes }));
       return;
     } catch { /* the page has used the space, or there is none */ }
   }
@@ -371,10 +369,12 @@ const forget = safe(() => sessionStorage.removeItem(STORE));
 
 function lock(id) {
   if (!navigator.locks) return Promise.resolve(true);
+  const mine = turn;
   return new Promise((done) => {
     navigator.locks.request(`${STORE}:${id}`, { ifAvailable: true }, (got) => {
-      done(got !== null);
-      return got && new Promise((release) => { unlock = release; });
+      const held = got !== null && mine === turn;
+      done(held);
+      return held && new Promise((release) => { unlock = release; });
     }).catch(() => done(true)); // no locks here: as if there were no API
   });
 }
@@ -398,11 +398,12 @@ function newSession() {
 
 // begin finds the tab's session, while the recorder already fills held.
 async function begin() {
+  const mine = ++turn;
   const { held: before = [], notes: said = [], ...stored } = await claim() || {};
-  if (!wanted) return;
+  if (mine !== turn) return; // left or stopped meanwhile
   held = before.concat(held);
   notes = said.concat(notes);
-  heldSize = held.reduce((sum, batch) => sum + batch.text.length, 0);
+  heldSize = sizeOf(held);
   session = stored.id ? stored : newSession();
   session.user = options.user || session.user || visitor();
   session.traits = { ...session.traits, ...options.traits };
@@ -412,16 +413,21 @@ async function begin() {
 function leave() {
   keep();
   disconnect();
+  letGo();
+}
+
+function letGo() {
+  turn++;
   unlock();
 }
 
-// comeBack continues in a page from the back/forward cache: the pages that were
-// visited since may have gone on with the session.
+// comeBack is for a page from the back/forward cache: others may have gone on
+// with the session since.
 function comeBack() {
   session = null;
   held = [];
   notes = [];
-  begin().catch(() => {});
+  begin().catch(complain);
   takeSnapshot();
 }
 
@@ -466,12 +472,18 @@ function connect() {
   opened.onopen = safe(() => { if (opened === socket) sayStart(); });
   opened.onmessage = safe((e) => { if (opened === socket) receive(JSON.parse(e.data)); });
   opened.onclose = safe((e) => { if (opened === socket) closed(e.code); });
+  watch();
+}
+
+// watch gives the connection up when the server owes an answer for too long.
+function watch() {
+  clearTimeout(silence);
+  if (socket && (!ready || held.length)) silence = setTimeout(safe(() => { disconnect(); retry(); }), SILENCE_MS);
 }
 
 function disconnect() {
   clearTimeout(retryTimer);
-  clearTimeout(ackTimer);
-  ackTimer = 0;
+  clearTimeout(silence);
   const closing = socket;
   socket = null;
   ready = false;
@@ -490,17 +502,17 @@ function closed(code) {
   if (ready && Date.now() - readyAt > 10_000) retries = 0;
   disconnect();
   if (code === 4001) halt(); // another page has the session, and its storage
-  else if (code === 4004 || code === 1009) { forget(); halt(); }
+  else if (code === 4004 || code === 1009) halt(forget());
   else retry();
 }
 
-// halt ends recording until the next page load.
+// halt ends recording, until the next page load unless start() is called.
 function halt() {
   wanted = false;
   endRecorder();
   if (listeners) listeners.abort();
   disconnect();
-  unlock();
+  letGo();
   clearTimeout(flushTimer);
   session = null;
   held = [], pending = [], notes = [];
@@ -522,6 +534,7 @@ function started({ sessionId, resume, lastSeq }) {
   ready = true;
   readyAt = Date.now();
   transmit();
+  watch();
   goOn();
 }
 
@@ -533,24 +546,23 @@ function startOver(id, lastSeq) {
   lock(id);
   const first = held.findIndex((batch) => batch.snap);
   held = first < 0 ? [] : held.slice(first);
-  heldSize = 0;
-  for (const batch of held) { batch.seq = 0; heldSize += batch.text.length; }
+  heldSize = sizeOf(held);
+  for (const batch of held) batch.seq = 0;
   Object.assign(session, { id, next: lastSeq + 1, acked: lastSeq, started: Date.now() });
   sent = 0;
   if (first < 0) takeSnapshot();
 }
 
-// align makes what is held go on where the server stands. Numbers that were
-// given to batches which are no longer here (they did not fit into storage) are
-// used up with a word about the gap; the page after them has a snapshot.
+// align makes what is held go on where the server stands. Numbers of batches
+// that did not fit into storage are used up with a word about the gap; the page
+// after them has a snapshot.
 function align(lastSeq) {
   drop(lastSeq);
   const first = held.length && held[0].seq || session.next;
   const missing = [];
   for (let seq = lastSeq + 1; seq < first; seq++) missing.push({ seq, snap: false, text: toText(customEvent("gap", {})) });
-  if (missing.length > 1000) return startOver(newId(), 0);
   held = missing.concat(held);
-  heldSize += missing.reduce((sum, batch) => sum + batch.text.length, 0);
+  heldSize = sizeOf(held);
   session.next = Math.max(session.next, lastSeq + 1);
   sent = 0;
 }
@@ -565,40 +577,36 @@ function drop(seq) {
 
 function acked(seq) {
   drop(seq);
-  retries = gaps = 0;
-  clearTimeout(ackTimer);
-  ackTimer = 0;
+  retries = refusals = 0;
+  watch();
   transmit();
   goOn();
 }
 
 function transmit() {
   if (!ready) return;
+  if (!sent && held.length) watch();
   for (; sent < held.length; sent++) {
     const batch = held[sent];
     batch.seq ||= session.next++;
     socket.send(`{"type":"events_batch","data":{"seq":${batch.seq},"events":[${batch.text}]}}`);
   }
   for (const note of notes.splice(0)) socket.send(note);
-  if (held.length && !ackTimer) ackTimer = setTimeout(safe(() => { disconnect(); retry(); }), ACK_MS);
 }
 
-function refused({ code, message, expected }) {
-  if (code === "sequence_gap") {
-    if (Date.now() - gapAt < 2000) return; // about one of the batches behind the first
-    gapAt = Date.now();
-    if (++gaps > 3) return renew();
-    align(expected - 1);
-    transmit();
+function refused({ code, message }) {
+  if (/^(session_full|session_deleted|too_large)$/.test(code)) halt(forget());
+  else if (/^(sequence_gap|too_many_sessions|unavailable)$/.test(code)) { // a new connection says where we stand
+    disconnect();
+    retries = Math.max(retries, 3);
+    retry();
   } else if (code === "not_stored") renew();
-  else if (code === "session_full" || code === "session_deleted" || code === "too_large") { forget(); halt(); }
-  else if (code === "too_many_sessions" || code === "unavailable") { disconnect(); retries = Math.max(retries, 3); retry(); }
-  else console.debug("session-replay: the server said", code, message);
+  else complain(code, message);
 }
 
 // renew begins another session, because the server cannot go on with this one.
 function renew() {
-  if (++renewals > 3) { forget(); return halt(); }
+  if (++refusals > 3) return halt(forget());
   startOver(newId(), 0);
   session.resume = "";
   ready = false;
@@ -608,15 +616,13 @@ function renew() {
 // ── window.sessionReplay ─────────────────────────────────────────────────────
 
 function readOptions(given) {
-  const all = { ...(script && script.dataset), ...given };
-  const base = script && script.src || location.href;
-  const url = all.endpoint ? new URL(all.endpoint, base) : new URL("ws", base); // beside the script
-  if (all.endpoint && !url.pathname.endsWith("/ws")) url.pathname = url.pathname.replace(/\/?$/, "/ws");
+  const all = { ...(script && script.dataset), ...options, ...given };
+  const base = all.endpoint ? all.endpoint.replace(/(\/ws)?\/?$/, "/") : script && script.src || "";
+  const url = new URL("ws", new URL(base, location.href)); // beside the script
   url.protocol = url.protocol.replace("http", "ws");
   url.search = "?type=tracker" + (all.key ? "&key=" + encodeURIComponent(all.key) : "");
-  url.hash = "";
   all.url = url.href;
-  all.allowQuery = "allowQuery" in all && String(all.allowQuery) !== "false";
+  all.allowQuery = String(all.allowQuery ?? false) !== "false";
   return all;
 }
 
@@ -645,17 +651,15 @@ function start(given) {
   if (wanted || !Socket || isInRecordedPage()) return;
   options = readOptions(given);
   if (navigator.globalPrivacyControl && options.gpc !== "ignore") return;
-  maskSelector = "[data-replay-mask], textarea, [contenteditable]:not([contenteditable=false i])" + (options.maskText ? ", " + options.maskText : "");
-  blockSelector = "[data-replay-block]" + (options.blockSelector ? ", " + options.blockSelector : "");
+  const join = (selector, more) => (more ? `${selector}, ${more}` : selector);
+  maskSelector = join("[data-replay-mask], textarea, [contenteditable]:not([contenteditable=false i])", options.maskText);
+  blockSelector = join("[data-replay-block]", options.blockSelector);
   document.querySelector(`${maskSelector}, ${blockSelector}`); // throws if one is malformed: then nothing is recorded
   if (!sampled()) return;
-  if (document.prerendering) {
-    document.addEventListener("prerenderingchange", safe(() => start(given)), { once: true });
-    return;
-  }
+  if (document.prerendering) return document.addEventListener("prerenderingchange", safe(() => start(given)), { once: true });
   wanted = true;
   listen();
-  begin().catch((error) => console.debug("session-replay:", error));
+  begin().catch(complain);
   startRecorder();
 }
 
@@ -669,10 +673,10 @@ function stop() {
 }
 
 function identify(user, traits) {
-  if (!options) options = {};
-  options.user = user;
-  options.traits = { ...options.traits, ...traits };
-  if (session) Object.assign(session, { user, traits: { ...session.traits, ...traits } });
+  for (const known of [options, session || {}]) {
+    known.user = user || known.user;
+    known.traits = { ...known.traits, ...traits };
+  }
   if (ready) sayStart();
 }
 
