@@ -16,6 +16,7 @@ import (
 	"net"
 	"net/http"
 	"path"
+	"regexp"
 	"strconv"
 	"strings"
 	"sync"
@@ -568,6 +569,9 @@ func newAsset(name string, body []byte) asset {
 	return asset{body, zipped.Bytes(), types[path.Ext(name)] + "; charset=utf-8", `"` + hex.EncodeToString(sum[:8]) + `"`}
 }
 
+// comments are the lines of a script that visitors need not download.
+var comments = regexp.MustCompile(`(?m)^\s*//.*\n`)
+
 // loadAssets reads the embedded files by their base names, and puts the tracker
 // together: rrweb's recorder and ours, in a function of their own, so that the
 // recorder's bundle finds neither the page's globals nor its module loader.
@@ -584,7 +588,7 @@ func loadAssets() (files map[string]asset, bundled bool) {
 	script := []byte(`console.warn("session-replay: the recorder was not bundled: run 'make web' and build again");`)
 	if bundled {
 		script = []byte("(function(){var module={exports:{}},exports=module.exports,define;" + string(recorder.body) +
-			"\n;var rrwebRecord=module.exports;" + string(files["tracker.js"].body) + "})();")
+			"\n;var rrwebRecord=module.exports;" + comments.ReplaceAllString(string(files["tracker.js"].body), "") + "})();")
 	}
 	files["tracker.js"] = newAsset("tracker.js", script)
 	return files, bundled
