@@ -15,8 +15,10 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/url"
 	"path"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -33,6 +35,8 @@ type server struct {
 	store     *store
 	budget    *budget
 	metrics   *metrics
+	writers   []*writer
+	access    *access
 	admission *admission
 	logs      *logs
 	log       *slog.Logger
@@ -43,28 +47,125 @@ type server struct {
 	open sync.Map        // of *conn: those to be told when the server stops
 }
 
-// routes are all that the server answers.
+// route is a pattern of net/http, for whom it is, and what answers.
+type route struct {
+	pattern string
+	who     who
+	handle  http.HandlerFunc
+}
+
+// table is all that the server answers.
+func (s *server) table() []route {
+	return []route{
+		{"GET /{$}", browsers, s.handleRoot},
+		{"GET /ws", sockets, s.handleWebSocket},
+		{"GET /health", anyone, s.handleHealth},
+		{"GET /stats", viewers, s.handleStats},
+		{"GET /metrics", scrapers, s.handleMetrics},
+		{"GET /sessions", viewers, s.handleSessions},
+		{"GET /sessions/active", viewers, s.handleActive},
+		{"GET /sessions/{id}", viewers, s.handleSession},
+		{"GET /sessions/{id}/events", viewers, s.handleEvents},
+		{"GET /sessions/{id}/errors", viewers, s.handleErrors},
+		{"GET /sessions/{id}/chunks/{index}", viewers, s.handleChunk},
+		{"DELETE /sessions/cleanup", viewers, s.handleCleanup},
+		{"DELETE /sessions/{id}", viewers, s.handleDelete},
+		{"GET /view/{id}", browsers, s.handleView},
+		{"POST /signin", visitors, s.handleSignIn},
+		{"POST /signout", visitors, s.handleSignOut},
+		{"GET /demo", anyone, s.handleDemo},
+		{"GET /demo/{page}", anyone, s.handleDemo},
+		{"GET /assets/{file}", anyone, s.handleAsset},
+		{"GET /tracker.js", anyone, s.handleTracker},
+	}
+}
+
 func (s *server) routes() http.Handler {
 	mux := http.NewServeMux()
-	mux.HandleFunc("GET /{$}", s.handleRoot)
-	mux.HandleFunc("GET /ws", s.handleWebSocket)
-	mux.HandleFunc("GET /health", s.handleHealth)
-	mux.HandleFunc("GET /stats", s.handleStats)
-	mux.HandleFunc("GET /sessions", s.handleSessions)
-	mux.HandleFunc("GET /sessions/active", s.handleActive)
-	mux.HandleFunc("GET /sessions/{id}", s.handleSession)
-	mux.HandleFunc("GET /sessions/{id}/events", s.handleEvents)
-	mux.HandleFunc("GET /sessions/{id}/errors", s.handleErrors)
-	mux.HandleFunc("GET /sessions/{id}/chunks/{index}", s.handleChunk)
-	mux.HandleFunc("DELETE /sessions/cleanup", s.handleCleanup)
-	mux.HandleFunc("DELETE /sessions/{id}", s.handleDelete)
-	mux.HandleFunc("GET /view/{id}", s.handleView)
-	mux.HandleFunc("GET /demo", s.handleDemo)
-	mux.HandleFunc("GET /demo/{page}", s.handleDemo)
-	mux.HandleFunc("GET /assets/{file}", s.handleAsset)
-	mux.HandleFunc("GET /tracker.js", s.handleTracker)
-	mux.HandleFunc("/", s.handleElse(mux))
+	for _, route := range s.table() {
+		mux.HandleFunc(route.pattern, s.guard(route))
+	}
+	mux.HandleFunc("/", s.guard(route{"/", anyone, s.handleElse(mux)}))
 	return s.recovered(mux)
+}
+
+// guard lets in whom the route is for. Whoever comes to a page by a link with
+// the token gets the cookie, and the page's URL without it.
+func (s *server) guard(route route) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		h := w.Header()
+		h.Set("X-Content-Type-Options", "nosniff")
+		h.Set("Vary", "Origin")
+		if origin := r.Header.Get("Origin"); slices.Contains(s.access.viewerOrigins, origin) {
+			h.Set("Access-Control-Allow-Origin", origin)
+		}
+		if d := s.access.admit(route.who, r); d != nil {
+			s.deny(w, r, route.who == browsers && isBrowser(r), d)
+			return
+		}
+		if query := r.URL.Query(); route.who == browsers && isBrowser(r) && query.Has("token") {
+			query.Del("token")
+			s.access.signIn(w, r, signInAge)
+			h.Set("Referrer-Policy", "no-referrer")
+			http.Redirect(w, r, (&url.URL{Path: r.URL.Path, RawPath: r.URL.RawPath, RawQuery: query.Encode()}).String(), http.StatusSeeOther)
+			return
+		}
+		route.handle(w, r)
+	}
+}
+
+func isBrowser(r *http.Request) bool { return strings.Contains(r.Header.Get("Accept"), "text/html") }
+
+// deny answers who is not let in; with page, by the sign-in page.
+func (s *server) deny(w http.ResponseWriter, r *http.Request, page bool, d *denial) {
+	s.metrics.refuse(d.reason)
+	h := w.Header()
+	if d.wait > 0 {
+		h.Set("Retry-After", strconv.Itoa(int((d.wait+time.Second-1)/time.Second)))
+	}
+	if d.status == http.StatusUnauthorized {
+		h.Set("WWW-Authenticate", "Bearer")
+		if _, err := r.Cookie(s.access.cookieName); err == nil {
+			s.access.signIn(w, r, -1) // of another token: the browser need not try it again
+		}
+	}
+	file, ok := s.files["signin.html"]
+	if !page || !ok || d.status != http.StatusUnauthorized {
+		s.fail(w, r, d.status, d.message, nil)
+		return
+	}
+	if r.Header.Get("Sec-Fetch-Site") == "cross-site" {
+		h.Set("Refresh", "0") // the cookie comes with requests of this site's own pages only: this is one now
+	}
+	h.Set("Content-Security-Policy", viewerPolicy)
+	h.Set("Content-Type", file.contentType)
+	h.Set("Cache-Control", "no-store")
+	w.WriteHeader(d.status)
+	w.Write(file.body)
+}
+
+const signInAge = 30 * 24 * 60 * 60 // seconds
+
+func (s *server) handleSignIn(w http.ResponseWriter, r *http.Request) {
+	var body struct{ Token string }
+	if err := json.NewDecoder(http.MaxBytesReader(w, r.Body, 4<<10)).Decode(&body); err != nil {
+		s.fail(w, r, http.StatusBadRequest, `the body must be {"token": …}`, nil)
+		return
+	}
+	if d := s.access.judge(r, s.access.open || same(body.Token, s.access.token)); d != nil {
+		s.deny(w, r, false, d)
+		return
+	}
+	s.access.signIn(w, r, signInAge)
+	w.WriteHeader(http.StatusNoContent)
+}
+
+// handleSignOut takes the cookie away, and the recordings that the browser has
+// kept.
+func (s *server) handleSignOut(w http.ResponseWriter, r *http.Request) {
+	s.access.signIn(w, r, -1)
+	w.Header().Set("Clear-Site-Data", `"cache"`)
+	w.WriteHeader(http.StatusNoContent)
 }
 
 // recovered writes down a handler's panic and answers for it.
@@ -86,6 +187,14 @@ func (s *server) recovered(next http.Handler) http.Handler {
 // handleElse answers what no route takes: 405 where another method would do.
 func (s *server) handleElse(mux *http.ServeMux) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
+		h := w.Header()
+		if r.Method == http.MethodOptions && h.Get("Access-Control-Allow-Origin") != "" { // a page of VIEWER_ORIGINS asks before it asks
+			h.Set("Access-Control-Allow-Methods", "GET, DELETE")
+			h.Set("Access-Control-Allow-Headers", "Authorization")
+			h.Set("Access-Control-Max-Age", "600")
+			w.WriteHeader(http.StatusNoContent)
+			return
+		}
 		var allowed []string
 		for _, method := range []string{"GET", "POST", "DELETE"} {
 			other := r.Clone(r.Context())
@@ -98,7 +207,7 @@ func (s *server) handleElse(mux *http.ServeMux) http.HandlerFunc {
 			s.fail(w, r, http.StatusNotFound, "no such page", nil)
 			return
 		}
-		w.Header().Set("Allow", strings.Join(allowed, ", "))
+		h.Set("Allow", strings.Join(allowed, ", "))
 		s.fail(w, r, http.StatusMethodNotAllowed, "method not allowed", nil)
 	}
 }
@@ -123,6 +232,9 @@ func (s *server) failQuery(w http.ResponseWriter, r *http.Request, err error) {
 	if errors.Is(err, errNotFound) {
 		s.fail(w, r, http.StatusNotFound, "no such session", nil)
 		return
+	}
+	if r.Context().Err() == nil { // otherwise it is the client that left
+		s.metrics.databaseErrors.Add(1)
 	}
 	s.fail(w, r, http.StatusServiceUnavailable, "the database does not answer", err)
 }
@@ -152,10 +264,9 @@ func (s *server) handleWebSocket(w http.ResponseWriter, r *http.Request) {
 		s.fail(w, r, http.StatusBadRequest, `type must be "tracker" or "viewer"`, nil)
 		return
 	}
-	addr := clientAddr(r)
-	if !s.admission.enter(addr) {
-		s.metrics.refuse("connections")
-		s.fail(w, r, http.StatusServiceUnavailable, "too many connections", nil)
+	addr := s.access.address(r)
+	if d := s.admission.enter(addr); d != nil {
+		s.deny(w, r, false, d)
 		return
 	}
 	h := &hijacker{ResponseWriter: w}
@@ -329,7 +440,7 @@ func (s *server) handleChunk(w http.ResponseWriter, r *http.Request) {
 	h := w.Header()
 	h.Set("Content-Type", "application/json; charset=utf-8")
 	h.Set("Cache-Control", "private, max-age=31536000, immutable")
-	h.Set("Vary", "Accept-Encoding")
+	h.Add("Vary", "Accept-Encoding")
 	if !strings.Contains(r.Header.Get("Accept-Encoding"), "gzip") {
 		if data, err = gunzip(data, 4*len(data)); err != nil {
 			s.fail(w, r, http.StatusInternalServerError, "the chunk is damaged", err)
@@ -523,9 +634,17 @@ func (s *server) stats() hubStats {
 
 func (s *server) uptime() int64 { return time.Since(s.started).Milliseconds() }
 
+// handleHealth tells everyone how the server is, and viewers what it does.
 func (s *server) handleHealth(w http.ResponseWriter, r *http.Request) {
-	st := s.stats()
 	status, code := "healthy", http.StatusOK
+	if s.access.admit(viewers, r) != nil {
+		if s.store.ping(r.Context()) != nil {
+			status, code = "unhealthy", http.StatusServiceUnavailable
+		}
+		s.write(w, code, map[string]string{"status": status})
+		return
+	}
+	st := s.stats()
 	t, err := s.store.totals(r.Context())
 	if err != nil {
 		status, code = "unhealthy", http.StatusServiceUnavailable
@@ -543,7 +662,7 @@ func (s *server) handleStats(w http.ResponseWriter, r *http.Request) {
 	s.write(w, http.StatusOK, map[string]any{
 		"totalClients": st.trackers + st.viewers, "activeSessions": st.live, "viewers": st.viewers, "trackers": st.trackers,
 		"totalEvents": st.events, "uptime": s.uptime(),
-		"refusedSessions": s.metrics.refusedSessions.Load(), "viewersLagged": s.metrics.viewersLagged.Load(),
+		"refusedSessions": s.metrics.refusedSessions.Load(), "viewersLagged": s.metrics.viewersLagged.Load(), "refusals": s.metrics.refused(),
 	})
 }
 
@@ -602,10 +721,9 @@ func (s *server) serve(w http.ResponseWriter, r *http.Request, name, cache strin
 	}
 	h := w.Header()
 	h.Set("Content-Type", a.contentType)
-	h.Set("X-Content-Type-Options", "nosniff")
 	h.Set("Cache-Control", cache)
 	h.Set("ETag", a.etag)
-	h.Set("Vary", "Accept-Encoding")
+	h.Add("Vary", "Accept-Encoding")
 	if r.Header.Get("If-None-Match") == a.etag {
 		w.WriteHeader(http.StatusNotModified)
 		return
@@ -635,7 +753,7 @@ func (s *server) page(w http.ResponseWriter, r *http.Request, name, policy strin
 }
 
 func (s *server) handleRoot(w http.ResponseWriter, r *http.Request) {
-	if strings.Contains(r.Header.Get("Accept"), "text/html") {
+	if isBrowser(r) {
 		s.page(w, r, "index.html", viewerPolicy)
 		return
 	}
@@ -643,7 +761,7 @@ func (s *server) handleRoot(w http.ResponseWriter, r *http.Request) {
 		"name": "session-replay", "version": version(),
 		"endpoints": map[string]string{"websocket": "/ws", "health": "/health", "stats": "/stats", "activeSessions": "/sessions/active",
 			"sessionEvents": "/sessions/:sessionId/events", "cleanup": "/sessions/cleanup"},
-		"documentation": "README.md",
+		"documentation": "README.md", "signedIn": s.access.signedIn(r),
 	})
 }
 

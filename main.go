@@ -16,7 +16,9 @@ package main
 
 import (
 	"bufio"
+	"cmp"
 	"context"
+	"crypto/tls"
 	"errors"
 	"flag"
 	"fmt"
@@ -24,12 +26,15 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/netip"
 	"net/url"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"runtime/debug"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -54,12 +59,14 @@ func main() {
 func run(ctx context.Context, args []string, getenv func(string) string, stdout, stderr io.Writer) error {
 	flags := flag.NewFlagSet("session-replay", flag.ContinueOnError)
 	flags.SetOutput(stderr)
-	printVersion := flags.Bool("version", false, "print the version and exit")
+	printVersion := flags.Bool("version", false, "print what was built, and exit")
+	checkOnly := flags.Bool("check", false, "read the settings, connect to the database, print what the server would do, and exit")
 	if err := flags.Parse(args); err != nil {
 		return err
 	}
 	if *printVersion {
-		fmt.Fprintln(stdout, "session-replay", version())
+		info, _ := debug.ReadBuildInfo()
+		fmt.Fprintf(stdout, "session-replay %s\n%v", version(), info)
 		return nil
 	}
 	env, err := withDotEnv(getenv, ".env")
@@ -69,6 +76,9 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 	cfg, err := loadConfig(env)
 	if err != nil {
 		return err
+	}
+	if *checkOnly {
+		return check(cfg, stdout)
 	}
 	if env("GOGC") == "" {
 		debug.SetGCPercent(50) // idle connections take a tenth less memory; ingest does not feel it
@@ -83,6 +93,10 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 		return err
 	}
 	defer s.store.close()
+	if s.access.made {
+		fmt.Fprintf(stdout, "ACCESS_TOKEN is not set and HOST is open to a network; until the next start, viewers come by this link:\n%s/?token=%s\n",
+			cfg.url(cfg.host, cfg.port), s.access.token)
+	}
 	return s.run(ctx)
 }
 
@@ -94,9 +108,14 @@ func assemble(cfg config, logs *logs) (*server, error) {
 	m := newMetrics()
 	b := &budget{free: int64(cfg.maxBufferBytes)}
 	s := &server{cfg: cfg, store: st, budget: b, metrics: m, logs: logs, log: logs.app, started: time.Now(),
-		admission: &admission{max: cfg.maxConnections, byAddr: map[string]int{}}}
+		access: newAccess(cfg.access, cfg.host, cfg.port),
+		admission: &admission{max: cfg.maxConnections, maxPerAddr: cfg.maxPerAddress, trustProxy: cfg.access.trustProxy,
+			byAddr: map[netip.Addr]int{}}}
 	s.hub = newHub(hubConfig{batchSize: cfg.batchSize, batchInterval: cfg.batchInterval, grace: cfg.grace, maxEvents: int64(cfg.maxEvents),
 		maxTailBytes: int64(cfg.maxBufferBytes) / 4, maxSessionBytes: int64(cfg.maxSessionBytes)}, b, m, logs.app)
+	for range writers {
+		s.writers = append(s.writers, &writer{hub: s.hub, store: st, metrics: m, log: logs.rejected})
+	}
 	var bundled bool
 	if s.files, bundled = loadAssets(); !bundled {
 		s.log.Warn("the recorder was not bundled: run 'make web' and build again")
@@ -107,9 +126,9 @@ func assemble(cfg config, logs *logs) (*server, error) {
 // run starts what is needed first and stops in reverse: HTTP, the connections,
 // the hub and its writers, each of which ends what feeds the next.
 func (s *server) run(ctx context.Context) error {
-	listener, err := net.Listen("tcp", net.JoinHostPort(s.cfg.host, s.cfg.port))
+	listener, err := s.listen()
 	if err != nil {
-		return fmt.Errorf("listen: %w", err)
+		return err
 	}
 	work, giveUp := context.WithCancel(context.Background())
 	defer giveUp()
@@ -117,11 +136,11 @@ func (s *server) run(ctx context.Context) error {
 	house, stopHouse := context.WithCancel(work)
 	defer stopHouse()
 	go s.hub.run(work) // ends when it is drained
-	for range writers {
-		w := &writer{s.hub, s.store, s.metrics, s.logs.rejected}
+	for _, w := range s.writers {
 		go w.run(work) // ends with the hub
 	}
 	go s.keepHouse(house) // ends with house
+	go s.attend(house)    // ends with house
 	srv := &http.Server{
 		Handler:           s.routes(),
 		ReadHeaderTimeout: s.cfg.readHeaderTimeout,
@@ -133,7 +152,9 @@ func (s *server) run(ctx context.Context) error {
 	}
 	failed := make(chan error, 1)
 	go func() { failed <- srv.Serve(listener) }() // ends with srv
-	s.log.Info("listening", "url", "http://"+listener.Addr().String(), "version", version())
+	_, port, _ := net.SplitHostPort(listener.Addr().String())
+	s.log.Info("listening", "url", s.cfg.url(s.cfg.host, port), "version", version())
+	s.notify("READY=1")
 	select {
 	case err = <-failed:
 	case <-ctx.Done():
@@ -147,6 +168,7 @@ func (s *server) run(ctx context.Context) error {
 // accepted is committed.
 func (s *server) stop(srv *http.Server) error {
 	s.log.Info("stopping")
+	s.notify("STOPPING=1")
 	ctx, cancel := context.WithTimeout(context.Background(), shutdownTime)
 	defer cancel()
 	httpEnds := make(chan struct{})
@@ -168,6 +190,104 @@ func (s *server) stop(srv *http.Server) error {
 	}
 	srv.Close()
 	return nil
+}
+
+// listen opens HOST and PORT. TLS speaks HTTP/1.1 alone, as WebSockets do.
+func (s *server) listen() (net.Listener, error) {
+	listener, err := net.Listen("tcp", net.JoinHostPort(s.cfg.host, s.cfg.port))
+	if err != nil {
+		return nil, fmt.Errorf("HOST and PORT: %w", err)
+	}
+	if c := s.cfg.certificate; c != nil {
+		listener = tls.NewListener(listener, &tls.Config{
+			NextProtos:     []string{"http/1.1"},
+			GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return c.pair.Load(), nil },
+		})
+	}
+	return listener, nil
+}
+
+// certificate is TLS_CERT and TLS_KEY as they were when they were last read.
+type certificate struct {
+	cert, key string // files
+	pair      atomic.Pointer[tls.Certificate]
+}
+
+func (c *certificate) load() error {
+	pair, err := tls.LoadX509KeyPair(c.cert, c.key)
+	if err == nil {
+		c.pair.Store(&pair)
+	}
+	return err
+}
+
+// attend reads the certificate again on SIGHUP, and tells systemd's watchdog
+// that the server works, for as long as it does.
+func (s *server) attend(ctx context.Context) {
+	hangup := make(chan os.Signal, 1)
+	signal.Notify(hangup, syscall.SIGHUP)
+	defer signal.Stop(hangup)
+	var watchdog <-chan time.Time
+	if s.cfg.watchdog > 0 {
+		watchdog = time.Tick(s.cfg.watchdog / 2)
+	}
+	for {
+		select {
+		case <-hangup:
+			if s.cfg.certificate == nil {
+				continue
+			}
+			if err := s.cfg.certificate.load(); err != nil {
+				s.logs.rejected.Error("certificate not read again, the old one stays", "err", err)
+			} else {
+				s.log.Info("certificate read again")
+			}
+		case <-watchdog:
+			if err := s.works(s.cfg.watchdog / 4); err != nil {
+				s.logs.rejected.Error("the watchdog is not told", "err", err)
+			} else {
+				s.notify("WATCHDOG=1")
+			}
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// works asks the hub, and looks whether a writer has hung for longer than any
+// transaction may take.
+func (s *server) works(patience time.Duration) error {
+	answered := make(chan struct{})
+	go func() { // ends with the hub's answer
+		s.stats()
+		close(answered)
+	}()
+	select {
+	case <-answered:
+	case <-time.After(patience):
+		return errors.New("the hub does not answer")
+	}
+	for _, w := range s.writers {
+		if since := w.since.Load(); since > 0 && time.Since(time.Unix(since, 0)) > 2*commitTimeout {
+			return errors.New("a writer hangs")
+		}
+	}
+	return nil
+}
+
+// notify tells systemd, if it listens, as sd_notify(3) does.
+func (s *server) notify(state string) {
+	if s.cfg.notifySocket == "" {
+		return
+	}
+	conn, err := net.Dial("unixgram", s.cfg.notifySocket)
+	if err == nil {
+		_, err = conn.Write([]byte(state))
+		conn.Close()
+	}
+	if err != nil {
+		s.logs.rejected.Warn("systemd was not told", "state", state, "err", err)
+	}
 }
 
 // keepHouse applies the schema as soon as the database is there, and from then
@@ -222,7 +342,7 @@ func (s *server) cleanUp(ctx context.Context) {
 	if err != nil && ctx.Err() == nil {
 		s.logs.rejected.Error("cleanup failed", "err", err)
 	}
-	if n > 0 {
+	if s.metrics.sessionsDeleted.Add(n); n > 0 {
 		s.log.Info("old sessions deleted", "sessions", n)
 	}
 }
@@ -239,6 +359,43 @@ func version() string {
 	return info.Main.Version
 }
 
+// check prints what the server would do, without secrets, and whether it finds
+// its database.
+func check(cfg config, stdout io.Writer) error {
+	a := newAccess(cfg.access, cfg.host, cfg.port)
+	viewing, recording := "with ACCESS_TOKEN", "without a key"
+	if a.open {
+		viewing = "open to whoever is on this machine (no ACCESS_TOKEN)"
+	} else if a.made {
+		viewing = "with a token that is made and printed at each start (no ACCESS_TOKEN, HOST is not loopback)"
+	}
+	if cfg.access.key != "" {
+		recording = "with INGEST_KEY"
+	}
+	db := cfg.database.ConnConfig
+	for _, line := range [][2]any{
+		{"listen at", cfg.url(cfg.host, cfg.port)},
+		{"viewing", viewing}, {"viewers' origins", append([]string{"its own"}, cfg.access.viewerOrigins...)},
+		{"recording", recording}, {"trackers' origins", cfg.access.trackerOrigins},
+		{"public hosts", cfg.access.publicHosts}, {"trust a proxy", cfg.access.trustProxy}, {"metrics without token", cfg.access.metricsOpen},
+		{"keep sessions for", cfg.retention}, {"logs in", cfg.log.dir},
+		{"database", fmt.Sprintf("%s at %s, port %d, as %s", db.Database, db.Host, db.Port, db.User)},
+	} {
+		fmt.Fprintf(stdout, "%-22s %v\n", line[0], line[1])
+	}
+	st, err := openStore(context.Background(), cfg.database)
+	if err != nil {
+		return err
+	}
+	defer st.close()
+	version, tables, err := st.inspect(context.Background())
+	if err != nil {
+		return fmt.Errorf("database: %w", err)
+	}
+	fmt.Fprintf(stdout, "%-22s PostgreSQL %s, tables: %t\n", "", version, tables)
+	return nil
+}
+
 // stamped is set by the linker (-X main.stamped=…).
 var stamped string
 
@@ -249,6 +406,11 @@ type config struct {
 	host, port string
 	database   *pgxpool.Config
 	log        logConfig
+	access     accessConfig
+
+	certificate  *certificate  // nil without TLS
+	notifySocket string        // of systemd, empty when it does not wait for us
+	watchdog     time.Duration // systemd ends a server that is silent for so long; 0: never
 
 	batchSize, maxEvents int
 	batchInterval        time.Duration
@@ -261,7 +423,20 @@ type config struct {
 
 	maxMessageBytes, maxBufferBytes, maxHeaderBytes int
 	maxSessionBytes, maxStorageBytes                int
-	maxConnections, maxSessionsPerMinute            int
+	maxConnections, maxPerAddress                   int
+	maxSessionsPerMinute                            int
+}
+
+// url is where something is found at an address of this machine.
+func (c config) url(host, port string) string {
+	scheme := "http://"
+	if c.certificate != nil {
+		scheme = "https://"
+	}
+	if addr, err := netip.ParseAddr(host); err == nil && addr.IsUnspecified() {
+		host = "localhost"
+	}
+	return scheme + net.JoinHostPort(host, port)
 }
 
 // loadConfig reads the settings. Its error names the one that is wrong.
@@ -273,6 +448,8 @@ func loadConfig(getenv func(string) string) (config, error) {
 		batchSize:            r.number("BATCH_SIZE", 50, 1, 10000),
 		batchInterval:        r.millis("BATCH_INTERVAL", 5000, 1),
 		maxEvents:            r.number("MAX_EVENTS_PER_SESSION", 20000, 1, 1<<30),
+		notifySocket:         r.getenv("NOTIFY_SOCKET"),
+		watchdog:             time.Duration(r.number("WATCHDOG_USEC", 0, 0, 1<<50)) * time.Microsecond,
 		cleanupInterval:      r.millis("SESSION_CLEANUP_INTERVAL", 300000, 1),
 		heartbeat:            r.millis("HEARTBEAT_INTERVAL", 30000, 10),
 		grace:                r.millis("SESSION_GRACE_PERIOD", 15000, 0),
@@ -285,9 +462,12 @@ func loadConfig(getenv func(string) string) (config, error) {
 		maxSessionBytes:      r.number("MAX_SESSION_BYTES", 1<<30, 1, 1<<50),
 		maxStorageBytes:      r.number("MAX_STORAGE_BYTES", 0, 0, 1<<60),
 		maxConnections:       r.number("MAX_CONNECTIONS", 10000, 1, 1<<20),
+		maxPerAddress:        r.number("MAX_CONNECTIONS_PER_ADDRESS", 200, 1, 1<<20),
 		maxSessionsPerMinute: r.number("MAX_SESSIONS_PER_MINUTE", 30, 1, 1<<20),
 	}
 	c.log = r.logs()
+	c.access = r.access()
+	c.certificate = r.certificate()
 	c.database = r.database()
 	return c, r.err
 }
@@ -337,6 +517,63 @@ func (r *settings) flag(name string) bool {
 	return on
 }
 
+// secret reads a setting, or the systemd credential that has its name in lower
+// case.
+func (r *settings) secret(name string) string {
+	v, dir := r.getenv(name), r.getenv("CREDENTIALS_DIRECTORY")
+	if v != "" || dir == "" {
+		return v
+	}
+	content, err := os.ReadFile(filepath.Join(dir, strings.ToLower(name)))
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		r.fail(name, "%v", err)
+	}
+	return strings.TrimSpace(string(content))
+}
+
+// list reads values between commas.
+func (r *settings) list(name, preset string, parse func(string) (string, error)) (all []string) {
+	for _, v := range strings.Split(r.text(name, preset), ",") {
+		if v = strings.TrimSpace(v); v == "" {
+			continue
+		}
+		value, err := parse(v)
+		if err != nil {
+			r.fail(name, "%v", err)
+		}
+		all = append(all, value)
+	}
+	return all
+}
+
+func (r *settings) access() accessConfig {
+	c := accessConfig{
+		token: r.secret("ACCESS_TOKEN"), key: r.secret("INGEST_KEY"),
+		viewerOrigins: r.list("VIEWER_ORIGINS", "", parseOrigin),
+		publicHosts:   r.list("PUBLIC_HOSTS", "", parseHost),
+		trustProxy:    r.flag("TRUST_PROXY"), metricsOpen: r.flag("METRICS_OPEN"),
+		trackerOrigins: []string{"*"},
+	}
+	if r.text("TRACKER_ORIGINS", "*") != "*" {
+		c.trackerOrigins = r.list("TRACKER_ORIGINS", "", parseOrigin)
+	}
+	if c.key != "" && c.key == c.token {
+		r.fail("INGEST_KEY", "must not be the same as ACCESS_TOKEN: pages show it to everyone")
+	}
+	return c
+}
+
+func (r *settings) certificate() *certificate {
+	c := &certificate{cert: r.getenv("TLS_CERT"), key: r.getenv("TLS_KEY")}
+	if c.cert == "" && c.key == "" {
+		return nil
+	}
+	if err := c.load(); err != nil {
+		r.fail("TLS_CERT and TLS_KEY", "%v", err)
+	}
+	return c
+}
+
 func (r *settings) logs() (c logConfig) {
 	if err := c.level.UnmarshalText([]byte(r.text("LOG_LEVEL", "info"))); err != nil {
 		r.fail("LOG_LEVEL", "%q is none of debug, info, warn, error", r.getenv("LOG_LEVEL"))
@@ -358,7 +595,7 @@ func (r *settings) logs() (c logConfig) {
 func (r *settings) database() *pgxpool.Config {
 	name, dsn := "DATABASE_URL", r.getenv("DATABASE_URL")
 	if dsn == "" {
-		u := url.URL{Scheme: "postgres", User: url.UserPassword(r.text("DB_USER", "postgres"), r.text("DB_PASSWORD", "postgres")),
+		u := url.URL{Scheme: "postgres", User: url.UserPassword(r.text("DB_USER", "postgres"), cmp.Or(r.secret("DB_PASSWORD"), "postgres")),
 			Path: "/" + r.text("DB_NAME", "session_replay")}
 		u.RawQuery = url.Values{"host": {r.text("DB_HOST", "localhost")}, "port": {strconv.Itoa(r.number("DB_PORT", 5432, 1, 65535))}}.Encode()
 		name, dsn = "DB_HOST, DB_NAME, DB_USER or DB_PASSWORD", u.String()
@@ -367,6 +604,9 @@ func (r *settings) database() *pgxpool.Config {
 	if err != nil {
 		r.fail(name, "cannot be parsed as a PostgreSQL connection") // pgx's error may quote the password
 		return nil
+	}
+	if c.ConnConfig.Password == "" {
+		c.ConnConfig.Password = r.secret("DB_PASSWORD")
 	}
 	c.MaxConns = int32(r.number("DB_MAX_CONNECTIONS", 20, writers+1, 10000))
 	c.MaxConnIdleTime = r.millis("DB_IDLE_TIMEOUT", 30000, 1)

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/netip"
 	"regexp"
 	"runtime/debug"
 	"slices"
@@ -189,7 +190,7 @@ type conn struct {
 	srv    *server
 	ws     *websocket.Conn
 	net    net.Conn
-	addr   string
+	addr   netip.Addr
 	viewer bool
 	ctx    context.Context // ends with the connection
 	cancel context.CancelFunc
@@ -555,6 +556,7 @@ func (c *conn) next(sent int) (m message, again bool) {
 		c.armWrite()
 		return m, true
 	case o.ack > 0:
+		c.srv.metrics.acks.Add(1)
 		m = envelope("events_ack", map[string]any{"sessionId": o.ackFor, "seq": o.ack})
 		o.ack = 0
 		o.bytes += m.size()
@@ -1141,6 +1143,13 @@ func (b *budget) wait(ctx context.Context, w *waiter) error {
 		b.give(w.n) // it was granted just now
 	}
 	return ctx.Err()
+}
+
+// left is the room that is free.
+func (b *budget) left() int64 {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.free
 }
 
 // give gives room back. A negative n takes it without waiting.

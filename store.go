@@ -13,6 +13,7 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -85,6 +86,14 @@ func (st *store) ping(ctx context.Context) error {
 	return err
 }
 
+// inspect tells PostgreSQL's version, and whether the tables are there.
+func (st *store) inspect(ctx context.Context) (version string, tables bool, err error) {
+	ctx, cancel := context.WithTimeout(ctx, queryTimeout)
+	defer cancel()
+	err = st.pool.QueryRow(ctx, "select current_setting('server_version'), to_regclass('session_events') is not null").Scan(&version, &tables)
+	return version, tables, err
+}
+
 // Claims.
 
 // claim is what a tracker gets of its session's row when it starts or continues
@@ -149,6 +158,7 @@ type writer struct {
 	store   *store
 	metrics *metrics
 	log     *slog.Logger // failures that nobody waits for
+	since   atomic.Int64 // when it began what it does, in Unix seconds; 0 when it waits for work
 }
 
 // run ends with the hub.
@@ -160,6 +170,7 @@ func (w *writer) run(ctx context.Context) {
 			return
 		}
 		start := time.Now()
+		w.since.Store(start.Unix())
 		for _, f := range work {
 			if f.chunks == nil {
 				f.encode()
@@ -167,6 +178,7 @@ func (w *writer) run(ctx context.Context) {
 		}
 		w.write(ctx, work)
 		w.metrics.batch(work, time.Since(start))
+		w.since.Store(0)
 		w.hub.send(settled{work})
 	}
 }
@@ -252,6 +264,7 @@ const (
 // values are absolute and all rows have their keys: storing twice, because a
 // commit's answer was lost, changes nothing.
 func (w *writer) commit(ctx context.Context, work []*flush) error {
+	w.since.Store(time.Now().Unix())
 	ctx, cancel := context.WithTimeout(ctx, commitTimeout)
 	defer cancel()
 	batch := &pgx.Batch{}
