@@ -87,7 +87,7 @@ func (l *load) comeAndGo(ctx context.Context) {
 	defer l.visits.Done()
 	for ctx.Err() == nil {
 		linger(ctx, 50)
-		v, err := openViewer(l.t, l.server.ws("viewer"))
+		v, err := openViewer(l.t, http.DefaultClient, l.server.ws("viewer"))
 		if err != nil {
 			continue // the server is away
 		}
@@ -176,12 +176,7 @@ func (l *load) noErrors(tr *testTracker) {
 type testProxy struct {
 	address string // host:port to connect to
 	dial    func() (net.Conn, error)
-	// If set: newState makes each link's state; request sees what goes to the
-	// target; answer is given what the target says and returns what to pass on,
-	// false to cut the link then.
-	newState func() any
-	request  func(*link, []byte)
-	answer   func(*link, []byte) ([]byte, bool)
+	thief   *thief // takes answers away, if there is one
 
 	mu     sync.Mutex
 	links  map[*link]bool
@@ -194,16 +189,16 @@ type link struct {
 	gate      sync.RWMutex // locked while the link is frozen
 	frozen    bool
 	room      atomic.Int64 // bytes that may still pass towards the target
-	state     any          // of the proxy's request and answer
+	theft     theft        // what the proxy's thief is about here
 }
 
-func newProxy(t testing.TB, network, target string) *testProxy {
+func newProxy(t testing.TB, network, target string, th *thief) *testProxy {
 	t.Helper()
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
-	p := &testProxy{address: listener.Addr().String(), links: map[*link]bool{}}
+	p := &testProxy{address: listener.Addr().String(), thief: th, links: map[*link]bool{}}
 	p.dial = func() (net.Conn, error) { return net.Dial(network, target) }
 	go p.accept(listener) // ends when the listener is closed
 	t.Cleanup(func() { listener.Close(); p.thaw(); p.cut() })
@@ -212,12 +207,12 @@ func newProxy(t testing.TB, network, target string) *testProxy {
 
 // proxyTo stands before a server; ws is the address for its trackers.
 func proxyTo(t testing.TB, s *serverProcess) (p *testProxy, ws string) {
-	p = newProxy(t, "tcp", "127.0.0.1:"+s.port)
+	p = newProxy(t, "tcp", "127.0.0.1:"+s.port, nil)
 	return p, "ws://" + p.address + "/ws?type=tracker"
 }
 
 // proxyToDatabase stands before PostgreSQL; through is the URL for its users.
-func proxyToDatabase(t testing.TB, database string) (p *testProxy, through string) {
+func proxyToDatabase(t testing.TB, database string, th *thief) (p *testProxy, through string) {
 	t.Helper()
 	u, err := url.Parse(database)
 	if err != nil {
@@ -228,7 +223,7 @@ func proxyToDatabase(t testing.TB, database string) (p *testProxy, through strin
 	if dir := query.Get("host"); dir != "" {
 		network, target = "unix", filepath.Join(dir, ".s.PGSQL."+query.Get("port"))
 	}
-	p = newProxy(t, network, target)
+	p = newProxy(t, network, target, th)
 	query.Del("host")
 	query.Del("port")
 	query.Set("sslmode", "disable")
@@ -249,9 +244,6 @@ func (p *testProxy) accept(listener net.Listener) {
 		}
 		l := &link{near: near, far: far}
 		l.room.Store(math.MaxInt64)
-		if p.newState != nil {
-			l.state = p.newState()
-		}
 		p.mu.Lock()
 		p.links[l] = true
 		if p.frozen {
@@ -276,11 +268,9 @@ func (p *testProxy) pump(l *link, from, to net.Conn, up bool) {
 		data, whole := buf[:n], true
 		if up {
 			data, whole = l.pass(data)
-			if p.request != nil {
-				p.request(l, data)
-			}
-		} else if p.answer != nil {
-			data, whole = p.answer(l, data)
+			p.thief.request(l, data)
+		} else {
+			data, whole = p.thief.answer(l, data)
 		}
 		l.gate.RLock()
 		l.gate.RUnlock()
@@ -595,10 +585,8 @@ func locked(t testing.TB, l *load) {
 func TestFaultCommitAnswerLost(t *testing.T) {
 	besideOthers(t)
 	database := testDatabase(t)
-	proxy, through := proxyToDatabase(t, database)
 	thief := &thief{}
-	proxy.newState = func() any { return new(theft) }
-	proxy.request, proxy.answer = thief.request, thief.answer
+	_, through := proxyToDatabase(t, database, thief)
 	s := startServer(t, "DATABASE_URL="+through)
 	s.database = database
 	l := startLoad(t, s, s.ws("tracker"), scale(5, 20), nil)
@@ -620,13 +608,16 @@ type theft struct {
 }
 
 func (th *thief) request(l *link, data []byte) {
-	if bytes.Contains(data, []byte{0x1f, 0x8b, 0x08}) { // gzip
-		l.state.(*theft).chunk.Store(true)
+	if th != nil && bytes.Contains(data, []byte{0x1f, 0x8b, 0x08}) { // gzip
+		l.theft.chunk.Store(true)
 	}
 }
 
 func (th *thief) answer(l *link, data []byte) ([]byte, bool) {
-	state := l.state.(*theft)
+	if th == nil {
+		return data, true
+	}
+	state := &l.theft
 	if !state.chunk.Load() || th.armed.Load() == 0 && state.held == nil {
 		state.chunk.Store(false)
 		return data, true
@@ -644,7 +635,7 @@ func (th *thief) answer(l *link, data []byte) ([]byte, bool) {
 func TestFaultDatabaseNetwork(t *testing.T) {
 	besideOthers(t)
 	database := testDatabase(t)
-	proxy, through := proxyToDatabase(t, database)
+	proxy, through := proxyToDatabase(t, database, nil)
 	s := startServer(t, "DATABASE_URL="+through)
 	s.database = database
 	l := startLoad(t, s, s.ws("tracker"), scale(5, 20), nil)
@@ -970,7 +961,7 @@ func TestFaultReturnWithoutToken(t *testing.T) {
 	stored := func(events int) {
 		t.Helper()
 		waitUntil(t, "the events are stored", func() bool {
-			return querySQL[int](t, s.database, "select event_count from sessions where session_id = 'old'") == events
+			return querySQL[int](t, s.database, "select coalesce((select event_count from sessions where session_id = 'old'), 0)") == events
 		})
 	}
 	ended := func() bool {
@@ -1059,10 +1050,10 @@ func TestFaultTwoServers(t *testing.T) {
 
 // PostgreSQL does not answer, and 200 trackers send as fast as they can.
 func TestFaultMemoryBound(t *testing.T) {
-	buffer := scale(int64(16<<20), int64(256<<20))
+	buffer := scale(int64(8<<20), int64(256<<20))
 	database := testDatabase(t)
-	proxy, through := proxyToDatabase(t, database)
-	s := startServer(t, "DATABASE_URL="+through, fmt.Sprintf("MAX_BUFFER_BYTES=%d", buffer), "MAX_MESSAGE_BYTES=4194304")
+	proxy, through := proxyToDatabase(t, database, nil)
+	s := startServer(t, "DATABASE_URL="+through, fmt.Sprintf("MAX_BUFFER_BYTES=%d", buffer), "MAX_MESSAGE_BYTES=1048576")
 	s.database = database
 	var trackers []*testTracker
 	for i := range 200 {
@@ -1096,16 +1087,16 @@ func TestFaultMemoryBound(t *testing.T) {
 // Viewers that never read cost a bounded queue, and delay nobody.
 func TestFaultViewerNeverReads(t *testing.T) {
 	s := startServer(t)
-	trackers := make([]*testTracker, 4)
+	trackers := make([]*testTracker, 2)
 	sent := make([]sync.Map, len(trackers)) // batch → when it was sent
 	var latencies latencyList
 	for i := range trackers {
 		tr := newTracker(t, sessionName(t, i))
-		tr.perBatch, tr.pause, tr.window = 100, 5*time.Millisecond, 32
+		tr.perBatch, tr.pause, tr.window = 2, time.Millisecond, 1000
 		tr.sending = func(seq int64) { sent[i].Store(seq, time.Now()) }
 		trackers[i] = tr.start(s.ws("tracker"))
 		waitUntil(t, "it records", func() bool { return tr.ackedEvents() > 0 })
-		v, err := openViewer(t, s.ws("viewer"))
+		v, err := openViewer(t, http.DefaultClient, s.ws("viewer"))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -1120,7 +1111,7 @@ func TestFaultViewerNeverReads(t *testing.T) {
 	measure := func(what string) (perSecond float64, worst time.Duration) {
 		latencies.take()
 		before, began := ackedBy(trackers), time.Now()
-		time.Sleep(scale(2*time.Second, 10*time.Second))
+		time.Sleep(scale(time.Second, 10*time.Second))
 		perSecond = float64(ackedBy(trackers)-before) / time.Since(began).Seconds()
 		median, worst := percentiles(latencies.take())
 		t.Logf("%s: %.0f events/s acked, live latency median %v, 99th percentile %v, peak memory %d MB",
@@ -1129,7 +1120,7 @@ func TestFaultViewerNeverReads(t *testing.T) {
 	}
 	rate, worst := measure("without")
 	memory := s.peakMemory()
-	silent := make([]*testViewer, scale(8, 40))
+	silent := make([]*testViewer, scale(6, 60))
 	waken := make([]func(), len(silent))
 	for i := range silent {
 		silent[i], waken[i] = silentViewer(t, s.ws("viewer"), trackers[i%len(trackers)].session)
@@ -1141,10 +1132,13 @@ func TestFaultViewerNeverReads(t *testing.T) {
 	if worstWith > 5*worst+200*time.Millisecond {
 		t.Errorf("viewers that do not read delay the others from %v to %v", worst, worstWith)
 	}
-	if grown := s.peakMemory() - memory; grown > int64(len(silent))*8<<20+100<<20 {
-		t.Errorf("viewers that do not read cost %d MB", grown>>20)
+	for _, tr := range trackers { // far more than any queue holds
+		goal := tr.read(&tr.acked) + 2500
+		waitUntil(t, "much is recorded", func() bool { return tr.read(&tr.acked) > goal })
 	}
-	waitForLag(t, s)
+	if grown := s.peakMemory() - memory; grown > int64(len(silent))*5<<20+50<<20 {
+		t.Errorf("%d viewers that do not read cost %d MB", len(silent), grown>>20)
+	}
 	for _, wake := range waken { // they come back, and see everything
 		wake()
 	}
@@ -1154,32 +1148,32 @@ func TestFaultViewerNeverReads(t *testing.T) {
 	lagged := 0
 	for i, v := range silent {
 		v.waitFor(trackers[i%len(trackers)].madeEvents())
-		lagged += v.look().lagged
+		lagged += min(1, v.look().lagged)
 	}
+	t.Logf("%d of %d were told session_lagged", lagged, len(silent))
 	if lagged == 0 {
 		t.Error("nobody was told session_lagged")
 	}
 	checkStored(t, s, trackers...)
 }
 
+// narrow makes connections that the kernel buffers little for: what their peer
+// sends and they do not read stays with it.
+var narrow = &http.Client{Transport: &http.Transport{DialContext: (&net.Dialer{
+	Control: func(_, _ string, raw syscall.RawConn) error {
+		return raw.Control(func(fd uintptr) { syscall.SetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_RCVBUF, 4096) })
+	},
+}).DialContext}}
+
 // silentViewer has joined a session and reads nothing more, until the test wakes
 // it.
 func silentViewer(t testing.TB, address, session string) (v *testViewer, wake func()) {
 	t.Helper()
-	v = watchSession(t, address, session)
+	v = watchWith(t, narrow, address, session)
 	v.reading.Lock()
 	wake = sync.OnceFunc(v.reading.Unlock)
 	t.Cleanup(wake)
 	return v, wake
-}
-
-// waitForLag waits until the server has given up on a viewer's queue.
-func waitForLag(t testing.TB, s *serverProcess) {
-	t.Helper()
-	waitUntil(t, "a viewer lags", func() bool {
-		status, metrics := s.get("/metrics")
-		return status != http.StatusOK || !bytes.Contains(metrics, []byte("viewers_lagged_total 0\n"))
-	})
 }
 
 func ackedBy(trackers []*testTracker) (events int) {

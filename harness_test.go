@@ -585,7 +585,7 @@ func testEvent(session string, n int) []byte {
 	case 0:
 		return fmt.Appendf(nil, `{"type":4,"data":{"href":"https://example.com/%s/%d","width":1920,"height":1080},"timestamp":%d}`, session, n, at)
 	case 1:
-		return fmt.Appendf(nil, `{"type":2,"data":{"of":%q,"n":%d,"text":"%s"},"timestamp":%d}`, session, n, snapshotText(n), at)
+		return fmt.Appendf(nil, `{"type":2,"data":{"of":%q,"n":%d,"text":"%s"},"timestamp":%d}`, session, n, snapshotText, at)
 	}
 	odd := oddities[n%len(oddities)]
 	if n%5 == 0 {
@@ -596,13 +596,13 @@ func testEvent(session string, n int) []byte {
 }
 
 // snapshotText is 20 KB that compress about as a page does.
-func snapshotText(n int) []byte {
-	text := make([]byte, 0, 20<<10)
-	for i := 0; len(text) < 20<<10; i++ {
-		text = fmt.Appendf(text, "<div class='row-%d'>%x</div>", i%7, uint64(n+i)*0x9E3779B97F4A7C15)
+var snapshotText = func() string {
+	var text strings.Builder
+	for i := 0; text.Len() < 20<<10; i++ {
+		fmt.Fprintf(&text, "<div class='row-%d'>%x</div>", i%7, uint64(i)*0x9E3779B97F4A7C15)
 	}
-	return text
-}
+	return text.String()
+}()
 
 // checkEvents compares events with those that belong at index from and after.
 func checkEvents(session string, from int, events []json.RawMessage) error {
@@ -637,7 +637,11 @@ type testConn struct {
 }
 
 func dialWebSocket(ctx context.Context, address string) (*websocket.Conn, error) {
-	conn, _, err := websocket.Dial(ctx, address, nil)
+	return dialWith(ctx, http.DefaultClient, address)
+}
+
+func dialWith(ctx context.Context, client *http.Client, address string) (*websocket.Conn, error) {
+	conn, _, err := websocket.Dial(ctx, address, &websocket.DialOptions{HTTPClient: client})
 	if err == nil {
 		conn.SetReadLimit(-1) // 32 KiB otherwise
 	}
@@ -1085,7 +1089,12 @@ type testViewer struct {
 // test ends, also over broken connections. It waits for the answer to the join.
 func watchSession(t testing.TB, address, session string) *testViewer {
 	t.Helper()
-	v, err := openViewer(t, address)
+	return watchWith(t, http.DefaultClient, address, session)
+}
+
+func watchWith(t testing.TB, client *http.Client, address, session string) *testViewer {
+	t.Helper()
+	v, err := openViewer(t, client, address)
 	if err != nil {
 		t.Fatalf("viewer: %v", err)
 	}
@@ -1096,11 +1105,11 @@ func watchSession(t testing.TB, address, session string) *testViewer {
 }
 
 // openViewer connects a viewer that watches nothing yet. The caller closes it.
-func openViewer(t testing.TB, address string) (*testViewer, error) {
+func openViewer(t testing.TB, client *http.Client, address string) (*testViewer, error) {
 	ctx, cancel := context.WithCancel(context.Background())
 	v := &testViewer{t: t, address: address, next: -1, cancel: cancel, done: make(chan struct{})}
 	var err error
-	if v.conn, err = dialWebSocket(ctx, address); err != nil {
+	if v.conn, err = dialWith(ctx, client, address); err != nil {
 		cancel()
 		return nil, err
 	}
