@@ -604,6 +604,24 @@ var snapshotText = func() string {
 	return text.String()
 }()
 
+// countRight tells how many events a JSON array holds when it is exactly the
+// session's events from index from on, one after the other; -1 when it is not.
+func countRight(session string, from int, array []byte) (n int) {
+	rest, ok := bytes.CutPrefix(array, []byte("["))
+	for ; ok && string(rest) != "]"; n++ {
+		if n > 0 {
+			rest, ok = bytes.CutPrefix(rest, []byte(","))
+		}
+		if ok {
+			rest, ok = bytes.CutPrefix(rest, testEvent(session, from+n))
+		}
+	}
+	if !ok {
+		return -1
+	}
+	return n
+}
+
 // checkEvents compares events with those that belong at index from and after.
 func checkEvents(session string, from int, events []json.RawMessage) error {
 	for i, event := range events {
@@ -1320,10 +1338,12 @@ func checkStored(t testing.TB, s *serverProcess, trackers ...*testTracker) {
 	t.Helper()
 	conn := connectSQL(t, s.database)
 	defer conn.Close(context.Background())
-	for _, tr := range trackers {
+	for i, tr := range trackers {
 		checkRows(t, conn, tr)
 		checkCounters(t, conn, tr)
-		checkREST(t, s, tr)
+		if i%(1+len(trackers)/20) == 0 { // of many sessions, some
+			checkREST(t, s, tr)
+		}
 	}
 	var ours []string
 	for _, tr := range trackers {
@@ -1353,22 +1373,34 @@ func checkRows(t testing.TB, conn *pgx.Conn, tr *testTracker) {
 		if err := rows.Scan(&first, &count, &packed); err != nil {
 			t.Fatalf("read chunks: %v", err)
 		}
-		events, err := unpackChunk(packed)
-		if err == nil {
-			err = checkEvents(tr.session, first, events)
+		array, err := unpackChunk(packed)
+		right := countRight(tr.session, first, array)
+		if err != nil || first != total || count != right {
+			t.Errorf("%s: a chunk at %d, event_count %d, has %d events; want it at %d (%v)", tr.session, first, count, right, total, err)
 		}
-		if err != nil || first != total || count != len(events) {
-			t.Errorf("%s: a chunk at %d with %d events (event_count %d), want it at %d: %v", tr.session, first, len(events), count, total, err)
-		}
-		for _, event := range events {
-			numbers[eventNumber(event)]++
-		}
-		total += len(events)
+		countNumbers(numbers, first, right, array)
+		total += count
 	}
 	if rows.Err() != nil {
 		t.Fatalf("read chunks: %v", rows.Err())
 	}
 	countEvents(t, tr, numbers)
+}
+
+// countNumbers counts the events of a chunk: the right ones, or what it holds
+// instead of them.
+func countNumbers(numbers map[int]int, first, right int, array []byte) {
+	for i := range right {
+		numbers[first+i]++
+	}
+	if right >= 0 {
+		return
+	}
+	var events []json.RawMessage
+	json.Unmarshal(array, &events)
+	for _, event := range events {
+		numbers[eventNumber(event)]++
+	}
 }
 
 // countEvents says how many events are lost and doubled.
@@ -1408,16 +1440,12 @@ func eventNumber(event []byte) int {
 	return (e.Timestamp - 1700000000000) / 10
 }
 
-func unpackChunk(packed []byte) (events []json.RawMessage, err error) {
+func unpackChunk(packed []byte) ([]byte, error) {
 	reader, err := gzip.NewReader(bytes.NewReader(packed))
 	if err != nil {
 		return nil, err
 	}
-	text, err := io.ReadAll(reader)
-	if err != nil {
-		return nil, err
-	}
-	return events, json.Unmarshal(text, &events)
+	return io.ReadAll(reader)
 }
 
 func checkCounters(t testing.TB, conn *pgx.Conn, tr *testTracker) {
@@ -1445,15 +1473,12 @@ func checkREST(t testing.TB, s *serverProcess, tr *testTracker) {
 	t.Helper()
 	for from, made := 0, tr.madeEvents(); from < made; {
 		var page struct {
-			Events []json.RawMessage
+			Events json.RawMessage
 			Count  int
 		}
 		s.getJSON(fmt.Sprintf("/sessions/%s/events?fromIndex=%d&limit=10000", tr.session, from), &page)
-		if err := checkEvents(tr.session, from, page.Events); err != nil {
-			t.Errorf("REST: %v", err)
-		}
-		if page.Count == 0 || page.Count != len(page.Events) {
-			t.Errorf("%s: REST gives %d events at %d of %d, count %d", tr.session, len(page.Events), from, made, page.Count)
+		if right := countRight(tr.session, from, page.Events); page.Count == 0 || page.Count != right {
+			t.Errorf("%s: REST gives %d right events at %d of %d, count %d", tr.session, right, from, made, page.Count)
 			return
 		}
 		from += page.Count
