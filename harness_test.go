@@ -608,7 +608,7 @@ var snapshotText = func() string {
 // session's events from index from on, one after the other; -1 when it is not.
 func countRight(session string, from int, array []byte) (n int) {
 	rest, ok := bytes.CutPrefix(array, []byte("["))
-	for ; ok && string(rest) != "]"; n++ {
+	for ; ok && (len(rest) != 1 || rest[0] != ']'); n++ {
 		if n > 0 {
 			rest, ok = bytes.CutPrefix(rest, []byte(","))
 		}
