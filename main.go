@@ -84,7 +84,7 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 		debug.SetGCPercent(50) // idle connections take a tenth less memory; ingest does not feel it
 	}
 	if env("GOMEMLIMIT") == "" {
-		debug.SetMemoryLimit(int64(cfg.maxBufferBytes)*5/4 + 64<<20)
+		debug.SetMemoryLimit(int64(cfg.maxBufferBytes)*9/8 + 64<<20)
 	}
 	logs := openLogs(cfg.log, stdout, stderr, env("JOURNAL_STREAM") != "")
 	defer logs.Close()
