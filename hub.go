@@ -591,6 +591,9 @@ func (h *hubState) describe(c *conn, about *description) attached {
 	if s == nil || s.ended {
 		return attached{outcome: outdated}
 	}
+	if about.userID == "" {
+		about.userID = s.about.userID // the one it has, which may be made up
+	}
 	s.about, s.told = about, false
 	h.enqueue(s)
 	return attached{accepted: s.now.seq, stored: s.durable.seq}

@@ -158,6 +158,11 @@ func members(object []byte, fn func(name string, key, value []byte)) {
 	}
 }
 
+// nests says whether valid JSON nests deeper than so many levels.
+func nests(value []byte, levels int) bool {
+	return skipValue(value, 0, maxDepth-levels) < 0
+}
+
 // keyIs compares a key between its quotes with a name. Only a key with an
 // escape in it has to be decoded.
 func keyIs(key []byte, name string) bool {

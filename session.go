@@ -41,6 +41,7 @@ const (
 	maxBatchEvents   = 100_000 // in a message: bounds what its index takes in memory
 	maxMetadata      = 64 << 10
 	maxField         = 4 << 10
+	maxNesting       = 500     // of metadata and errors: PostgreSQL and encoding/json have their limits
 	maxSeq           = 1 << 53 // numbers in JavaScript are exact up to here
 	maxErrors        = 100     // in a row, then the connection is closed
 
@@ -78,8 +79,8 @@ func envelope(typ string, data any) text {
 	}{typ, data})
 }
 
-// encodeJSON encodes what is known to be fit for JSON, and leaves raw JSON in it
-// as it is.
+// encodeJSON encodes what is known to be fit for JSON. Of raw JSON in it only
+// the white space is left out.
 func encodeJSON(v any) []byte {
 	var out bytes.Buffer
 	enc := json.NewEncoder(&out)
@@ -245,14 +246,19 @@ func (c *conn) serve() {
 	}
 }
 
-// close ends the connection and waits for who writes to it.
+// close ends the connection and waits for who writes to it. A farewell that is
+// due is said first.
 func (c *conn) close() {
 	c.srv.hub.send(leave{c})
 	c.pulse.Stop()
 	c.limit.Stop()
 	c.out.mu.Lock()
-	c.out.closed = true
+	parting := c.out.bye != nil
+	c.out.closed = c.out.closed || !parting
 	c.out.mu.Unlock()
+	if parting {
+		c.out.writers.Wait()
+	}
 	c.cancel()
 	c.ws.CloseNow()
 	c.out.writers.Wait()
@@ -408,7 +414,13 @@ func (c *conn) heartbeat() {
 // ping says whether the peer is there. One in the middle of a message, or who
 // waits for the server, is; other limits hold for those.
 func (c *conn) ping(timeout time.Duration) bool {
-	if c.busy.Load() || c.out.isWriting() {
+	c.out.mu.Lock()
+	writing := c.out.writing
+	if !writing {
+		c.armWrite() // the deadline of what was written last may have passed
+	}
+	c.out.mu.Unlock()
+	if writing || c.busy.Load() {
 		return true
 	}
 	ctx, cancel := context.WithTimeout(c.ctx, timeout)
@@ -701,7 +713,7 @@ func (c *conn) takeReport(f frame) error {
 	if data == nil {
 		data = []byte("null")
 	}
-	if len(data) > maxMetadata {
+	if len(data) > maxMetadata || nests(data, maxNesting) {
 		data = rewrite(data, []string{"message", "reason", "error", "stack", "timestamp", "filename", "lineno", "colno", "url"}, nil)
 	}
 	r := report{kind: f.typ, data: slices.Clone(data), room: int64(len(data)) + 256}
@@ -773,7 +785,7 @@ func parseStart(data []byte) start {
 			st.resume, st.token = true, unquote(value)
 		}
 	})
-	if len(data) > maxMetadata {
+	if len(data) > maxMetadata || nests(data, maxNesting) {
 		data = rewrite(data, []string{"sessionId", "userId", "url", "userAgent", "viewport", "startTime", "referrer", "timeZone"}, nil)
 	}
 	st.about.metadata = rewrite(data, nil, []member{
@@ -793,7 +805,7 @@ func rewrite(object []byte, only []string, defaults []member) []byte {
 		if name == "resume" || only != nil && !slices.Contains(only, name) {
 			return
 		}
-		if only != nil && len(value) > maxField {
+		if only != nil && (len(value) > maxField || nests(value, maxNesting)) {
 			if value[0] != '"' {
 				return
 			}

@@ -56,7 +56,18 @@ func openStore(ctx context.Context, cfg *pgxpool.Config) (*store, error) {
 	return &store{pool}, nil
 }
 
-func (st *store) close() { st.pool.Close() }
+// close ends the pool. It does not wait long for connections that do not answer.
+func (st *store) close() {
+	closed := make(chan struct{})
+	go func() { // ends when PostgreSQL answers or pgx gives it up, half a minute at most
+		st.pool.Close()
+		close(closed)
+	}()
+	select {
+	case <-closed:
+	case <-time.After(500 * time.Millisecond):
+	}
+}
 
 // applySchema brings the database's tables into being, or finds them there.
 func (st *store) applySchema(ctx context.Context) error {
