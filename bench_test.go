@@ -15,18 +15,11 @@ package main
 // costs is in the limit too: see bare.
 
 import (
-	"bufio"
-	"cmp"
-	"context"
-	"encoding/binary"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"runtime"
 	"slices"
@@ -34,13 +27,9 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"testing"
 	"text/tabwriter"
 	"time"
-
-	"github.com/jackc/pgx/v5"
-	"github.com/jackc/pgx/v5/pgxpool"
 )
 
 const (
@@ -160,480 +149,6 @@ func (b *bench) server(t *testing.T, env ...string) *serverProcess {
 	return startServer(t, append(all, env...)...)
 }
 
-// ---- what trackers send ----
-
-// recorded is an event of a recording.
-type recorded struct {
-	text string
-	kind int32
-	at   time.Duration // since the recording began
-}
-
-// loadRecordings reads the recordings beside the checkout, or makes some of the
-// demo's: as long as those, by repetition.
-func loadRecordings(t testing.TB) (all [][]recorded) {
-	files, _ := filepath.Glob("../shared/recordings/*.json.gz")
-	for _, file := range files {
-		packed, err := os.ReadFile(file)
-		if err != nil {
-			t.Fatal(err)
-		}
-		text, err := gunzip(packed, 0)
-		if err != nil {
-			t.Fatal(err)
-		}
-		all = append(all, parseRecording(t, text))
-	}
-	if all == nil {
-		text, err := os.ReadFile("testdata/demo.json")
-		if err != nil {
-			t.Fatal(err)
-		}
-		all = append(all, repeat(parseRecording(t, text), 40*time.Second))
-	}
-	return all
-}
-
-func parseRecording(t testing.TB, text []byte) (r []recorded) {
-	text = []byte(strings.TrimSpace(string(text)))
-	events, err := splitEvents(text)
-	if err != nil {
-		t.Fatalf("recording: %v", err)
-	}
-	for _, e := range events {
-		r = append(r, recorded{string(text[e.start:e.end]), e.kind, time.Duration(e.time-events[0].time) * time.Millisecond})
-	}
-	return r
-}
-
-func repeat(r []recorded, length time.Duration) (all []recorded) {
-	last := r[len(r)-1].at + time.Second
-	for start := time.Duration(0); start < length; start += last {
-		for _, e := range r {
-			e.at += start
-			all = append(all, e)
-		}
-	}
-	return all
-}
-
-// shot is a batch, ready to be sent by any tracker: the end of the message from
-// its first event on, masked, because the number before it differs.
-type shot struct {
-	masked       []byte
-	json, events int // bytes between the brackets; events
-	at           time.Duration
-}
-
-func newShot(events []recorded) *shot {
-	text := make([]string, len(events))
-	for i, e := range events {
-		text[i] = e.text
-	}
-	body := strings.Join(text, ",")
-	return &shot{mask([]byte(body + "]}}")), len(body), len(events), events[len(events)-1].at}
-}
-
-// batches cuts a recording as the tracker in web/ does: a full snapshot goes out
-// at once, else 50 events, or those of half a second.
-func batches(r []recorded) (shots []*shot) {
-	const meta = 4
-	start := 0
-	for i, e := range r {
-		full := i-start == 50 || e.at-r[start].at > 500*time.Millisecond || e.kind == meta || i > 0 && r[i-1].kind == fullSnapshot
-		if i > start && full {
-			shots = append(shots, newShot(r[start:i]))
-			start = i
-		}
-	}
-	return append(shots, newShot(r[start:]))
-}
-
-// smallShots makes batches of ten events that are 4 KB, give or take a half.
-func smallShots(recordings [][]recorded) (shots []*shot) {
-	var events []recorded
-	for _, r := range recordings {
-		for _, e := range r {
-			if len(e.text) < 1500 {
-				events = append(events, e)
-			}
-		}
-	}
-	slices.SortFunc(events, func(a, b recorded) int { return cmp.Compare(len(a.text), len(b.text)) })
-	mixed := make([]recorded, 0, len(events)) // small and large in turn
-	for i := range len(events) / 2 {
-		mixed = append(mixed, events[i], events[len(events)-1-i])
-	}
-	for ten := range slices.Chunk(mixed, 10) {
-		if s := newShot(ten); 2048 < s.json && s.json < 6144 {
-			shots = append(shots, s)
-		}
-	}
-	return shots
-}
-
-// ---- a WebSocket client by hand ----
-
-// wire is one connection. It is not the server's library, which would mask and
-// copy every byte here while the server is measured.
-type wire struct {
-	net.Conn
-	r       *bufio.Reader
-	message []byte // the last one, reused
-}
-
-var maskKey = [4]byte{0x37, 0xfa, 0x21, 0x3d}
-
-func mask(b []byte) []byte {
-	for i := range b {
-		b[i] ^= maskKey[i&3]
-	}
-	return b
-}
-
-func (b *bench) dial(address, kind string, readBuffer int) (*wire, error) {
-	c, err := net.Dial("tcp", strings.TrimPrefix(address, "http://"))
-	if err != nil {
-		return nil, err
-	}
-	c.SetDeadline(b.until)
-	l := &wire{Conn: c, r: bufio.NewReaderSize(c, readBuffer)}
-	fmt.Fprintf(c, "GET /ws?type=%s HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"+
-		"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n", kind)
-	resp, err := http.ReadResponse(l.r, nil)
-	if err == nil && resp.StatusCode != http.StatusSwitchingProtocols {
-		err = errors.New(resp.Status)
-	}
-	return l, err
-}
-
-// header appends the header of a text frame with a payload of n bytes.
-func header(b []byte, masked byte, n int) []byte {
-	switch {
-	case n < 126:
-		b = append(b, 0x81, masked|byte(n))
-	case n < 1<<16:
-		b = binary.BigEndian.AppendUint16(append(b, 0x81, masked|126), uint16(n))
-	default:
-		b = binary.BigEndian.AppendUint64(append(b, 0x81, masked|127), uint64(n))
-	}
-	if masked != 0 {
-		b = append(b, maskKey[:]...)
-	}
-	return b
-}
-
-// readHeader reads a frame's header and gives its first byte and its payload's
-// size.
-func readHeader(r *bufio.Reader) (first byte, n int, err error) {
-	var h [10]byte
-	if _, err = io.ReadFull(r, h[:2]); err != nil {
-		return 0, 0, err
-	}
-	n = int(h[1] & 0x7f)
-	switch n {
-	case 126:
-		_, err = io.ReadFull(r, h[2:4])
-		n = int(binary.BigEndian.Uint16(h[2:4]))
-	case 127:
-		_, err = io.ReadFull(r, h[2:10])
-		n = int(binary.BigEndian.Uint64(h[2:10]))
-	}
-	if err == nil && h[1]&0x80 != 0 {
-		_, err = r.Discard(len(maskKey))
-	}
-	return h[0], n, err
-}
-
-func (l *wire) send(format string, args ...any) error {
-	text := fmt.Appendf(nil, format, args...)
-	_, err := l.Write(append(header(nil, 0x80, len(text)), mask(text)...))
-	return err
-}
-
-// next gives the next message, whole; it answers pings.
-func (l *wire) next() ([]byte, error) {
-	l.message = l.message[:0]
-	for {
-		first, n, err := readHeader(l.r)
-		if err != nil {
-			return nil, err
-		}
-		start := len(l.message)
-		l.message = slices.Grow(l.message, n)[:start+n]
-		if _, err := io.ReadFull(l.r, l.message[start:]); err != nil {
-			return nil, err
-		}
-		switch op := first & 0x0f; {
-		case op == 8:
-			return nil, io.EOF
-		case op == 9:
-			pong := append([]byte{0x8a, 0x80 | byte(n)}, maskKey[:]...)
-			l.Write(append(pong, mask(l.message[start:])...))
-			l.message = l.message[:start]
-		case first&0x80 != 0:
-			return l.message, nil
-		}
-	}
-}
-
-// expect reads until a message of a type.
-func (l *wire) expect(typ string) ([]byte, error) {
-	for {
-		m, err := l.next()
-		if err != nil || strings.HasPrefix(string(m), `{"type":"`+typ+`"`) {
-			return m, err
-		}
-		if strings.HasPrefix(string(m), `{"type":"error"`) {
-			return m, fmt.Errorf("the server says %s", m)
-		}
-	}
-}
-
-// digits reads the number that follows a name, -1 when it is not there.
-func digits(m []byte, name string) int64 {
-	_, rest, ok := strings.Cut(string(m[:min(len(m), 400)]), name)
-	n := int64(0)
-	for _, c := range strings.TrimLeft(rest, " ") {
-		if c < '0' || c > '9' {
-			break
-		}
-		n = n*10 + int64(c-'0')
-	}
-	if !ok {
-		return -1
-	}
-	return n
-}
-
-// ---- trackers ----
-
-// workload says what a fleet of trackers sends.
-type workload struct {
-	trackers int
-	window   int
-	shots    func(i int) []*shot                         // of tracker i
-	loop     bool                                        // over and over, until stop
-	pace     func(i int, n int64, s *shot) time.Duration // when, since the start, batch n is due; nil: as fast as acks allow
-	mark     bool                                        // each batch begins with an event that says when it was sent
-}
-
-// rotated lets trackers send the same batches, each from another one on.
-func rotated(shots []*shot) func(int) []*shot {
-	return func(i int) []*shot {
-		k := i * 17 % len(shots)
-		return append(shots[k:len(shots):len(shots)], shots[:k]...)
-	}
-}
-
-// fleet is trackers that run, and the sum of what was acked.
-type fleet struct {
-	workload
-	links                  []*loadTracker
-	stopped                chan struct{}
-	ends                   sync.WaitGroup
-	bytes, events, batches atomic.Int64 // acked
-	sent                   atomic.Int64 // events
-	trouble                atomic.Pointer[error]
-}
-
-type loadTracker struct {
-	*wire
-	id    string
-	fleet *fleet
-
-	mu       sync.Mutex
-	wake     *sync.Cond
-	unacked  []*shot
-	inFlight int
-	acked    int64
-	done     bool // sends no more
-}
-
-// launch connects trackers, starts their sessions, and lets them go.
-func (b *bench) launch(t *testing.T, address string, w workload) *fleet {
-	t.Helper()
-	b.fleets++
-	f := &fleet{workload: w, stopped: make(chan struct{}), links: make([]*loadTracker, w.trackers)}
-	parallel(t, w.trackers, func(i int) error {
-		c, err := b.dial(address, "tracker", 4096)
-		if err != nil {
-			return err
-		}
-		tr := &loadTracker{wire: c, id: fmt.Sprintf("bench-%d-%d", b.fleets, i), fleet: f}
-		tr.wake = sync.NewCond(&tr.mu)
-		f.links[i] = tr
-		return tr.start()
-	})
-	begin := time.Now()
-	for i, tr := range f.links {
-		f.ends.Add(2)
-		go tr.shoot(i, begin) // ends with stop
-		go tr.listen()        // ends with the connection
-	}
-	return f
-}
-
-func (tr *loadTracker) start() error {
-	err := tr.send(`{"type":"session_start","data":{"sessionId":"%s","resume":"","userId":"ann","url":"https://example.com/shop",`+
-		`"userAgent":"Mozilla/5.0 (X11; Linux x86_64) AppleWebKit/537.36 (KHTML, like Gecko) Chrome/140.0.0.0 Safari/537.36",`+
-		`"viewport":{"width":1280,"height":800,"devicePixelRatio":1},"startTime":1700000000000,"referrer":"","timeZone":"UTC"}}`, tr.id)
-	if err != nil {
-		return err
-	}
-	_, err = tr.expect("session_ready")
-	return err
-}
-
-// parallel does something n times, 50 at a time.
-func parallel(t *testing.T, n int, do func(int) error) {
-	t.Helper()
-	var failed atomic.Pointer[error]
-	var next atomic.Int64
-	var all sync.WaitGroup
-	for range min(n, 50) {
-		all.Go(func() {
-			for i := int(next.Add(1)) - 1; i < n && failed.Load() == nil; i = int(next.Add(1)) - 1 {
-				if err := do(i); err != nil {
-					failed.Store(&err)
-				}
-			}
-		})
-	}
-	all.Wait()
-	if err := failed.Load(); err != nil {
-		t.Fatal(*err)
-	}
-}
-
-func (tr *loadTracker) shoot(i int, begin time.Time) {
-	defer tr.fleet.ends.Done()
-	f := tr.fleet
-	shots := f.shots(i)
-	for n := int64(0); f.loop || n < int64(len(shots)); n++ {
-		s := shots[n%int64(len(shots))]
-		if f.pace != nil {
-			select {
-			case <-f.stopped:
-			case <-time.After(time.Until(begin.Add(f.pace(i, n, s)))):
-			}
-		}
-		if !tr.room(s) {
-			break
-		}
-		if err := tr.fire(n+1, s); err != nil {
-			f.fail(err)
-			break
-		}
-	}
-	tr.mu.Lock()
-	tr.done = true
-	if len(tr.unacked) == 0 {
-		tr.quit()
-	}
-	tr.mu.Unlock()
-}
-
-// room waits until a batch may be sent, and says false when nothing more is.
-func (tr *loadTracker) room(s *shot) bool {
-	tr.mu.Lock()
-	defer tr.mu.Unlock()
-	for tr.inFlight > 0 && tr.inFlight+s.json > tr.fleet.window && !tr.fleet.ended() {
-		tr.wake.Wait()
-	}
-	if tr.fleet.ended() {
-		return false
-	}
-	tr.unacked = append(tr.unacked, s)
-	tr.inFlight += s.json
-	tr.fleet.sent.Add(int64(s.events))
-	return true
-}
-
-func (f *fleet) ended() bool {
-	select {
-	case <-f.stopped:
-		return true
-	default:
-		return false
-	}
-}
-
-func (f *fleet) fail(err error) { f.trouble.CompareAndSwap(nil, &err) }
-
-// fire sends a batch: its number and, if asked, a first event, before the events
-// that are masked already.
-func (tr *loadTracker) fire(seq int64, s *shot) error {
-	prefix := make([]byte, 0, 256)
-	prefix = fmt.Appendf(prefix, `{"type":"events_batch","data":{"seq":%d,"events":[`, seq)
-	if tr.fleet.mark {
-		now := time.Now()
-		prefix = fmt.Appendf(prefix, `{"type":5,"timestamp":%d,"data":{"tag":"bench","payload":%d}},`, now.UnixMilli(), now.UnixNano())
-	}
-	for len(prefix)%len(maskKey) != 0 {
-		prefix = append(prefix, ' ')
-	}
-	head := header(make([]byte, 0, 300), 0x80, len(prefix)+len(s.masked))
-	head = append(head, mask(prefix)...)
-	_, err := (&net.Buffers{head, s.masked}).WriteTo(tr.Conn)
-	return err
-}
-
-func (tr *loadTracker) listen() {
-	defer tr.fleet.ends.Done()
-	for {
-		m, err := tr.expect("events_ack")
-		if err != nil {
-			tr.mu.Lock()
-			if !tr.done || len(tr.unacked) > 0 {
-				tr.fleet.fail(fmt.Errorf("%s: %w", tr.id, err))
-			}
-			tr.mu.Unlock()
-			return
-		}
-		tr.heard(digits(m, `"seq":`))
-	}
-}
-
-func (tr *loadTracker) heard(seq int64) {
-	tr.mu.Lock()
-	defer tr.mu.Unlock()
-	for ; tr.acked < seq; tr.acked++ {
-		s := tr.unacked[0]
-		tr.unacked = tr.unacked[1:]
-		tr.inFlight -= s.json
-		tr.fleet.bytes.Add(int64(s.json))
-		tr.fleet.events.Add(int64(s.events))
-		tr.fleet.batches.Add(1)
-	}
-	tr.wake.Signal()
-	if tr.done && len(tr.unacked) == 0 {
-		tr.quit()
-	}
-}
-
-// quit ends the session and the connection.
-func (tr *loadTracker) quit() {
-	tr.send(`{"type":"session_end","data":{"sessionId":"%s"}}`, tr.id)
-	tr.Conn.(*net.TCPConn).CloseWrite()
-}
-
-// stop sends no more. With patience it waits until everything is acked.
-func (f *fleet) stop(t *testing.T, patient bool) {
-	t.Helper()
-	close(f.stopped)
-	for _, tr := range f.links {
-		tr.wake.Signal()
-		if !patient {
-			tr.Close()
-		}
-	}
-	f.ends.Wait()
-	if err := f.trouble.Load(); err != nil && patient {
-		t.Fatal(*err)
-	}
-}
-
 // ---- how much, and at what cost ----
 
 // sample is what was committed in a stretch of time, and the CPU seconds of
@@ -696,161 +211,6 @@ func memory(t *testing.T, pid int, name string) float64 {
 		t.Fatalf("%s of process %d: %v", name, pid, err)
 	}
 	return kilobytes * 1024
-}
-
-// ---- the limit ----
-
-// bare is what the server is compared with: a program that does nothing but
-// commit chunks that are ready, in a process of its own. To be fair it also
-// receives, from the same trackers and as fast, the bytes that the chunks are
-// made of, without looking at them: it pays for the sockets and shares the two
-// cores with the trackers as the server does. It has the server's table, number
-// of connections and size of transactions, and acks what is committed.
-func init() {
-	if database := os.Getenv("BENCH_BARE"); database != "" {
-		if err := bare(database); err != nil {
-			fmt.Fprintln(os.Stderr, "bare:", err)
-		}
-		os.Exit(1)
-	}
-}
-
-type bareChunk struct {
-	chunk
-	session string
-	conn    net.Conn
-	seq     int64 // acked with it
-}
-
-func bare(database string) error {
-	go func() { // ends with the process, and ends it with who started it
-		io.Copy(io.Discard, os.Stdin)
-		os.Exit(0)
-	}()
-	cfg, err := pgxpool.ParseConfig(database)
-	if err != nil {
-		return err
-	}
-	pool, err := pgxpool.NewWithConfig(context.Background(), cfg)
-	if err != nil {
-		return err
-	}
-	chunks := readyChunks()
-	work := make(chan bareChunk, 1024)
-	for range writers {
-		go bareWriter(pool, work) // ends with the process, as all here
-	}
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		return err
-	}
-	fmt.Println(listener.Addr())
-	for {
-		conn, err := listener.Accept()
-		if err != nil {
-			return err
-		}
-		go bareReader(conn, pool, chunks, work)
-	}
-}
-
-// readyChunks are the recordings in chunks as the server makes them.
-func readyChunks() (chunks []chunk) {
-	for _, r := range loadRecordings(nil) {
-		var f flush
-		for _, e := range r {
-			f.batches = append(f.batches, &batch{body: []byte(e.text), events: []event{{0, uint32(len(e.text)), e.kind, 0}}})
-		}
-		f.encode()
-		chunks = append(chunks, f.chunks...)
-	}
-	return chunks
-}
-
-func bareReader(conn net.Conn, pool *pgxpool.Pool, chunks []chunk, work chan<- bareChunk) {
-	r := bufio.NewReaderSize(conn, 64<<10)
-	if _, err := http.ReadRequest(r); err != nil {
-		return
-	}
-	io.WriteString(conn, "HTTP/1.1 101 Switching Protocols\r\n\r\n")
-	var id string
-	received, first := 0, int64(0)
-	for seq := int64(0); ; seq++ {
-		_, n, err := readHeader(r)
-		if err != nil {
-			return
-		}
-		if seq == 0 {
-			id = conn.RemoteAddr().String()
-			pool.Exec(context.Background(), "insert into sessions (session_id, user_id, url, metadata, is_active) values ($1, '', '', '{}', true)", id)
-			conn.Write(append(header(nil, 0, 24), `{"type":"session_ready"}`...))
-		}
-		r.Discard(n)
-		received += n
-		for c := chunks[first%int64(len(chunks))]; seq > 0 && received >= c.raw; c = chunks[first%int64(len(chunks))] {
-			received -= c.raw
-			c.first = first
-			work <- bareChunk{c, id, conn, seq}
-			first++
-		}
-	}
-}
-
-func bareWriter(pool *pgxpool.Pool, work <-chan bareChunk) {
-	for {
-		group, bytes := []bareChunk{<-work}, 0
-		for more := true; more && bytes < maxFlushBytes; {
-			select {
-			case c := <-work:
-				group = append(group, c)
-				bytes += c.raw
-			default:
-				more = false
-			}
-		}
-		batch := &pgx.Batch{}
-		for _, c := range group {
-			batch.Queue(`insert into session_events (session_id, first_index, event_count, start_time, end_time, snapshot_index, raw_bytes, events)
-				values ($1, $2, $3, $4, $5, $6, $7, $8)`, c.session, c.first, c.count, c.startTime, c.endTime, c.snapshot, c.raw, c.events)
-		}
-		if err := pool.SendBatch(context.Background(), batch).Close(); err != nil {
-			fmt.Fprintln(os.Stderr, "bare:", err)
-			os.Exit(1)
-		}
-		for _, c := range group {
-			ack := fmt.Sprintf(`{"type":"events_ack","data":{"seq":%d}}`, c.seq)
-			c.conn.Write(append(header(nil, 0, len(ack)), ack...))
-		}
-	}
-}
-
-// startBare starts the bare program; it ends with the part.
-func (b *bench) startBare(t *testing.T) (address string, pid int) {
-	database := databaseIn(t, b.cluster.url)
-	execSQL(t, database, schema)
-	cmd := exec.Command(os.Args[0])
-	cmd.Env = append(os.Environ(), "BENCH_BARE="+database)
-	cmd.Stderr = os.Stderr
-	stdin, err := cmd.StdinPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	stdout, err := cmd.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		stdin.Close()
-		cmd.Wait()
-	})
-	line, err := bufio.NewReader(stdout).ReadString('\n')
-	if err != nil {
-		t.Fatalf("bare program: %v", err)
-	}
-	return strings.TrimSpace(line), cmd.Process.Pid
 }
 
 // ---- the parts ----
@@ -967,12 +327,313 @@ func (b *bench) smallBatches(t *testing.T) {
 	b.reportCPU("its CPU seconds per 100 MB", got)
 }
 
-func (b *bench) latency(t *testing.T) {}
-func (b *bench) idle(t *testing.T)    {}
-func (b *bench) disk(t *testing.T)    {}
-func (b *bench) long(t *testing.T)    {}
-func (b *bench) lists(t *testing.T)   {}
-func (b *bench) growth(t *testing.T)  {}
+// latency is measured here alone: a batch carries the time of its sending, and
+// the viewers are in this process too.
+func (b *bench) latency(t *testing.T) {
+	s := b.server(t, b.profiled()...)
+	if b.best == 0 {
+		b.best = 100e6 // the ingest part did not run
+	}
+	for _, share := range []float64{0, 0.5} {
+		var others *fleet
+		beside, targets := "", []time.Duration{time.Millisecond, 5 * time.Millisecond, 0, 15 * time.Millisecond}
+		if share > 0 {
+			beside, targets = ", ingest at half its maximum", []time.Duration{0, 50 * time.Millisecond, 0, 50 * time.Millisecond}
+			rate := b.best * share / 50
+			others = b.launch(t, s.url, workload{trackers: 50, window: window, shots: rotated(b.mixed), loop: true,
+				pace: func(_ int, _, bytes int64, _ *shot) time.Duration {
+					return time.Duration(float64(bytes) / rate * float64(time.Second))
+				}})
+			time.Sleep(warmUp)
+		}
+		b.live(t, s, 20, 2, "live latency, 20 trackers × 2 viewers"+beside, targets[0], targets[1])
+		b.live(t, s, 1, 500, "live latency, 1 tracker × 500 viewers"+beside, targets[2], targets[3])
+		if others != nil {
+			others.stop(t, true)
+		}
+	}
+}
 
-var _ = runtime.NumCPU
-var _ = syscall.SIGTERM
+// live measures from before a tracker's write until a viewer has the whole
+// message; each tracker sends 20 batches a second.
+func (b *bench) live(t *testing.T, s *serverProcess, trackers, viewers int, figure string, p50, p99 time.Duration) {
+	f := b.launch(t, s.url, workload{trackers: trackers, window: window, shots: rotated(b.small), loop: true, mark: true,
+		pace: func(i int, n, _ int64, _ *shot) time.Duration {
+			return time.Duration(n)*50*time.Millisecond + time.Duration(i)*50*time.Millisecond/time.Duration(trackers)
+		}})
+	var counts atomic.Bool
+	all := make([][]time.Duration, trackers*viewers)
+	var watching sync.WaitGroup
+	wires := make([]*wire, len(all))
+	parallel(t, len(all), func(i int) (err error) {
+		wires[i], err = b.join(s, f.links[i%trackers].id)
+		return err
+	})
+	for i, w := range wires {
+		watching.Go(func() { // ends with the connection
+			for m, err := w.next(); err == nil; m, err = w.next() {
+				if sent := digits(m, `"payload":`); sent > 0 && counts.Load() {
+					all[i] = append(all[i], time.Duration(time.Now().UnixNano()-sent))
+				}
+			}
+		})
+	}
+	time.Sleep(time.Second)
+	counts.Store(true)
+	time.Sleep(2 * roundTime)
+	counts.Store(false)
+	for _, w := range wires {
+		w.Close()
+	}
+	watching.Wait()
+	f.stop(t, true)
+	got := slices.Concat(all...)
+	want := trackers * viewers * 20 * int(2*roundTime/time.Second)
+	if len(got) < want*9/10 {
+		t.Errorf("%s: %d batches arrived, want %d", figure, len(got), want)
+	}
+	target := fmt.Sprintf("p99 ≤ %v", p99)
+	if p50 > 0 {
+		target = fmt.Sprintf("p50 ≤ %v, ", p50) + target
+	}
+	half, most := percentile(got, 50), percentile(got, 99)
+	b.report(figure, target, most <= p99 && (p50 == 0 || half <= p50), values{"p50": half.Seconds(), "p99": most.Seconds()},
+		"p50 %.2f ms, p99 %.2f ms", ms(half), ms(most))
+}
+
+// join connects a viewer and makes it watch a session.
+func (b *bench) join(s *serverProcess, id string) (*wire, error) {
+	w, err := b.dial(s.url, "viewer", 16<<10)
+	if err != nil {
+		return nil, err
+	}
+	if err := w.send(`{"type":"viewer_join_session","data":{"sessionId":"%s"}}`, id); err != nil {
+		return nil, err
+	}
+	_, err = w.expect("session_joined")
+	return w, err
+}
+
+func ms(d time.Duration) float64 { return d.Seconds() * 1000 }
+
+func percentile(all []time.Duration, p int) time.Duration {
+	if len(all) == 0 {
+		return 0
+	}
+	slices.Sort(all)
+	return all[(len(all)-1)*p/100]
+}
+
+// idle trackers have started their sessions and send nothing. Pings go out
+// three times as often as by default, so that a round of them is in the figure.
+func (b *bench) idle(t *testing.T) {
+	const interval = 10 * time.Second
+	s := b.server(t, append(b.profiled(), fmt.Sprintf("HEARTBEAT_INTERVAL=%d", interval.Milliseconds()))...)
+	pid := s.cmd.Process.Pid
+	before := memory(t, pid, "VmRSS")
+	b.startIdle(t, s, idleTrackers)
+	most := 0.0
+	for end := time.Now().Add(interval * 3 / 2); time.Now().Before(end); time.Sleep(100 * time.Millisecond) {
+		most = max(most, memory(t, pid, "VmRSS"))
+	}
+	b.profile(t, "idle")
+	if got := s.stat("trackers"); got != idleTrackers {
+		t.Errorf("%d trackers are left of %d", got, idleTrackers)
+	}
+	each := (most - before) / idleTrackers
+	b.report("resident memory per idle tracker (10,000)", "≤ 24 KB", each <= 24<<10, values{"bytes": each}, "%.1f KB", each/1024)
+}
+
+// startIdle connects trackers that answer pings and do nothing else.
+func (b *bench) startIdle(t *testing.T, s *serverProcess, n int) {
+	b.fleets++
+	parallel(t, n, func(i int) error {
+		w, err := b.dial(s.url, "tracker", 256)
+		if err != nil {
+			return err
+		}
+		t.Cleanup(func() { w.Close() })
+		tr := &loadTracker{wire: w, id: fmt.Sprintf("bench-%d-%d", b.fleets, i)}
+		if err := tr.start(); err != nil {
+			return err
+		}
+		go func() { // ends with the connection
+			for _, err := w.next(); err == nil; _, err = w.next() {
+			}
+		}()
+		return nil
+	})
+}
+
+// disk plays each recording several times, at its own pace.
+func (b *bench) disk(t *testing.T) {
+	s := b.server(t)
+	var recordings [][]*shot
+	for _, r := range b.recordings {
+		recordings = append(recordings, batches(r))
+	}
+	f := b.launch(t, s.url, workload{trackers: 48, window: window,
+		shots: func(i int) []*shot { return recordings[i%len(recordings)] },
+		pace: func(i int, _, _ int64, s *shot) time.Duration {
+			return s.at + time.Duration(i)*100*time.Millisecond
+		}})
+	f.wait(t)
+	raw := querySQL[float64](t, s.database, "select sum(raw_bytes) from sessions")
+	chunks := querySQL[float64](t, s.database, "select count(*) from session_events")
+	size := querySQL[float64](t, s.database, "select pg_total_relation_size('session_events') + pg_total_relation_size('sessions')")
+	b.report("bytes on disk per byte of JSON, recordings at their own pace", "≤ 0.20", size/raw <= 0.20,
+		values{"ratio": size / raw, "bytes": raw, "chunks": chunks}, "%.3f (%.0f MB in %.0f chunks)", size/raw, raw/1e6, chunks)
+}
+
+// long asks a session of a million events, which is live, for pages.
+func (b *bench) long(t *testing.T) {
+	s := b.server(t, b.profiled()...)
+	per := 0
+	for _, shot := range b.small {
+		per += shot.events
+	}
+	shots := slices.Repeat(b.small, longSession/per+1)
+	f := b.launch(t, s.url, workload{trackers: 1, window: window, shots: func(int) []*shot { return shots }, pace: func(_ int, n, _ int64, _ *shot) time.Duration {
+		if int(n) == len(shots)-1 {
+			return time.Hour // it stays live
+		}
+		return 0
+	}})
+	id, last := f.links[0].id, (len(shots)-1)*10
+	waitUntil(t, "the long session is stored", func() bool { return int(f.events.Load()) >= last })
+	page := func(from int) func(int) error {
+		return func(i int) error {
+			status, body := s.get(fmt.Sprintf("/sessions/%s/events?fromIndex=%d&limit=1000", id, from+i*500))
+			if status != http.StatusOK || !strings.HasSuffix(string(body), `"count":1000}`) {
+				return fmt.Errorf("page at %d: %d %.100s", from+i*500, status, body)
+			}
+			return nil
+		}
+	}
+	first, worst := time.Duration(0), time.Duration(0)
+	var shown []string
+	for _, from := range []int{0, last / 4, last / 2, last * 3 / 4, last - 50_000, last - 9_000} {
+		half, most := b.times(t, 16, page(from))
+		if first == 0 {
+			first = half
+		}
+		if from == last-50_000 {
+			b.report("the same, last page that is stored against first", "≤ 1.5", float64(half) <= 1.5*float64(first), values{"ratio": float64(half) / float64(first)}, "%.2f", float64(half)/float64(first))
+		}
+		worst = max(worst, most)
+		shown = append(shown, fmt.Sprintf("%.1f", ms(half)))
+	}
+	b.report("1,000 events of a session of 1,000,000, six depths", "≤ 20 ms", worst <= 20*time.Millisecond, values{"p95": worst.Seconds()},
+		"p50 %s ms, p95 %.1f ms", strings.Join(shown, ", "), ms(worst))
+	half, most := b.times(t, 50, func(int) error {
+		w, err := b.dial(s.url, "viewer", 4096)
+		if err == nil {
+			defer w.Close()
+			err = w.send(`{"type":"viewer_join_session","data":{"sessionId":"%s"}}`, id)
+		}
+		if err == nil {
+			_, err = w.expect("session_joined")
+		}
+		return err
+	})
+	b.report("joining it live", "≤ 20 ms", most <= 20*time.Millisecond, values{"p95": most.Seconds()}, "p50 %.1f ms, p95 %.1f ms", ms(half), ms(most))
+	f.stop(t, false)
+	b.chunks(t, s)
+}
+
+// times does something several times, one after the other, and gives the median
+// and the 95th percentile.
+func (b *bench) times(t *testing.T, n int, do func(int) error) (half, most time.Duration) {
+	t.Helper()
+	all := make([]time.Duration, n)
+	for i := range all {
+		begin := time.Now()
+		if err := do(i); err != nil {
+			t.Fatal(err)
+		}
+		all[i] = time.Since(begin)
+	}
+	return percentile(all, 50), percentile(all, 95)
+}
+
+// chunks reads a session's chunks as a player does, over four connections.
+func (b *bench) chunks(t *testing.T, s *serverProcess) {
+	f := b.launch(t, s.url, workload{trackers: 1, window: window, shots: rotated(b.mixed)})
+	f.wait(t)
+	var session struct {
+		Chunks []struct{ FromIndex, Bytes int }
+	}
+	s.getJSON("/sessions/"+f.links[0].id, &session)
+	var raw, packed atomic.Int64
+	begin := time.Now()
+	parallel(t, 4, func(i int) error {
+		for n := i; time.Since(begin) < roundTime; n++ {
+			c := session.Chunks[n%len(session.Chunks)]
+			req, _ := http.NewRequest("GET", fmt.Sprintf("%s/sessions/%s/chunks/%d", s.url, f.links[0].id, c.FromIndex), nil)
+			req.Header.Set("Accept-Encoding", "gzip") // as set by hand the client does not unpack
+			resp, err := http.DefaultClient.Do(req)
+			if err != nil {
+				return err
+			}
+			size, err := io.Copy(io.Discard, resp.Body)
+			resp.Body.Close()
+			if err != nil || resp.StatusCode != http.StatusOK || resp.Header.Get("Content-Encoding") != "gzip" {
+				return fmt.Errorf("chunk %d: %s, %v", c.FromIndex, resp.Status, err)
+			}
+			raw.Add(int64(c.Bytes))
+			packed.Add(size)
+		}
+		return nil
+	})
+	speed := float64(raw.Load()) / time.Since(begin).Seconds()
+	b.report("stored chunks served, JSON", "≥ 1 GB/s", speed >= 1e9, values{"bytesPerSecond": speed},
+		"%.2f GB/s (%.0f MB/s on the wire)", speed/1e9, float64(packed.Load())/time.Since(begin).Seconds()/1e6)
+}
+
+// lists asks for lists beside many sessions, old and live.
+func (b *bench) lists(t *testing.T) {
+	s := b.server(t, b.profiled()...)
+	execSQL(t, s.database, `insert into sessions (session_id, user_id, url, metadata, is_active, created_at, updated_at, ended_at, event_count,
+			raw_bytes, stored_bytes, first_event_time, last_event_time, snapshot_index, last_seq)
+		select 'old-' || n, 'user_' || n % 5000, 'https://example.com/shop', $1, false, made, made, made, 3000, 3000000, 500000, 1, 2, 1, 60
+		from (select n, now() - n * interval '1 minute' as made from generate_series(1, $2::integer) n) n`,
+		`{"url":"https://example.com/shop","userAgent":"`+strings.Repeat("Mozilla ", 15)+`","viewport":{"width":1280,"height":800,"devicePixelRatio":1},`+
+			`"startTime":1700000000000,"referrer":"","timeZone":"UTC"}`, oldSessions)
+	execSQL(t, s.database, "vacuum analyze sessions")
+	b.startIdle(t, s, 1000)
+	var shown []string
+	worst, v := time.Duration(0), values{}
+	for _, path := range []string{"/sessions", "/sessions?limit=100&offset=99000", "/sessions/active", "/stats", "/health"} {
+		half, most := b.times(t, 50, func(int) error {
+			if status, _ := s.get(path); status != http.StatusOK {
+				return fmt.Errorf("%s: %d", path, status)
+			}
+			return nil
+		})
+		if path != "/health" { // asked for by few, and counts everything
+			worst = max(worst, most)
+		}
+		v[path] = most.Seconds()
+		shown = append(shown, fmt.Sprintf("%s %.1f (%.1f)", path, ms(half), ms(most)))
+	}
+	b.report("lists with 100,000 sessions, 1,000 live", "≤ 20 ms", worst <= 20*time.Millisecond, v, "p50 (p95) ms: %s", strings.Join(shown, ", "))
+}
+
+// growth compares what the same bytes cost when they come from more sessions.
+func (b *bench) growth(t *testing.T) {
+	const inFlight = 128 << 20
+	var shown []string
+	var costs []float64
+	for _, n := range []int{10, 100, 1000} {
+		s := b.server(t)
+		f := b.launch(t, s.url, workload{trackers: n, window: min(window, inFlight/n), shots: rotated(b.mixed), loop: true})
+		time.Sleep(warmUp)
+		got := b.measure(t, f, s.cmd.Process.Pid, 2*roundTime)
+		f.stop(t, true)
+		costs = append(costs, got.server/got.bytes*100e6)
+		shown = append(shown, fmt.Sprintf("%.2f", costs[len(costs)-1]))
+	}
+	spread := slices.Max(costs)/slices.Min(costs) - 1
+	b.report("server's CPU seconds per 100 MB from 10, 100, 1,000 sessions", "within 20 %", spread <= 0.2,
+		values{"spread": spread, "10": costs[0], "100": costs[1], "1000": costs[2]}, "%s: within %.0f %%", strings.Join(shown, ", "), spread*100)
+}
