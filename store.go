@@ -89,11 +89,11 @@ func (st *store) applySchema(ctx context.Context) error {
 	return nil
 }
 
-// ping asks the database for nothing.
+// ping asks the database whether it is there, with its tables.
 func (st *store) ping(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
 	defer cancel()
-	_, err := st.pool.Exec(ctx, "select 1")
+	_, err := st.pool.Exec(ctx, "select from sessions limit 1")
 	return err
 }
 
