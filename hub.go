@@ -840,6 +840,10 @@ func (h *hubState) group() (work []*flush) {
 	n, bytes := 0, int64(0)
 	for n < len(h.queue) && len(work) < h.cfg.batchSize && bytes < maxFlushBytes {
 		s := h.queue[n]
+		again := s.flush != nil && s.flush.attempts > 0
+		if len(work) > 0 && again != (work[0].attempts > 0) {
+			break // who failed before does not hold up the others again
+		}
 		n++
 		s.queued = false
 		if h.sessions[s.id] != s {

@@ -31,6 +31,7 @@ const schemaLock = 0x5e55104e
 const (
 	chunkBytes    = 1 << 20          // JSON in a chunk, unless one event is larger
 	commitTimeout = 30 * time.Second // of one transaction of the writer
+	lockTimeout   = "1s"             // in it, for a row that somebody else holds
 	queryTimeout  = 15 * time.Second // of a question
 	orphanAge     = 3 * time.Minute  // an active session not touched for so long has no server any more
 	touchEvery    = time.Minute
@@ -206,10 +207,22 @@ func (w *writer) write(ctx context.Context, work []*flush) {
 		w.fail(work, err)
 		return
 	}
-	for _, f := range work {
-		if err := w.commit(ctx, []*flush{f}); err != nil {
-			w.fail([]*flush{f}, err)
+	var kept []*flush
+	for i, f := range work {
+		alone := w.commit(ctx, []*flush{f})
+		switch {
+		case alone == nil:
+		case blamesData(alone):
+			w.fail([]*flush{f}, alone)
+		case errors.As(alone, &refusal):
+			kept, err = append(kept, f), alone
+		default: // PostgreSQL is gone, for the others too
+			w.fail(append(kept, work[i:]...), alone)
+			return
 		}
+	}
+	if len(kept) > 0 {
+		w.fail(kept, err)
 	}
 }
 
@@ -279,6 +292,7 @@ func (w *writer) commit(ctx context.Context, work []*flush) error {
 	ctx, cancel := context.WithTimeout(ctx, commitTimeout)
 	defer cancel()
 	batch := &pgx.Batch{}
+	batch.Queue("select set_config('lock_timeout', $1, true)", lockTimeout)
 	for _, f := range work {
 		f.outcome = stored
 		queue(batch, f)
