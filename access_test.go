@@ -561,22 +561,29 @@ func TestAccessSlowDown(t *testing.T) {
 
 func TestAccessThrottle(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		tr := throttle{failed: map[netip.Addr]failures{}}
-		a, b := netip.MustParseAddr("10.0.0.1"), netip.MustParseAddr("10.0.0.2")
+		tr := newAccess(accessConfig{}, "127.0.0.1", "80")
+		try := func(addr string, right bool) time.Duration {
+			d := tr.judge(&http.Request{RemoteAddr: addr + ":1"}, right)
+			if d == nil || d.status != http.StatusTooManyRequests {
+				return 0
+			}
+			return d.wait
+		}
+		const a, b = "10.0.0.1", "10.0.0.2"
 		for range freeAttempts {
-			if wait := tr.wait(a, false); wait != 0 {
+			if wait := try(a, false); wait != 0 {
 				t.Fatalf("a first attempt waits %v", wait)
 			}
 		}
 		var waits []time.Duration
 		for range 8 {
-			wait := tr.wait(a, true)
+			wait := try(a, true)
 			waits = append(waits, wait)
 			time.Sleep(wait)
-			if tr.wait(b, true) != 0 {
+			if try(b, true) != 0 {
 				t.Error("another address has to wait")
 			}
-			if wait := tr.wait(a, false); wait != 0 {
+			if wait := try(a, false); wait != 0 {
 				t.Errorf("after its pause it still has to wait %v", wait)
 			}
 		}
@@ -588,21 +595,21 @@ func TestAccessThrottle(t *testing.T) {
 			t.Errorf("got pauses %v, want %v", waits, want)
 		}
 		time.Sleep(longestWait)
-		if tr.wait(a, true) != 0 || tr.wait(a, false) != 0 {
+		if try(a, true) != 0 || try(a, false) != 0 {
 			t.Error("the right token does not clear what was before")
 		}
 		for range freeAttempts {
-			tr.wait(b, false)
+			try(b, false)
 		}
 		time.Sleep(forgetAfter + time.Second)
-		if tr.wait(b, false); tr.failed[b].n != 1 {
-			t.Errorf("failures are not forgotten: %+v", tr.failed[b])
+		if try(b, false); tr.failed[netip.MustParseAddr(b)].n != 1 {
+			t.Errorf("failures are not forgotten: %+v", tr.failed[netip.MustParseAddr(b)])
 		}
-		for i := range 3 * maxThrottled {
-			tr.wait(netip.AddrFrom4([4]byte{11, byte(i >> 16), byte(i >> 8), byte(i)}), false)
+		for i := range 3 * maxFailed {
+			try(fmt.Sprintf("11.%d.%d.%d", i>>16, i>>8&255, i&255), false)
 		}
-		if len(tr.failed) > maxThrottled {
-			t.Errorf("%d addresses are remembered, want at most %d", len(tr.failed), maxThrottled)
+		if len(tr.failed) > maxFailed {
+			t.Errorf("%d addresses are remembered, want at most %d", len(tr.failed), maxFailed)
 		}
 	})
 }
@@ -1021,7 +1028,7 @@ func TestAccessSettings(t *testing.T) {
 		return c
 	}
 	c := load()
-	got := fmt.Sprintf("%q %q %q %q", c.access.trackerOrigins, c.access.viewerOrigins, c.access.publicHosts, []string{c.access.token, c.access.key, c.database.ConnConfig.Password})
+	got := fmt.Sprintf("%q %q %q %q", c.trackerOrigins, c.viewerOrigins, c.publicHosts, []string{c.token, c.key, c.database.ConnConfig.Password})
 	if want := `["https://shop.example" "http://[::1]:99"] [] ["a.example:8443" "b.example"] ["from a file" "" "p:w"]`; got != want {
 		t.Errorf("got  %s\nwant %s", got, want)
 	}
@@ -1030,11 +1037,11 @@ func TestAccessSettings(t *testing.T) {
 		t.Errorf("DATABASE_URL without a password: got %q, want the credential", got)
 	}
 	values["DATABASE_URL"], values["ACCESS_TOKEN"] = "postgres://u:own@h/d", "from the environment"
-	if c := load(); c.database.ConnConfig.Password != "own" || c.access.token != "from the environment" {
-		t.Errorf("the environment does not win: %q, %q", c.database.ConnConfig.Password, c.access.token)
+	if c := load(); c.database.ConnConfig.Password != "own" || c.token != "from the environment" {
+		t.Errorf("the environment does not win: %q, %q", c.database.ConnConfig.Password, c.token)
 	}
 	values = map[string]string{"TRACKER_ORIGINS": ","}
-	if got := load().access.trackerOrigins; len(got) != 0 {
+	if got := load().trackerOrigins; len(got) != 0 {
 		t.Errorf("TRACKER_ORIGINS=, is %q, want none", got)
 	}
 }

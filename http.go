@@ -30,18 +30,17 @@ import (
 // server answers HTTP and WebSocket requests. It owns the connections' readers
 // and writers; its parts are safe for concurrent use.
 type server struct {
-	cfg       config
-	hub       *hub
-	store     *store
-	budget    *budget
-	metrics   *metrics
-	writers   []*writer
-	access    *access
-	admission *admission
-	logs      *logs
-	log       *slog.Logger
-	started   time.Time
-	files     map[string]asset
+	cfg     config
+	hub     *hub
+	store   *store
+	budget  *budget
+	metrics *metrics
+	writers []*writer
+	access  *access
+	logs    *logs
+	log     *slog.Logger
+	started time.Time
+	files   map[string]asset
 
 	ctx  context.Context // ends the connections when all else has failed
 	open sync.Map        // of *conn: those to be told when the server stops
@@ -265,14 +264,14 @@ func (s *server) handleWebSocket(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	addr := s.access.address(r)
-	if d := s.admission.enter(addr); d != nil {
+	if d := s.access.enter(addr); d != nil {
 		s.deny(w, r, false, d)
 		return
 	}
 	h := &hijacker{ResponseWriter: w}
 	ws, err := websocket.Accept(h, r, &websocket.AcceptOptions{InsecureSkipVerify: true, CompressionMode: websocket.CompressionDisabled})
 	if err != nil {
-		s.admission.leave(addr)
+		s.access.leave(addr)
 		return // Accept has answered
 	}
 	ws.SetReadLimit(-1) // conn.read has its own
@@ -291,7 +290,7 @@ func (s *server) handleWebSocket(w http.ResponseWriter, r *http.Request) {
 // forget is called when a connection has ended.
 func (s *server) forget(c *conn) {
 	s.open.Delete(c)
-	s.admission.leave(c.addr)
+	s.access.leave(c.addr)
 }
 
 // goodbye tells every connection that the server stops, and waits until all

@@ -38,6 +38,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
@@ -78,7 +79,7 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 		return err
 	}
 	if *checkOnly {
-		return check(cfg, stdout)
+		return check(ctx, cfg, stdout)
 	}
 	if env("GOGC") == "" {
 		debug.SetGCPercent(50) // idle connections take a tenth less memory; ingest does not feel it
@@ -108,9 +109,7 @@ func assemble(cfg config, logs *logs) (*server, error) {
 	m := newMetrics()
 	b := &budget{free: int64(cfg.maxBufferBytes)}
 	s := &server{cfg: cfg, store: st, budget: b, metrics: m, logs: logs, log: logs.app, started: time.Now(),
-		access: newAccess(cfg.access, cfg.host, cfg.port),
-		admission: &admission{max: cfg.maxConnections, maxPerAddr: cfg.maxPerAddress, trustProxy: cfg.access.trustProxy,
-			byAddr: map[netip.Addr]int{}}}
+		access: newAccess(cfg.accessConfig, cfg.host, cfg.port)}
 	s.hub = newHub(hubConfig{batchSize: cfg.batchSize, batchInterval: cfg.batchInterval, grace: cfg.grace, maxEvents: int64(cfg.maxEvents),
 		maxTailBytes: int64(cfg.maxBufferBytes) / 4, maxSessionBytes: int64(cfg.maxSessionBytes)}, b, m, logs.app)
 	for range writers {
@@ -359,40 +358,30 @@ func version() string {
 	return info.Main.Version
 }
 
-// check prints what the server would do, without secrets, and whether it finds
-// its database.
-func check(cfg config, stdout io.Writer) error {
-	a := newAccess(cfg.access, cfg.host, cfg.port)
-	viewing, recording := "with ACCESS_TOKEN", "without a key"
-	if a.open {
-		viewing = "open to whoever is on this machine (no ACCESS_TOKEN)"
-	} else if a.made {
-		viewing = "with a token that is made and printed at each start (no ACCESS_TOKEN, HOST is not loopback)"
+// check prints what the server would do, without secrets, and whether the
+// database is there.
+func check(ctx context.Context, cfg config, stdout io.Writer) error {
+	a, db, viewing, recording := newAccess(cfg.accessConfig, cfg.host, cfg.port), cfg.database.ConnConfig, "who has ACCESS_TOKEN", "anyone"
+	switch {
+	case a.open:
+		viewing = "whoever is on this machine (no ACCESS_TOKEN)"
+	case a.made:
+		viewing = "who has the token that it makes and prints (no ACCESS_TOKEN)"
 	}
-	if cfg.access.key != "" {
-		recording = "with INGEST_KEY"
+	if a.key != "" {
+		recording = "who has INGEST_KEY"
 	}
-	db := cfg.database.ConnConfig
-	for _, line := range [][2]any{
-		{"listen at", cfg.url(cfg.host, cfg.port)},
-		{"viewing", viewing}, {"viewers' origins", append([]string{"its own"}, cfg.access.viewerOrigins...)},
-		{"recording", recording}, {"trackers' origins", cfg.access.trackerOrigins},
-		{"public hosts", cfg.access.publicHosts}, {"trust a proxy", cfg.access.trustProxy}, {"metrics without token", cfg.access.metricsOpen},
-		{"keep sessions for", cfg.retention}, {"logs in", cfg.log.dir},
-		{"database", fmt.Sprintf("%s at %s, port %d, as %s", db.Database, db.Host, db.Port, db.User)},
-	} {
-		fmt.Fprintf(stdout, "%-22s %v\n", line[0], line[1])
-	}
-	st, err := openStore(context.Background(), cfg.database)
-	if err != nil {
-		return err
-	}
-	defer st.close()
-	version, tables, err := st.inspect(context.Background())
+	fmt.Fprintf(stdout, "listens at     %s, trusts a proxy: %t\n", cfg.url(cfg.host, cfg.port), a.trustProxy)
+	fmt.Fprintf(stdout, "may view       %s; pages of its own and %v; public hosts %v\n", viewing, a.viewerOrigins, a.publicHosts)
+	fmt.Fprintf(stdout, "may record     %s; pages of %v\n", recording, a.trackerOrigins)
+	fmt.Fprintf(stdout, "keeps          sessions %v after their end, logs in %s\n", cfg.retention, cfg.log.dir)
+	fmt.Fprintf(stdout, "database       %s at %s, port %d, as %s\n", db.Database, db.Host, db.Port, db.User)
+	conn, err := pgx.ConnectConfig(ctx, db)
 	if err != nil {
 		return fmt.Errorf("database: %w", err)
 	}
-	fmt.Fprintf(stdout, "%-22s PostgreSQL %s, tables: %t\n", "", version, tables)
+	defer conn.Close(ctx)
+	fmt.Fprintf(stdout, "               PostgreSQL %s\n", conn.PgConn().ParameterStatus("server_version"))
 	return nil
 }
 
@@ -406,7 +395,7 @@ type config struct {
 	host, port string
 	database   *pgxpool.Config
 	log        logConfig
-	access     accessConfig
+	accessConfig
 
 	certificate  *certificate  // nil without TLS
 	notifySocket string        // of systemd, empty when it does not wait for us
@@ -423,7 +412,6 @@ type config struct {
 
 	maxMessageBytes, maxBufferBytes, maxHeaderBytes int
 	maxSessionBytes, maxStorageBytes                int
-	maxConnections, maxPerAddress                   int
 	maxSessionsPerMinute                            int
 }
 
@@ -461,12 +449,10 @@ func loadConfig(getenv func(string) string) (config, error) {
 		maxHeaderBytes:       r.number("MAX_HEADER_BYTES", 16<<10, 4<<10, 1<<20),
 		maxSessionBytes:      r.number("MAX_SESSION_BYTES", 1<<30, 1, 1<<50),
 		maxStorageBytes:      r.number("MAX_STORAGE_BYTES", 0, 0, 1<<60),
-		maxConnections:       r.number("MAX_CONNECTIONS", 10000, 1, 1<<20),
-		maxPerAddress:        r.number("MAX_CONNECTIONS_PER_ADDRESS", 200, 1, 1<<20),
 		maxSessionsPerMinute: r.number("MAX_SESSIONS_PER_MINUTE", 30, 1, 1<<20),
 	}
 	c.log = r.logs()
-	c.access = r.access()
+	c.accessConfig = r.access()
 	c.certificate = r.certificate()
 	c.database = r.database()
 	return c, r.err
@@ -531,17 +517,17 @@ func (r *settings) secret(name string) string {
 	return strings.TrimSpace(string(content))
 }
 
-// list reads values between commas.
-func (r *settings) list(name, preset string, parse func(string) (string, error)) (all []string) {
-	for _, v := range strings.Split(r.text(name, preset), ",") {
+// origins reads origins between commas, or with a scheme what only lacks that.
+func (r *settings) origins(name, scheme string) (all []string) {
+	for v := range strings.SplitSeq(r.getenv(name), ",") {
 		if v = strings.TrimSpace(v); v == "" {
 			continue
 		}
-		value, err := parse(v)
+		origin, err := parseOrigin(scheme + v)
 		if err != nil {
 			r.fail(name, "%v", err)
 		}
-		all = append(all, value)
+		all = append(all, strings.TrimPrefix(origin, scheme))
 	}
 	return all
 }
@@ -549,13 +535,12 @@ func (r *settings) list(name, preset string, parse func(string) (string, error))
 func (r *settings) access() accessConfig {
 	c := accessConfig{
 		token: r.secret("ACCESS_TOKEN"), key: r.secret("INGEST_KEY"),
-		viewerOrigins: r.list("VIEWER_ORIGINS", "", parseOrigin),
-		publicHosts:   r.list("PUBLIC_HOSTS", "", parseHost),
-		trustProxy:    r.flag("TRUST_PROXY"), metricsOpen: r.flag("METRICS_OPEN"),
-		trackerOrigins: []string{"*"},
+		trackerOrigins: []string{"*"}, viewerOrigins: r.origins("VIEWER_ORIGINS", ""), publicHosts: r.origins("PUBLIC_HOSTS", "http://"),
+		trustProxy: r.flag("TRUST_PROXY"), metricsOpen: r.flag("METRICS_OPEN"),
+		maxConnections: r.number("MAX_CONNECTIONS", 10000, 1, 1<<20), maxPerAddress: r.number("MAX_CONNECTIONS_PER_ADDRESS", 200, 1, 1<<20),
 	}
 	if r.text("TRACKER_ORIGINS", "*") != "*" {
-		c.trackerOrigins = r.list("TRACKER_ORIGINS", "", parseOrigin)
+		c.trackerOrigins = r.origins("TRACKER_ORIGINS", "")
 	}
 	if c.key != "" && c.key == c.token {
 		r.fail("INGEST_KEY", "must not be the same as ACCESS_TOKEN: pages show it to everyone")

@@ -30,8 +30,8 @@ type metrics struct {
 
 func newMetrics() *metrics {
 	return &metrics{refusals: map[string]int64{},
-		seconds: newHistogram(.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30),
-		size:    newHistogram(1<<10, 4<<10, 16<<10, 64<<10, 256<<10, 1<<20, 4<<20, 16<<20)}
+		seconds: histogram{bounds: []float64{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30}},
+		size:    histogram{bounds: []float64{1 << 10, 4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20}}}
 }
 
 // refuse counts something that was refused to a client.
@@ -69,17 +69,12 @@ func (m *metrics) batch(work []*flush, took time.Duration) {
 // histogram counts observations by size. Its owner guards it.
 type histogram struct {
 	bounds []float64
-	counts []int64 // up to each bound, and all
+	counts [16]int64 // up to each bound; then all
 	sum    float64
 }
 
-func newHistogram(bounds ...float64) histogram {
-	return histogram{bounds: bounds, counts: make([]int64, len(bounds)+1)}
-}
-
 func (h *histogram) observe(v float64) {
-	first, _ := slices.BinarySearch(h.bounds, v)
-	for i := first; i < len(h.counts); i++ {
+	for i := len(h.bounds); i >= 0 && (i == len(h.bounds) || v <= h.bounds[i]); i-- {
 		h.counts[i]++
 	}
 	h.sum += v

@@ -135,7 +135,7 @@ func TestMetricsPending(t *testing.T) {
 }
 
 func TestHistogram(t *testing.T) {
-	h := newHistogram(1, 2.5, 10)
+	h := histogram{bounds: []float64{1, 2.5, 10}}
 	for _, v := range []float64{0, 1, 1.1, 2.5, 9, 10, 10.1, 1000} {
 		h.observe(v)
 	}

@@ -303,7 +303,6 @@ func (c *conn) read() ([]byte, error) {
 			c.srv.metrics.refuse("message_bytes")
 			c.offer(errorMessage("too_large", "the message is larger than MAX_MESSAGE_BYTES"))
 			c.shut(closeTooBig, "the message is larger than MAX_MESSAGE_BYTES")
-			<-c.ctx.Done() // it has been told
 			return buf, errors.New("message too large")
 		case err == io.EOF && typ != websocket.MessageText:
 			return buf, &refusal{code: "invalid_message", reason: "messages are text frames"}

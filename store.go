@@ -98,14 +98,6 @@ func (st *store) ping(ctx context.Context) error {
 	return err
 }
 
-// inspect tells PostgreSQL's version, and whether the tables are there.
-func (st *store) inspect(ctx context.Context) (version string, tables bool, err error) {
-	ctx, cancel := context.WithTimeout(ctx, queryTimeout)
-	defer cancel()
-	err = st.pool.QueryRow(ctx, "select current_setting('server_version'), to_regclass('session_events') is not null").Scan(&version, &tables)
-	return version, tables, err
-}
-
 // Claims.
 
 // claim is what a tracker gets of its session's row when it starts or continues
