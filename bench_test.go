@@ -238,8 +238,9 @@ func (b *bench) parse(t *testing.T) {
 		runs := float64(result.N) / result.T.Seconds()
 		return runs * float64(size), runs * float64(len(messages)), float64(result.AllocsPerOp()) / float64(events)
 	}
-	bytes, _, allocs := speed(b.mixed)
-	b.report("parse a batch, one core", "≥ 300 MB/s, no allocation per event", bytes >= 300e6 && allocs < 0.1,
+	_, _, allocs := speed([]*shot{newShot(slices.Concat(b.recordings...))}) // many events, so that what is per batch vanishes
+	bytes, _, _ := speed(b.mixed)
+	b.report("parse a batch, one core", "≥ 300 MB/s, no allocation per event", bytes >= 300e6 && allocs < 0.05,
 		values{"bytesPerSecond": bytes, "allocsPerEvent": allocs}, "%.0f MB/s, %.3f allocations per event", bytes/1e6, allocs)
 	bytes, batches, _ := speed(b.small)
 	b.report("parse small batches (10 events, 4 KB), one core", "≥ 40,000 batches/s", batches >= 40000,
