@@ -95,7 +95,7 @@ func newShot(events []recorded) *shot {
 		text[i] = e.text
 	}
 	body := strings.Join(text, ",")
-	return &shot{mask([]byte(body + "]}}")), len(body), len(events), events[len(events)-1].at}
+	return &shot{wireMask([]byte(body + "]}}")), len(body), len(events), events[len(events)-1].at}
 }
 
 // batches cuts a recording as the tracker in web/ does: a full snapshot goes out
@@ -148,7 +148,7 @@ type wire struct {
 
 var maskKey = [4]byte{0x37, 0xfa, 0x21, 0x3d}
 
-func mask(b []byte) []byte {
+func wireMask(b []byte) []byte {
 	for i := range b {
 		b[i] ^= maskKey[i&3]
 	}
@@ -171,8 +171,8 @@ func (b *bench) dial(address, kind string, readBuffer int) (*wire, error) {
 	return l, err
 }
 
-// header appends the header of a text frame with a payload of n bytes.
-func header(b []byte, masked byte, n int) []byte {
+// wireHeader appends the header of a text frame with a payload of n bytes.
+func wireHeader(b []byte, masked byte, n int) []byte {
 	switch {
 	case n < 126:
 		b = append(b, 0x81, masked|byte(n))
@@ -187,9 +187,9 @@ func header(b []byte, masked byte, n int) []byte {
 	return b
 }
 
-// readHeader reads a frame's header and gives its first byte and its payload's
+// readWireHeader reads a frame's header and gives its first byte and its payload's
 // size.
-func readHeader(r *bufio.Reader) (first byte, n int, err error) {
+func readWireHeader(r *bufio.Reader) (first byte, n int, err error) {
 	var h [10]byte
 	if _, err = io.ReadFull(r, h[:2]); err != nil {
 		return 0, 0, err
@@ -211,7 +211,7 @@ func readHeader(r *bufio.Reader) (first byte, n int, err error) {
 
 func (l *wire) send(format string, args ...any) error {
 	text := fmt.Appendf(nil, format, args...)
-	_, err := l.Write(append(header(nil, 0x80, len(text)), mask(text)...))
+	_, err := l.Write(append(wireHeader(nil, 0x80, len(text)), wireMask(text)...))
 	return err
 }
 
@@ -219,7 +219,7 @@ func (l *wire) send(format string, args ...any) error {
 func (l *wire) next() ([]byte, error) {
 	l.message = l.message[:0]
 	for {
-		first, n, err := readHeader(l.r)
+		first, n, err := readWireHeader(l.r)
 		if err != nil {
 			return nil, err
 		}
@@ -233,7 +233,7 @@ func (l *wire) next() ([]byte, error) {
 			return nil, io.EOF
 		case op == 9:
 			pong := append([]byte{0x8a, 0x80 | byte(n)}, maskKey[:]...)
-			l.Write(append(pong, mask(l.message[start:])...))
+			l.Write(append(pong, wireMask(l.message[start:])...))
 			l.message = l.message[:start]
 		case first&0x80 != 0:
 			return l.message, nil
@@ -440,8 +440,8 @@ func (tr *loadTracker) fire(seq int64, s *shot) error {
 	for len(prefix)%len(maskKey) != 0 {
 		prefix = append(prefix, ' ')
 	}
-	head := header(make([]byte, 0, 300), 0x80, len(prefix)+len(s.masked))
-	head = append(head, mask(prefix)...)
+	head := wireHeader(make([]byte, 0, 300), 0x80, len(prefix)+len(s.masked))
+	head = append(head, wireMask(prefix)...)
 	_, err := (&net.Buffers{head, s.masked}).WriteTo(tr.Conn)
 	return err
 }

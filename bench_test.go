@@ -83,11 +83,11 @@ type bench struct {
 	until      time.Time    // the end of the present part
 	fleets     int
 	best       float64 // bytes a second of the ingest run
-	rows       []row
+	rows       []benchRow
 }
 
-// row is a line of the table.
-type row struct {
+// benchRow is a line of the table.
+type benchRow struct {
 	Figure   string             `json:"figure"`
 	Target   string             `json:"target"`
 	Measured string             `json:"measured"`
@@ -95,7 +95,7 @@ type row struct {
 	Values   map[string]float64 `json:"values"`
 }
 
-type values map[string]float64
+type figures map[string]float64
 
 func newBench(t *testing.T) *bench {
 	b := &bench{cluster: ownPostgres(t), recordings: loadRecordings(t)}
@@ -109,8 +109,8 @@ func newBench(t *testing.T) *bench {
 	return b
 }
 
-func (b *bench) report(figure, target string, met bool, v values, format string, args ...any) {
-	r := row{Figure: figure, Target: target, Measured: fmt.Sprintf(format, args...), Values: v}
+func (b *bench) report(figure, target string, met bool, v figures, format string, args ...any) {
+	r := benchRow{Figure: figure, Target: target, Measured: fmt.Sprintf(format, args...), Values: v}
 	if target != "" {
 		r.Met = map[bool]string{true: "yes", false: "no"}[met]
 	}
@@ -202,8 +202,8 @@ func cpuSeconds(pid int, children bool) (seconds float64) {
 	return seconds
 }
 
-// memory reads VmRSS or VmHWM of a process, in bytes.
-func memory(t *testing.T, pid int, name string) float64 {
+// memoryOf reads VmRSS or VmHWM of a process, in bytes.
+func memoryOf(t *testing.T, pid int, name string) float64 {
 	content, _ := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
 	_, rest, _ := strings.Cut(string(content), name+":")
 	var kilobytes float64
@@ -220,7 +220,7 @@ func (b *bench) parse(t *testing.T) {
 		var messages [][]byte
 		size, events := 0, 0
 		for _, s := range shots {
-			body := mask(slices.Clone(s.masked)) // masked twice is plain
+			body := wireMask(slices.Clone(s.masked)) // masked twice is plain
 			messages = append(messages, append([]byte(`{"type":"events_batch","data":{"seq":1,"events":[`), body...))
 			size += s.json
 			events += s.events
@@ -241,10 +241,10 @@ func (b *bench) parse(t *testing.T) {
 	_, _, allocs := speed([]*shot{newShot(slices.Concat(b.recordings...))}) // many events, so that what is per batch vanishes
 	bytes, _, _ := speed(b.mixed)
 	b.report("parse a batch, one core", "≥ 300 MB/s, no allocation per event", bytes >= 300e6 && allocs < 0.05,
-		values{"bytesPerSecond": bytes, "allocsPerEvent": allocs}, "%.0f MB/s, %.3f allocations per event", bytes/1e6, allocs)
+		figures{"bytesPerSecond": bytes, "allocsPerEvent": allocs}, "%.0f MB/s, %.3f allocations per event", bytes/1e6, allocs)
 	bytes, batches, _ := speed(b.small)
 	b.report("parse small batches (10 events, 4 KB), one core", "≥ 40,000 batches/s", batches >= 40000,
-		values{"batchesPerSecond": batches, "bytesPerSecond": bytes}, "%.0f batches/s, %.0f MB/s", batches, bytes/1e6)
+		figures{"batchesPerSecond": batches, "bytesPerSecond": bytes}, "%.0f batches/s, %.0f MB/s", batches, bytes/1e6)
 }
 
 func (b *bench) ingest(t *testing.T) {
@@ -274,17 +274,17 @@ func (b *bench) ingest(t *testing.T) {
 	b.best = ours.bytes / ours.seconds
 	most, ratio := limit.bytes/limit.seconds, b.best/(limit.bytes/limit.seconds)
 	b.report("durable ingest, 50 trackers", "≥ 60 % of bare pgx, ≥ 100 MB/s", ratio >= 0.6 && b.best >= 100e6,
-		values{"bytesPerSecond": b.best, "eventsPerSecond": ours.events / ours.seconds, "bareBytesPerSecond": most, "ratio": ratio},
+		figures{"bytesPerSecond": b.best, "eventsPerSecond": ours.events / ours.seconds, "bareBytesPerSecond": most, "ratio": ratio},
 		"%.0f MB/s, %.0f events/s; bare %.0f MB/s: %.0f %%", b.best/1e6, ours.events/ours.seconds, most/1e6, ratio*100)
 	b.reportCPU("its CPU seconds per 100 MB", ours)
 	b.reportCPU("those of the bare program", limit)
-	peak := memory(t, s.cmd.Process.Pid, "VmHWM")
-	b.report("peak resident memory of that", "≤ 400 MB", peak <= 400e6, values{"bytes": peak}, "%.0f MB", peak/1e6)
+	peak := memoryOf(t, s.cmd.Process.Pid, "VmHWM")
+	b.report("peak resident memory of that", "≤ 400 MB", peak <= 400e6, figures{"bytes": peak}, "%.0f MB", peak/1e6)
 }
 
 func (b *bench) reportCPU(figure string, s sample) {
 	per := 100e6 / s.bytes
-	b.report(figure, "", false, values{"server": s.server * per, "postgres": s.postgres * per, "generator": s.generator * per},
+	b.report(figure, "", false, figures{"server": s.server * per, "postgres": s.postgres * per, "generator": s.generator * per},
 		"server %.2f, PostgreSQL %.2f, load generator %.2f; %.2f cores busy", s.server*per, s.postgres*per, s.generator*per,
 		(s.server+s.postgres+s.generator)/s.seconds)
 }
@@ -323,7 +323,7 @@ func (b *bench) smallBatches(t *testing.T) {
 	got := b.measure(t, f, s.cmd.Process.Pid, 2*roundTime)
 	f.stop(t, true)
 	b.report("small batches (10 events, 4 KB), 500 trackers", "", false,
-		values{"batchesPerSecond": got.batches / got.seconds, "eventsPerSecond": got.events / got.seconds, "bytesPerSecond": got.bytes / got.seconds},
+		figures{"batchesPerSecond": got.batches / got.seconds, "eventsPerSecond": got.events / got.seconds, "bytesPerSecond": got.bytes / got.seconds},
 		"%.0f batches/s, %.0f events/s, %.0f MB/s", got.batches/got.seconds, got.events/got.seconds, got.bytes/got.seconds/1e6)
 	b.reportCPU("its CPU seconds per 100 MB", got)
 }
@@ -398,8 +398,8 @@ func (b *bench) live(t *testing.T, s *serverProcess, trackers, viewers int, figu
 		target = fmt.Sprintf("p50 ≤ %v, ", p50) + target
 	}
 	half, most := percentile(got, 50), percentile(got, 99)
-	b.report(figure, target, most <= p99 && (p50 == 0 || half <= p50), values{"p50": half.Seconds(), "p99": most.Seconds()},
-		"p50 %.2f ms, p99 %.2f ms", ms(half), ms(most))
+	b.report(figure, target, most <= p99 && (p50 == 0 || half <= p50), figures{"p50": half.Seconds(), "p99": most.Seconds()},
+		"p50 %.2f ms, p99 %.2f ms", inMillis(half), inMillis(most))
 }
 
 // join connects a viewer and makes it watch a session.
@@ -415,7 +415,7 @@ func (b *bench) join(s *serverProcess, id string) (*wire, error) {
 	return w, err
 }
 
-func ms(d time.Duration) float64 { return d.Seconds() * 1000 }
+func inMillis(d time.Duration) float64 { return d.Seconds() * 1000 }
 
 func percentile(all []time.Duration, p int) time.Duration {
 	if len(all) == 0 {
@@ -431,18 +431,18 @@ func (b *bench) idle(t *testing.T) {
 	const interval = 10 * time.Second
 	s := b.server(t, append(b.profiled(), fmt.Sprintf("HEARTBEAT_INTERVAL=%d", interval.Milliseconds()))...)
 	pid := s.cmd.Process.Pid
-	before := memory(t, pid, "VmRSS")
+	before := memoryOf(t, pid, "VmRSS")
 	b.startIdle(t, s, idleTrackers)
 	most := 0.0
 	for end := time.Now().Add(interval * 3 / 2); time.Now().Before(end); time.Sleep(100 * time.Millisecond) {
-		most = max(most, memory(t, pid, "VmRSS"))
+		most = max(most, memoryOf(t, pid, "VmRSS"))
 	}
 	b.profile(t, "idle")
 	if got := s.stat("trackers"); got != idleTrackers {
 		t.Errorf("%d trackers are left of %d", got, idleTrackers)
 	}
 	each := (most - before) / idleTrackers
-	b.report("resident memory per idle tracker (10,000)", "≤ 24 KB", each <= 24<<10, values{"bytes": each}, "%.1f KB", each/1024)
+	b.report("resident memory per idle tracker (10,000)", "≤ 24 KB", each <= 24<<10, figures{"bytes": each}, "%.1f KB", each/1024)
 }
 
 // startIdle connects trackers that answer pings and do nothing else.
@@ -483,7 +483,7 @@ func (b *bench) disk(t *testing.T) {
 	chunks := querySQL[float64](t, s.database, "select count(*) from session_events")
 	size := querySQL[float64](t, s.database, "select pg_total_relation_size('session_events') + pg_total_relation_size('sessions')")
 	b.report("bytes on disk per byte of JSON, recordings at their own pace", "≤ 0.20", size/raw <= 0.20,
-		values{"ratio": size / raw, "bytes": raw, "chunks": chunks}, "%.3f (%.0f MB in %.0f chunks)", size/raw, raw/1e6, chunks)
+		figures{"ratio": size / raw, "bytes": raw, "chunks": chunks}, "%.3f (%.0f MB in %.0f chunks)", size/raw, raw/1e6, chunks)
 }
 
 // long asks a session of a million events, which is live, for pages.
@@ -519,13 +519,13 @@ func (b *bench) long(t *testing.T) {
 			first = half
 		}
 		if from == last-50_000 {
-			b.report("the same, last page that is stored against first", "≤ 1.5", float64(half) <= 1.5*float64(first), values{"ratio": float64(half) / float64(first)}, "%.2f", float64(half)/float64(first))
+			b.report("the same, last page that is stored against first", "≤ 1.5", float64(half) <= 1.5*float64(first), figures{"ratio": float64(half) / float64(first)}, "%.2f", float64(half)/float64(first))
 		}
 		worst = max(worst, most)
-		shown = append(shown, fmt.Sprintf("%.1f", ms(half)))
+		shown = append(shown, fmt.Sprintf("%.1f", inMillis(half)))
 	}
-	b.report("1,000 events of a session of 1,000,000, six depths", "≤ 20 ms", worst <= 20*time.Millisecond, values{"p95": worst.Seconds()},
-		"p50 %s ms, p95 %.1f ms", strings.Join(shown, ", "), ms(worst))
+	b.report("1,000 events of a session of 1,000,000, six depths", "≤ 20 ms", worst <= 20*time.Millisecond, figures{"p95": worst.Seconds()},
+		"p50 %s ms, p95 %.1f ms", strings.Join(shown, ", "), inMillis(worst))
 	half, most := b.times(t, 50, func(int) error {
 		w, err := b.dial(s.url, "viewer", 4096)
 		if err == nil {
@@ -537,7 +537,7 @@ func (b *bench) long(t *testing.T) {
 		}
 		return err
 	})
-	b.report("joining it live", "≤ 20 ms", most <= 20*time.Millisecond, values{"p95": most.Seconds()}, "p50 %.1f ms, p95 %.1f ms", ms(half), ms(most))
+	b.report("joining it live", "≤ 20 ms", most <= 20*time.Millisecond, figures{"p95": most.Seconds()}, "p50 %.1f ms, p95 %.1f ms", inMillis(half), inMillis(most))
 	f.stop(t, false)
 	b.chunks(t, s)
 }
@@ -587,7 +587,7 @@ func (b *bench) chunks(t *testing.T, s *serverProcess) {
 		return nil
 	})
 	speed := float64(raw.Load()) / time.Since(begin).Seconds()
-	b.report("stored chunks served, JSON", "≥ 1 GB/s", speed >= 1e9, values{"bytesPerSecond": speed},
+	b.report("stored chunks served, JSON", "≥ 1 GB/s", speed >= 1e9, figures{"bytesPerSecond": speed},
 		"%.2f GB/s (%.0f MB/s on the wire)", speed/1e9, float64(packed.Load())/time.Since(begin).Seconds()/1e6)
 }
 
@@ -603,7 +603,7 @@ func (b *bench) lists(t *testing.T) {
 	execSQL(t, s.database, "vacuum analyze sessions")
 	b.startIdle(t, s, 1000)
 	var shown []string
-	worst, v := time.Duration(0), values{}
+	worst, v := time.Duration(0), figures{}
 	for _, path := range []string{"/sessions", "/sessions?limit=100&offset=99000", "/sessions/active", "/stats", "/health"} {
 		half, most := b.times(t, 50, func(int) error {
 			if status, _ := s.get(path); status != http.StatusOK {
@@ -615,7 +615,7 @@ func (b *bench) lists(t *testing.T) {
 			worst = max(worst, most)
 		}
 		v[path] = most.Seconds()
-		shown = append(shown, fmt.Sprintf("%s %.1f (%.1f)", path, ms(half), ms(most)))
+		shown = append(shown, fmt.Sprintf("%s %.1f (%.1f)", path, inMillis(half), inMillis(most)))
 	}
 	b.report("lists with 100,000 sessions, 1,000 live", "≤ 20 ms", worst <= 20*time.Millisecond, v, "p50 (p95) ms: %s", strings.Join(shown, ", "))
 }
@@ -636,5 +636,5 @@ func (b *bench) growth(t *testing.T) {
 	}
 	spread := slices.Max(costs)/slices.Min(costs) - 1
 	b.report("server's CPU seconds per 100 MB from 10, 100, 1,000 sessions", "within 20 %", spread <= 0.2,
-		values{"spread": spread, "10": costs[0], "100": costs[1], "1000": costs[2]}, "%s: within %.0f %%", strings.Join(shown, ", "), spread*100)
+		figures{"spread": spread, "10": costs[0], "100": costs[1], "1000": costs[2]}, "%s: within %.0f %%", strings.Join(shown, ", "), spread*100)
 }
