@@ -57,6 +57,7 @@ let pending = [], pendingSize = 0, flushTimer = 0; // events of the next batch
 let snapshotSize = 0; // of the newest full snapshot
 let fullSince = 0; // when the buffer was full, and recording stopped
 let socket = null, ready = false, readyAt = 0;
+let news = false; // identify() was called since the last session_start
 let sent = 0; // how many of held went over this connection
 let retries = 0, retryTimer = 0, silence = 0, refusals = 0;
 
@@ -348,18 +349,19 @@ function load() {
 }
 
 // keep stores what a next page needs. Every batch has its number by then, so
-// that what does not fit is missed there, and said to be a gap.
-function keep() {
+// that what does not fit is missed there, and said to be a gap. A page that is
+// left before it has its session adds to what the page before it kept.
+function keep(leaving = false) {
   flush();
-  const stored = session || load(); // no session yet: add to what the page before this one kept
-  if (!stored) return;
-  const all = session ? held : (stored.held || []).concat(held);
+  const tab = session || leaving && load();
+  if (!tab) return;
+  const all = session ? held : (tab.held || []).concat(held);
   if (session) for (const batch of all) batch.seq ||= session.next++;
   let room = QUOTA;
   const fitting = all.filter((batch) => (room -= batch.text.length) >= 0); // the oldest, without a hole
   for (const some of [fitting, []]) {
     try {
-      sessionStorage.setItem(STORE, toText({ ...stored, held: some, notes }));
+      sessionStorage.setItem(STORE, toText({ ...tab, held: some, notes: session ? notes : (tab.notes || []).concat(notes) }));
       return;
     } catch { /* the page has used the space, or there is none */ }
   }
@@ -410,10 +412,15 @@ async function begin() {
   connect();
 }
 
+// leave leaves all that is held to the next page, which may be this one again,
+// from the back/forward cache.
 function leave() {
-  keep();
+  keep(true);
   disconnect();
   letGo();
+  session = null;
+  held = [], notes = [];
+  heldSize = 0;
 }
 
 function letGo() {
@@ -421,12 +428,7 @@ function letGo() {
   unlock();
 }
 
-// comeBack is for a page from the back/forward cache: others may have gone on
-// with the session since.
 function comeBack() {
-  session = null;
-  held = [];
-  notes = [];
   begin().catch(complain);
   takeSnapshot();
 }
@@ -451,6 +453,7 @@ function visitor() {
 const say = (type, data) => socket.send(toText({ type, data }));
 
 function sayStart() {
+  news = false;
   const { id, resume, started, entry, referrer, user, traits } = session;
   say("session_start", {
     sessionId: id, resume, userId: user, traits, startTime: started,
@@ -533,6 +536,7 @@ function started({ sessionId, resume, lastSeq }) {
   else align(lastSeq);
   ready = true;
   readyAt = Date.now();
+  if (news) sayStart();
   transmit();
   watch();
   goOn();
@@ -677,6 +681,7 @@ function identify(user, traits) {
     known.user = user || known.user;
     known.traits = { ...known.traits, ...traits };
   }
+  news = true;
   if (ready) sayStart();
 }
 
