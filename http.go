@@ -245,14 +245,15 @@ func (s *server) failQuery(w http.ResponseWriter, r *http.Request, err error) {
 // it lasts; smaller ones serve a tracker, which is sent little, as well.
 type hijacker struct {
 	http.ResponseWriter
-	conn net.Conn
+	small bool
+	conn  net.Conn
 }
 
 func (h *hijacker) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 	conn, rw, err := http.NewResponseController(h.ResponseWriter).Hijack()
 	h.conn = conn
-	if err == nil && rw.Reader.Buffered() == 0 {
-		rw = bufio.NewReadWriter(bufio.NewReaderSize(conn, 2<<10), bufio.NewWriterSize(conn, 1<<10))
+	if err == nil && h.small && rw.Reader.Buffered() == 0 {
+		rw = bufio.NewReadWriter(bufio.NewReaderSize(conn, 1<<10), bufio.NewWriterSize(conn, 512))
 	}
 	return conn, rw, err
 }
@@ -268,7 +269,7 @@ func (s *server) handleWebSocket(w http.ResponseWriter, r *http.Request) {
 		s.deny(w, r, false, d)
 		return
 	}
-	h := &hijacker{ResponseWriter: w}
+	h := &hijacker{ResponseWriter: w, small: kind != "viewer"}
 	ws, err := websocket.Accept(h, r, &websocket.AcceptOptions{InsecureSkipVerify: true, CompressionMode: websocket.CompressionDisabled})
 	if err != nil {
 		s.access.leave(addr)

@@ -154,6 +154,7 @@ type flush struct {
 	after   counters // the row's values once this is stored
 	ended   bool
 	endedAt time.Time
+	calm    bool // there is time to compress it well
 
 	chunks   []chunk // made by the writer
 	attempts int
@@ -831,13 +832,18 @@ func (h *hubState) dispatch() bool {
 }
 
 func (h *hubState) due() bool {
-	return len(h.queue) > 0 && (h.draining || h.queue[0].ended || len(h.queue) >= h.cfg.batchSize ||
-		h.pendingBytes >= flushBytes || time.Since(h.queue[0].since) >= h.cfg.batchInterval)
+	return len(h.queue) > 0 && (h.pressed() || h.queue[0].ended || time.Since(h.queue[0].since) >= h.cfg.batchInterval)
+}
+
+// pressed says whether there is so much to store that it does not wait for its
+// interval.
+func (h *hubState) pressed() bool {
+	return h.draining || len(h.queue) >= h.cfg.batchSize || h.pendingBytes >= flushBytes
 }
 
 // group takes up to batchSize sessions from the queue and makes their flushes.
 func (h *hubState) group() (work []*flush) {
-	n, bytes := 0, int64(0)
+	n, bytes, calm := 0, int64(0), !h.pressed()
 	for n < len(h.queue) && len(work) < h.cfg.batchSize && bytes < maxFlushBytes {
 		s := h.queue[n]
 		again := s.flush != nil && s.flush.attempts > 0
@@ -851,6 +857,7 @@ func (h *hubState) group() (work []*flush) {
 		}
 		if s.flush == nil {
 			s.flush = h.newFlush(s)
+			s.flush.calm = calm
 		}
 		f := s.flush
 		f.epoch, f.ended, f.endedAt = s.epoch, s.ended && len(s.pending) == 0 && len(s.reports) == 0, s.endedAt
