@@ -88,7 +88,7 @@ func (a *access) admit(who who, r *http.Request) *denial {
 	}
 	presented, right := a.presented(r, who == browsers || who == sockets)
 	if !presented {
-		return &denial{http.StatusUnauthorized, "access_token", "this needs the access token", 0}
+		return &denial{http.StatusUnauthorized, "no_token", "this needs the access token", 0}
 	}
 	return a.judge(r, right)
 }
@@ -181,7 +181,7 @@ func (a *access) judge(r *http.Request, right bool) *denial {
 		clear(a.failed)
 	}
 	a.failed[addr] = failures{f.n + 1, time.Now()}
-	return &denial{http.StatusUnauthorized, "access_token", "this is not the access token", 0}
+	return &denial{http.StatusUnauthorized, "wrong_token", "this is not the access token", 0}
 }
 
 // Where a request comes from.

@@ -434,7 +434,7 @@ func TestAccessBrowser(t *testing.T) {
 }
 
 func TestAccessCookie(t *testing.T) {
-	s := startServer(t, "ACCESS_TOKEN="+testToken, "TRUST_PROXY=true")
+	s := startServer(t, "ACCESS_TOKEN="+testToken, "INGEST_KEY="+testKey, "TRUST_PROXY=true")
 	tls := header("X-Forwarded-Proto", "http, https")
 	html := header("Accept", "text/html")
 	for _, how := range []struct {
@@ -447,7 +447,11 @@ func TestAccessCookie(t *testing.T) {
 			t.Errorf("%s: cookie %v", how.who.name, c)
 		}
 	}
-	resp := s.as(withCookie(s.signIn(testToken)), "POST", "/signout")
+	cookie := withCookie(s.signIn(testToken))
+	if resp := s.as(cookie, "GET", "/ws?type=tracker"); resp.StatusCode != 401 || len(resp.Cookies()) != 0 {
+		t.Errorf("a page that records without the key: got %d, %v, want whoever is signed in to stay so", resp.StatusCode, resp.Cookies())
+	}
+	resp := s.as(cookie, "POST", "/signout")
 	if c := resp.Cookies(); resp.StatusCode != 204 || len(c) != 1 || c[0].MaxAge >= 0 {
 		t.Errorf("sign-out: got %d, %v", resp.StatusCode, c)
 	}
@@ -554,7 +558,7 @@ func TestAccessSlowDown(t *testing.T) {
 	var stats struct{ Refusals map[string]int }
 	resp := s.as(bearer, "GET", "/stats")
 	mustJSON(t, bodyOf(t, resp), &stats)
-	if stats.Refusals["access_token"] < freeAttempts || stats.Refusals["attempts"] < 4 {
+	if stats.Refusals["wrong_token"] != freeAttempts || stats.Refusals["no_token"] != 1 || stats.Refusals["attempts"] < 4 {
 		t.Errorf("counted: %v", stats.Refusals)
 	}
 }

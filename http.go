@@ -124,8 +124,8 @@ func (s *server) deny(w http.ResponseWriter, r *http.Request, page bool, d *deni
 	}
 	if d.status == http.StatusUnauthorized {
 		h.Set("WWW-Authenticate", "Bearer")
-		if _, err := r.Cookie(s.access.cookieName); err == nil {
-			s.access.signIn(w, r, -1) // of another token: the browser need not try it again
+		if _, err := r.Cookie(s.access.cookieName); err == nil && !s.access.signedIn(r) {
+			s.access.signIn(w, r, -1) // it is of another token: the browser need not try it again
 		}
 	}
 	file, ok := s.files["signin.html"]
