@@ -452,3 +452,28 @@ test("a session that is not there, one without a picture", async (t) => {
   await page.goto(`${h.url}/view/no-snapshot`);
   await says(page, "#message", /no full snapshot/);
 });
+
+test("signing in and out", async (t) => {
+  await h.restart({ ACCESS_TOKEN: "correct horse" });
+  await store("behind-the-door", [snapshot(Date.now(), 0)]);
+  const page = await open(t, "/view/behind-the-door");
+  assert.equal(await page.title(), "Sign in");
+  await page.fill("#token", "wrong horse");
+  await page.keyboard.press("Enter");
+  await says(page, "#note", /not the access token/);
+  await page.fill("#token", "correct horse");
+  await page.click("form button");
+  await shows(page, "#clock", "0"); // at the address that was asked for
+  assert.equal(await page.evaluate(() => document.cookie), "", "the cookie is not for scripts");
+  await page.click("#signout");
+  await page.waitForURL(`${h.url}/`);
+  await page.waitForSelector("#token");
+
+  const other = await open(t, "/"); // signed out while a page is open
+  await other.fill("#token", "correct horse");
+  await other.click("form button");
+  await other.waitForSelector("#past a");
+  await other.context().clearCookies();
+  await other.click("#past a");
+  await other.waitForSelector("#token");
+});
