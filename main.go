@@ -371,7 +371,7 @@ func check(ctx context.Context, cfg config, stdout io.Writer) error {
 	if a.key != "" {
 		recording = "who has INGEST_KEY"
 	}
-	fmt.Fprintf(stdout, "listens at     %s, trusts a proxy: %t\n", cfg.url(cfg.host, cfg.port), a.trustProxy)
+	fmt.Fprintf(stdout, "listens at     %s, port %s; TLS: %t, trusts a proxy: %t\n", cfg.host, cfg.port, cfg.certificate != nil, a.trustProxy)
 	fmt.Fprintf(stdout, "may view       %s; pages of its own and %v; public hosts %v\n", viewing, a.viewerOrigins, a.publicHosts)
 	fmt.Fprintf(stdout, "may record     %s; pages of %v\n", recording, a.trackerOrigins)
 	fmt.Fprintf(stdout, "keeps          sessions %v after their end, logs in %s\n", cfg.retention, cfg.log.dir)
@@ -553,7 +553,9 @@ func (r *settings) certificate() *certificate {
 	if c.cert == "" && c.key == "" {
 		return nil
 	}
-	if err := c.load(); err != nil {
+	if c.cert == "" || c.key == "" {
+		r.fail("TLS_CERT and TLS_KEY", "only one of them is set")
+	} else if err := c.load(); err != nil {
 		r.fail("TLS_CERT and TLS_KEY", "%v", err)
 	}
 	return c
