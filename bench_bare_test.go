@@ -104,7 +104,7 @@ func bareReader(conn net.Conn, pool *pgxpool.Pool, chunks []chunk, work chan<- b
 		}
 		if seq == 0 {
 			id = conn.RemoteAddr().String()
-			pool.Exec(context.Background(), "insert into sessions (session_id, user_id, url, metadata, is_active) figures ($1, '', '', '{}', true)", id)
+			pool.Exec(context.Background(), "insert into sessions (session_id, user_id, url, metadata, is_active) values ($1, '', '', '{}', true)", id)
 			conn.Write(append(wireHeader(nil, 0, 24), `{"type":"session_ready"}`...))
 		}
 		r.Discard(n)
@@ -133,7 +133,7 @@ func bareWriter(pool *pgxpool.Pool, work <-chan bareChunk) {
 		batch := &pgx.Batch{}
 		for _, c := range group {
 			batch.Queue(`insert into session_events (session_id, first_index, event_count, start_time, end_time, snapshot_index, raw_bytes, events)
-				figures ($1, $2, $3, $4, $5, $6, $7, $8)`, c.session, c.first, c.count, c.startTime, c.endTime, c.snapshot, c.raw, c.events)
+				values ($1, $2, $3, $4, $5, $6, $7, $8)`, c.session, c.first, c.count, c.startTime, c.endTime, c.snapshot, c.raw, c.events)
 		}
 		if err := pool.SendBatch(context.Background(), batch).Close(); err != nil {
 			fmt.Fprintln(os.Stderr, "bare:", err)
