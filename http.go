@@ -351,9 +351,13 @@ func (s *server) events(ctx context.Context, id string, from, limit int64, emit 
 	return f.session, nil
 }
 
-// number reads a whole number from the query, between bounds.
+// query reads a whole number from the query, between bounds.
 func query(r *http.Request, name string, preset, least, most int64) (int64, error) {
-	raw := r.URL.Query().Get(name)
+	values, err := url.ParseQuery(r.URL.RawQuery)
+	if err != nil {
+		return 0, errors.New("the query string cannot be read")
+	}
+	raw := values.Get(name)
 	if raw == "" {
 		return preset, nil
 	}

@@ -558,7 +558,9 @@ func (h *hubState) attach(cmd attach) attached {
 func (h *hubState) seat(c *conn, s *session) {
 	if old := s.tracker; old != nil && old != c {
 		h.release(old)
-		old.shut(closeTaken, "the session continues on another connection")
+		if !s.ended { // otherwise old records it no more, and may stay
+			old.shut(closeTaken, "the session continues on another connection")
+		}
 	}
 	if h.recorded[c] != s {
 		h.detach(c)

@@ -1,0 +1,367 @@
+package main
+
+// What hostile and broken peers send. The cases are files in testdata/hostile,
+// whose README.md says how they are written.
+
+import (
+	"bufio"
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+)
+
+// rawConn is a TCP connection to the server, on which anything can be sent.
+type rawConn struct {
+	t testing.TB
+	net.Conn
+	in *bufio.Reader
+}
+
+func rawTCP(t testing.TB, s *insideServer) *rawConn {
+	t.Helper()
+	conn, err := net.Dial("tcp", "127.0.0.1:"+s.port)
+	if err != nil {
+		t.Fatalf("dial: %v", err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	conn.SetDeadline(time.Now().Add(patience))
+	return &rawConn{t, conn, bufio.NewReader(conn)}
+}
+
+// rawWebSocket is one behind the handshake.
+func rawWebSocket(t testing.TB, s *insideServer, kind string) *rawConn {
+	t.Helper()
+	c := rawTCP(t, s)
+	c.write("GET /ws?type=" + kind + " HTTP/1.1\r\nHost: 127.0.0.1:" + s.port + "\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n" +
+		"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n")
+	if status := c.status(); status != http.StatusSwitchingProtocols {
+		t.Fatalf("handshake: got status %d", status)
+	}
+	return c
+}
+
+// write ignores errors: the server may have closed in the middle.
+func (c *rawConn) write(text string) { io.WriteString(c, text) }
+
+// status reads the head of an answer and gives its status, 0 when there is none.
+func (c *rawConn) status() int {
+	resp, err := http.ReadResponse(c.in, nil)
+	if err != nil {
+		return 0
+	}
+	return resp.StatusCode
+}
+
+// readFrame reads one frame of the server.
+func (c *rawConn) readFrame() (op byte, payload []byte, err error) {
+	var head [2]byte
+	if _, err := io.ReadFull(c.in, head[:]); err != nil {
+		return 0, nil, err
+	}
+	n := uint64(head[1] & 0x7f)
+	if n >= 126 {
+		size := make([]byte, map[uint64]int{126: 2, 127: 8}[n])
+		if _, err := io.ReadFull(c.in, size); err != nil {
+			return 0, nil, err
+		}
+		n = binary.BigEndian.Uint64(append(make([]byte, 8-len(size)), size...))
+	}
+	payload = make([]byte, n)
+	_, err = io.ReadFull(c.in, payload)
+	return head[0] & 0x0f, payload, err
+}
+
+// closeFrame reads on until the server closes; -1 when it ends the connection
+// without a close frame.
+func (c *rawConn) closeFrame() (code int, reason string) {
+	c.t.Helper()
+	for {
+		op, payload, err := c.readFrame()
+		if errors.Is(err, os.ErrDeadlineExceeded) {
+			c.t.Fatal("the server does not close")
+		}
+		if err != nil {
+			return -1, ""
+		}
+		if op == 8 && len(payload) >= 2 {
+			return int(binary.BigEndian.Uint16(payload)), string(payload[2:])
+		}
+	}
+}
+
+// maskedFrame is a frame as a client sends it; head is its first byte.
+func maskedFrame(head byte, payload []byte) []byte {
+	frame := frameHeader(head, uint64(len(payload)))
+	key := frame[len(frame)-4:]
+	for i, b := range payload {
+		frame = append(frame, b^key[i%4])
+	}
+	return frame
+}
+
+// frameHeader has the mask's key at its end.
+func frameHeader(head byte, size uint64) []byte {
+	frame := []byte{head}
+	switch {
+	case size < 126:
+		frame = append(frame, 0x80|byte(size))
+	case size < 1<<16:
+		frame = binary.BigEndian.AppendUint16(append(frame, 0x80|126), uint16(size))
+	default:
+		frame = binary.BigEndian.AppendUint64(append(frame, 0x80|127), size)
+	}
+	return append(frame, "KEY!"...)
+}
+
+func maskedText(payload []byte) []byte { return maskedFrame(0x81, payload) }
+
+// announce is the header of a text frame of a size, without what it announces.
+func announce(size uint64) []byte { return frameHeader(0x81, size) }
+
+// hostileCase is a file: what to send, and what has to come.
+type hostileCase struct {
+	name  string
+	steps []hostileStep
+}
+
+type hostileStep struct {
+	line int
+	verb string
+	args []string
+	data []byte
+}
+
+// readHostile reads the cases.
+func readHostile(t testing.TB) (cases []hostileCase) {
+	t.Helper()
+	files, _ := filepath.Glob("testdata/hostile/*.txt")
+	for _, file := range files {
+		text, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		c := hostileCase{name: strings.TrimSuffix(filepath.Base(file), ".txt")}
+		for i, line := range strings.Split(string(text), "\n") {
+			if line = strings.TrimSpace(line); line == "" || line[0] == '#' {
+				continue
+			}
+			step, err := parseHostile(line)
+			if err != nil {
+				t.Fatalf("%s:%d: %v", file, i+1, err)
+			}
+			step.line = i + 1
+			c.steps = append(c.steps, step)
+		}
+		cases = append(cases, c)
+	}
+	return cases
+}
+
+// parseHostile reads a line: a verb, words, and strings in Go's syntax, each of
+// which may be repeated ("…" * 3); the strings together are the step's data.
+func parseHostile(line string) (step hostileStep, err error) {
+	step.verb, line, _ = strings.Cut(line, " ")
+	for line = strings.TrimSpace(line); line != ""; line = strings.TrimSpace(line) {
+		quoted, err := strconv.QuotedPrefix(line)
+		if err != nil {
+			word, rest, _ := strings.Cut(line, " ")
+			step.args, line = append(step.args, word), rest
+			continue
+		}
+		line = strings.TrimSpace(line[len(quoted):])
+		text, err := strconv.Unquote(quoted)
+		if err != nil {
+			return step, err
+		}
+		times := 1
+		if rest, ok := strings.CutPrefix(line, "*"); ok {
+			number, rest, _ := strings.Cut(strings.TrimSpace(rest), " ")
+			if times, err = strconv.Atoi(number); err != nil {
+				return step, err
+			}
+			line = rest
+		}
+		step.data = append(step.data, strings.Repeat(text, times)...)
+	}
+	return step, nil
+}
+
+// play sends a case to the server and checks what comes.
+func (hc hostileCase) play(t testing.TB, s *insideServer) {
+	var c *rawConn
+	var all []*rawConn
+	for _, step := range hc.steps {
+		arg := ""
+		if len(step.args) > 0 {
+			arg = step.args[0]
+		}
+		switch step.verb {
+		case "connect":
+			if arg == "tcp" {
+				c = rawTCP(t, s)
+			} else {
+				c = rawWebSocket(t, s, arg)
+			}
+			all = append(all, c)
+		case "text":
+			c.write(string(maskedText(step.data)))
+		case "frame":
+			head, err := strconv.ParseUint(arg, 0, 8)
+			if err != nil {
+				t.Fatalf("line %d: %v", step.line, err)
+			}
+			c.write(string(maskedFrame(byte(head), step.data)))
+		case "raw":
+			c.write(string(step.data))
+		case "expect":
+			if got := c.answers(step.args); got != "" {
+				t.Errorf("line %d: want %s, got %s", step.line, strings.Join(step.args, " "), got)
+			}
+		default:
+			t.Fatalf("line %d: unknown verb %q", step.line, step.verb)
+		}
+	}
+	for _, c := range all {
+		c.Close()
+	}
+}
+
+// answers checks what the server does, and says what else it did.
+func (c *rawConn) answers(want []string) string {
+	switch want[0] {
+	case "status":
+		if got := strconv.Itoa(c.status()); got != want[1] {
+			return "status " + got
+		}
+	case "close":
+		if code, reason := c.closeFrame(); strconv.Itoa(code) != want[1] {
+			return fmt.Sprintf("close code %d, reason %q", code, reason)
+		}
+	case "end":
+		c.closeFrame()
+	case "alive":
+		c.write(string(maskedFrame(0x89, []byte("are you there"))))
+		return c.await(func(op byte, payload []byte) bool { return op == 10 && string(payload) == "are you there" })
+	case "error", "message":
+		return c.await(func(op byte, payload []byte) bool {
+			var m testMessage
+			return op == 1 && json.Unmarshal(payload, &m) == nil && (m.Type == want[1] || m.Type == want[0] && m.Data.Code == want[1])
+		})
+	default:
+		return "an expectation that nobody understands"
+	}
+	return ""
+}
+
+// await reads on until a frame fits; otherwise it says what came instead.
+func (c *rawConn) await(fits func(op byte, payload []byte) bool) string {
+	var passed []string
+	for {
+		op, payload, err := c.readFrame()
+		if err != nil {
+			return fmt.Sprintf("%v after %.500v", err, passed)
+		}
+		if fits(op, payload) {
+			return ""
+		}
+		if op == 8 {
+			return fmt.Sprintf("a close frame %q after %.500v", payload, passed)
+		}
+		passed = append(passed, fmt.Sprintf("%d %.100q", op, payload))
+	}
+}
+
+// After each case the server is healthy, an innocent tracker that records beside
+// it has lost nothing, and no connection, goroutine or room in memory is left
+// over; and the same when all of them come at once. It does not run beside other
+// tests: they would disturb the count of goroutines.
+func TestHostile(t *testing.T) {
+	s := startInside(t, "MESSAGE_TIMEOUT=300", "MAX_MESSAGE_BYTES=2000000", "SESSION_GRACE_PERIOD=0", "MAX_SESSIONS_PER_MINUTE=100000",
+		"READ_HEADER_TIMEOUT=500")
+	cases := readHostile(t)
+	if len(cases) < 60 {
+		t.Errorf("the corpus has %d cases, want 60 at least", len(cases))
+	}
+	innocent := s.recording("innocent")
+	recorded := 0
+	record := func(t *testing.T) {
+		t.Helper()
+		innocent.t = t
+		recorded++
+		innocent.record(recorded, 2)
+	}
+	record(t)
+	http.DefaultClient.CloseIdleConnections()
+	calm := runtime.NumGoroutine()
+	for _, hc := range cases {
+		t.Run(hc.name, func(t *testing.T) {
+			hc.play(t, s)
+			record(t)
+			s.calm(t, calm)
+		})
+	}
+	t.Run("all at once", func(t *testing.T) {
+		t.Run("together", func(t *testing.T) {
+			for _, hc := range cases {
+				t.Run(hc.name, func(t *testing.T) {
+					t.Parallel()
+					hc.play(t, s)
+				})
+			}
+		})
+		record(t)
+		s.calm(t, calm)
+	})
+	sameEvents(t, "the innocent session", s.restEvents("innocent", 10), innocentEvents(recorded))
+	innocent.t = t
+	innocent.send("session_end", `{}`)
+	waitUntil(t, "it has ended", func() bool { return s.memory().sessions == 0 })
+	innocent.CloseNow()
+	s.nothingLeft()
+	if n := querySQL[int](t, s.database, "select count(*) from sessions where session_id !~ '^[A-Za-z0-9_.:-]{1,128}$' or user_id ~ '[[:cntrl:]]'"); n != 0 {
+		t.Errorf("%d sessions have an id or a user that is not sane", n)
+	}
+}
+
+func innocentEvents(batches int) (events []json.RawMessage) {
+	for seq := range batches {
+		for n := range 2 {
+			events = append(events, json.RawMessage(fmt.Sprintf(`{"seq":%d,"n":%d}`, seq+1, n)))
+		}
+	}
+	return events
+}
+
+// calm waits until the server is healthy, has the innocent connection only, and
+// no more goroutines than before.
+func (s *insideServer) calm(t *testing.T, goroutines int) {
+	t.Helper()
+	if status, body := s.get("/health"); status != http.StatusOK {
+		t.Fatalf("/health: status %d %s", status, body)
+	}
+	waitUntil(t, "no connection is left over", func() bool { return s.stat("totalClients") == 1 })
+	waitUntil(t, "no session is left over", func() bool { return s.memory().sessions == 1 })
+	deadline := time.Now().Add(10 * time.Second)
+	for {
+		http.DefaultClient.CloseIdleConnections()
+		if runtime.NumGoroutine() <= goroutines {
+			return
+		}
+		if time.Now().After(deadline) {
+			stacks := make([]byte, 1<<20)
+			t.Fatalf("%d goroutines are left over:\n%s", runtime.NumGoroutine()-goroutines, stacks[:runtime.Stack(stacks, true)])
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
+}

@@ -1,0 +1,835 @@
+package main
+
+// The server as a whole: its settings, its start and its end, and the way of an
+// event from a page to whoever asks for it.
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"reflect"
+	"regexp"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"nhooyr.io/websocket"
+)
+
+// insideServer is the server inside the test process, where the race detector
+// sees it and tests see its parts. It has the addresses and questions of a
+// serverProcess, but no process.
+type insideServer struct {
+	*serverProcess
+	server *server
+	stop   func() error // stops it as SIGTERM does; what run has returned
+}
+
+var listeningAt = regexp.MustCompile(`url=http://127\.0\.0\.1:(\d+)`)
+
+// startInside starts the server in this process and waits until it is healthy;
+// env as for startServer.
+func startInside(t testing.TB, env ...string) *insideServer {
+	t.Helper()
+	s := launchInside(t, env...)
+	waitUntil(t, "the server is healthy", func() bool { status, _ := s.get("/health"); return status == http.StatusOK })
+	return s
+}
+
+// launchInside does not wait for the database.
+func launchInside(t testing.TB, env ...string) *insideServer {
+	t.Helper()
+	settings := map[string]string{"PORT": "0", "LOG_DIR": filepath.Join(t.TempDir(), "logs"), "LOG_LEVEL": "debug",
+		"DB_MAX_CONNECTIONS": "6", "BATCH_INTERVAL": "20"}
+	for _, setting := range env {
+		name, value, _ := strings.Cut(setting, "=")
+		settings[name] = value
+	}
+	if settings["DATABASE_URL"] == "" {
+		settings["DATABASE_URL"] = testDatabase(t)
+	}
+	cfg, err := loadConfig(func(name string) string { return settings[name] })
+	if err != nil {
+		t.Fatalf("settings: %v", err)
+	}
+	s := &insideServer{serverProcess: &serverProcess{t: t, dir: filepath.Dir(settings["LOG_DIR"]), database: settings["DATABASE_URL"]}}
+	logs := openLogs(cfg.log, &s.output, &s.output, false)
+	if s.server, err = assemble(cfg, logs); err != nil {
+		t.Fatalf("assemble: %v", err)
+	}
+	s.stop = runInside(s, logs)
+	t.Cleanup(func() {
+		s.stop()
+		if t.Failed() {
+			t.Logf("the server's last words:\n%s", s.output.tail())
+		}
+		if panics := s.log("exceptions"); panics != "" {
+			t.Errorf("the server's exceptions log: %s", panics)
+		}
+	})
+	waitUntil(t, "the server listens", func() bool { return listeningAt.MatchString(s.output.String()) })
+	s.port = listeningAt.FindStringSubmatch(s.output.String())[1]
+	s.url = "http://127.0.0.1:" + s.port
+	return s
+}
+
+// runInside runs the server until what it returns is called.
+func runInside(s *insideServer, logs *logs) (stop func() error) {
+	ctx, cancel := context.WithCancel(context.Background())
+	ended := make(chan error, 1)
+	go func() { // ends when stop is called
+		ended <- s.server.run(ctx)
+	}()
+	return sync.OnceValue(func() error {
+		cancel()
+		err := <-ended
+		s.server.store.close()
+		logs.Close()
+		return err
+	})
+}
+
+// nothingLeft waits until all room is given back, no connection is counted and
+// no session is in memory any more.
+func (s *insideServer) nothingLeft() {
+	s.t.Helper()
+	waitUntil(s.t, "all room is given back", func() bool {
+		s.server.budget.mu.Lock()
+		defer s.server.budget.mu.Unlock()
+		return s.server.budget.free == int64(s.server.cfg.maxBufferBytes) && len(s.server.budget.waiting) == 0
+	})
+	var health healthJSON
+	waitUntil(s.t, "no connection and no session is left in memory", func() bool {
+		s.getJSON("/health", &health)
+		return health.Sessions.TotalSessions == 0 && health.Websockets.TotalClients == 0
+	})
+}
+
+// healthJSON is /health as protocol.md has it.
+type healthJSON struct {
+	Status             string
+	Timestamp          time.Time
+	Uptime             *int64
+	Database, Sessions struct{ TotalSessions, ActiveSessions, TotalEvents int64 }
+	Websockets         struct{ TotalClients, Viewers, Trackers int64 }
+}
+
+// ---- settings ----
+
+func TestSettingsDefaults(t *testing.T) {
+	c, err := loadConfig(func(string) string { return "" })
+	if err != nil {
+		t.Fatal(err)
+	}
+	db := c.database.ConnConfig
+	checks := []struct {
+		name      string
+		got, want any
+	}{
+		{"HOST", c.host, "127.0.0.1"},
+		{"PORT", c.port, "8080"},
+		{"DB_HOST", db.Host, "localhost"},
+		{"DB_PORT", int(db.Port), 5432},
+		{"DB_NAME", db.Database, "session_replay"},
+		{"DB_USER", db.User, "postgres"},
+		{"DB_PASSWORD", db.Password, "postgres"},
+		{"DB_MAX_CONNECTIONS", int(c.database.MaxConns), 20},
+		{"DB_IDLE_TIMEOUT", c.database.MaxConnIdleTime, 30 * time.Second},
+		{"DB_CONNECTION_TIMEOUT", db.ConnectTimeout, 2 * time.Second},
+		{"BATCH_SIZE", c.batchSize, 50},
+		{"BATCH_INTERVAL", c.batchInterval, 5 * time.Second},
+		{"MAX_EVENTS_PER_SESSION", c.maxEvents, 20000},
+		{"SESSION_CLEANUP_INTERVAL", c.cleanupInterval, 5 * time.Minute},
+		{"SESSION_GRACE_PERIOD", c.grace, 15 * time.Second},
+		{"HEARTBEAT_INTERVAL", c.heartbeat, 30 * time.Second},
+		{"MESSAGE_TIMEOUT", c.messageTimeout, 2 * time.Minute},
+		{"READ_HEADER_TIMEOUT", c.readHeaderTimeout, 10 * time.Second},
+		{"RETENTION_HOURS", c.retention, 720 * time.Hour},
+		{"MAX_MESSAGE_BYTES", c.maxMessageBytes, 33554432},
+		{"MAX_BUFFER_BYTES", c.maxBufferBytes, 268435456},
+		{"MAX_CONNECTIONS", c.maxConnections, 10000},
+		{"MAX_HEADER_BYTES", c.maxHeaderBytes, 16384},
+		{"MAX_SESSION_BYTES", c.maxSessionBytes, 1073741824},
+		{"MAX_STORAGE_BYTES", c.maxStorageBytes, 0},
+		{"MAX_SESSIONS_PER_MINUTE", c.maxSessionsPerMinute, 30},
+		{"LOG_LEVEL", c.log.level.String(), "INFO"},
+		{"LOG_DIR", c.log.dir, "logs"},
+		{"LOG_MAX_SIZE", c.log.maxSize, int64(20 << 20)},
+		{"LOG_MAX_FILES", c.log.maxAge, 14 * 24 * time.Hour},
+		{"LOG_ZIPPED", c.log.zipped, false},
+	}
+	for _, check := range checks {
+		if check.got != check.want {
+			t.Errorf("%s: got %v by default, want %v", check.name, check.got, check.want)
+		}
+	}
+}
+
+// Every setting is read, and from nowhere else than its own name.
+func TestSettingsAreRead(t *testing.T) {
+	values := map[string]string{
+		"HOST": "127.0.0.2", "PORT": "81", "BATCH_SIZE": "82", "BATCH_INTERVAL": "83", "MAX_EVENTS_PER_SESSION": "84",
+		"SESSION_CLEANUP_INTERVAL": "85", "SESSION_GRACE_PERIOD": "86", "HEARTBEAT_INTERVAL": "87", "MESSAGE_TIMEOUT": "88",
+		"READ_HEADER_TIMEOUT": "89", "RETENTION_HOURS": "90", "MAX_MESSAGE_BYTES": "9100", "MAX_BUFFER_BYTES": "92000000",
+		"MAX_CONNECTIONS": "93", "MAX_HEADER_BYTES": "9400", "MAX_SESSION_BYTES": "95", "MAX_STORAGE_BYTES": "96",
+		"MAX_SESSIONS_PER_MINUTE": "97", "DB_MAX_CONNECTIONS": "98", "DB_IDLE_TIMEOUT": "99", "DB_CONNECTION_TIMEOUT": "100",
+		"DB_HOST": "db.example.com", "DB_PORT": "101", "DB_NAME": "some name", "DB_USER": "us er", "DB_PASSWORD": "p@/?#:% \"'\\",
+		"LOG_LEVEL": "warn", "LOG_DIR": "/somewhere", "LOG_MAX_SIZE": "102k", "LOG_MAX_FILES": "103", "LOG_ZIPPED": "true",
+	}
+	for name, value := range values {
+		preset, _ := loadConfig(func(string) string { return "" })
+		c, err := loadConfig(func(asked string) string {
+			if asked == name {
+				return value
+			}
+			return ""
+		})
+		if err != nil {
+			t.Errorf("%s=%s: %v", name, value, err)
+		} else if got := settingsOf(c); reflect.DeepEqual(got, settingsOf(preset)) {
+			t.Errorf("%s=%s changes nothing", name, value)
+		}
+	}
+	all, err := loadConfig(func(name string) string { return values[name] })
+	if err != nil {
+		t.Fatal(err)
+	}
+	db := all.database.ConnConfig
+	got := []any{db.Host, int(db.Port), db.Database, db.User, db.Password, all.batchInterval, all.retention, all.log.maxSize, all.log.maxCount}
+	want := []any{"db.example.com", 101, "some name", "us er", "p@/?#:% \"'\\", 83 * time.Millisecond, 90 * time.Hour, int64(102 << 10), 103}
+	if !reflect.DeepEqual(got, want) {
+		t.Errorf("got %v, want %v", got, want)
+	}
+	values["DATABASE_URL"] = "postgres://u:p@elsewhere:1/n"
+	all, err = loadConfig(func(name string) string { return values[name] })
+	if err != nil || all.database.ConnConfig.Host != "elsewhere" || all.database.ConnConfig.Database != "n" {
+		t.Errorf("DATABASE_URL does not win: %v", err)
+	}
+	values = map[string]string{"DB_HOST": "/run/postgresql"}
+	if all, err = loadConfig(func(name string) string { return values[name] }); err != nil || all.database.ConnConfig.Host != "/run/postgresql" {
+		t.Errorf("DB_HOST=/run/postgresql: got %v, error %v, want a socket directory", all.database, err)
+	}
+}
+
+// settingsOf is what can be compared of a configuration.
+func settingsOf(c config) any {
+	db := c.database.ConnConfig
+	pool := []any{db.Host, db.Port, db.Database, db.User, db.Password, db.ConnectTimeout, c.database.MaxConns, c.database.MaxConnIdleTime}
+	c.database = nil
+	return []any{c, pool}
+}
+
+func TestSettingsRefused(t *testing.T) {
+	numbers := []string{"PORT", "BATCH_SIZE", "BATCH_INTERVAL", "MAX_EVENTS_PER_SESSION", "SESSION_CLEANUP_INTERVAL", "SESSION_GRACE_PERIOD",
+		"HEARTBEAT_INTERVAL", "MESSAGE_TIMEOUT", "READ_HEADER_TIMEOUT", "RETENTION_HOURS", "MAX_MESSAGE_BYTES", "MAX_BUFFER_BYTES",
+		"MAX_CONNECTIONS", "MAX_HEADER_BYTES", "MAX_SESSION_BYTES", "MAX_STORAGE_BYTES", "MAX_SESSIONS_PER_MINUTE",
+		"DB_MAX_CONNECTIONS", "DB_IDLE_TIMEOUT", "DB_CONNECTION_TIMEOUT", "DB_PORT"}
+	type bad struct{ name, value string }
+	var tests []bad
+	for _, name := range numbers {
+		for _, value := range []string{"-1", "x", "1.5", "1e3", "5 seconds", "99999999999999999999", "NaN", "0x10", "10\nand more"} {
+			tests = append(tests, bad{name, value})
+		}
+	}
+	for _, name := range numbers {
+		if name != "PORT" && name != "SESSION_GRACE_PERIOD" && name != "MAX_STORAGE_BYTES" {
+			tests = append(tests, bad{name, "0"})
+		}
+	}
+	tests = append(tests,
+		bad{"PORT", "65536"}, bad{"DB_PORT", "65536"},
+		bad{"LOG_LEVEL", "loud"}, bad{"LOG_MAX_SIZE", "big"}, bad{"LOG_MAX_SIZE", "-1m"}, bad{"LOG_MAX_FILES", "14 days"},
+		bad{"LOG_MAX_FILES", "-3"}, bad{"LOG_ZIPPED", "perhaps"},
+		bad{"DATABASE_URL", "postgres://user:secret@host:port/x"}, bad{"DATABASE_URL", "not a url secret"},
+	)
+	for _, tt := range tests {
+		ctx, cancel := context.WithCancel(context.Background())
+		cancel() // should it start, it stops at once
+		err := run(ctx, nil, func(name string) string {
+			return map[string]string{tt.name: tt.value, "LOG_DIR": filepath.Join(t.TempDir(), "logs")}[name]
+		}, io.Discard, io.Discard)
+		switch {
+		case err == nil:
+			t.Errorf("%s=%q: the server starts, want an error", tt.name, tt.value)
+		case !strings.Contains(err.Error(), tt.name) || strings.Contains(err.Error(), "\n"):
+			t.Errorf("%s=%q: got error %q, want one line that names it", tt.name, tt.value, err)
+		case strings.Contains(err.Error(), "secret"):
+			t.Errorf("%s: the error tells a password: %q", tt.name, err)
+		}
+	}
+}
+
+func TestDotEnv(t *testing.T) {
+	file := filepath.Join(t.TempDir(), ".env")
+	text := "# a comment\n\nPORT=1\nexport HOST = 127.0.0.9 \nDB_NAME=\"a # b\"\nDB_USER='quoted'\nDB_PASSWORD=with=equals # and a comment\nBATCH_SIZE=\r\nLOG_DIR=crlf\r\n"
+	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	environment := map[string]string{"PORT": "2", "LOG_LEVEL": "warn"}
+	get, err := withDotEnv(func(name string) string { return environment[name] }, file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, want := range map[string]string{"PORT": "2", "LOG_LEVEL": "warn", "HOST": "127.0.0.9", "DB_NAME": "a # b", "DB_USER": "quoted",
+		"DB_PASSWORD": "with=equals", "BATCH_SIZE": "", "LOG_DIR": "crlf", "DB_PORT": ""} {
+		if got := get(name); got != want {
+			t.Errorf("%s: got %q, want %q", name, got, want)
+		}
+	}
+	for _, broken := range []string{"PORT=1\nnonsense\n", "PORT=1\nexport\n"} {
+		os.WriteFile(file, []byte(broken), 0o600)
+		if _, err := withDotEnv(os.Getenv, file); err == nil || !strings.Contains(err.Error(), ".env:2") {
+			t.Errorf("%q: got error %v, want one that names the file and the line", broken, err)
+		}
+	}
+	if _, err := withDotEnv(os.Getenv, t.TempDir()); err == nil {
+		t.Error("a .env that cannot be read: got no error")
+	}
+}
+
+// As its users start it: one line on stderr and exit 1, or a server that has
+// read its .env file.
+func TestProcessSettings(t *testing.T) {
+	t.Parallel()
+	s := newServer(t, "MAX_CONNECTIONS=")
+	dotEnv := func(text string) {
+		if err := os.WriteFile(filepath.Join(s.dir, ".env"), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	dotEnv("BATCH_INTERVAL=never\nMAX_CONNECTIONS=many\n") // the environment has another BATCH_INTERVAL, which wins
+	s.start()
+	<-s.exited
+	if code, out := s.cmd.ProcessState.ExitCode(), s.output.String(); code != 1 || strings.Count(out, "\n") != 1 || !strings.Contains(out, "MAX_CONNECTIONS") {
+		t.Errorf("got exit code %d and %q, want 1 and one line that names MAX_CONNECTIONS", code, out)
+	}
+	dotEnv("BATCH_INTERVAL=never\nMAX_CONNECTIONS=1\n")
+	s.start()
+	s.waitHealthy()
+	dialServer(t, s.ws("viewer"))
+	if _, err := dialWebSocket(t.Context(), s.ws("viewer")); err == nil {
+		t.Error("a second connection got in: MAX_CONNECTIONS=1 in .env was not read")
+	}
+	other := newServer(t, "PORT="+s.port)
+	other.start()
+	<-other.exited
+	if code, out := other.cmd.ProcessState.ExitCode(), other.output.String(); code != 1 || !strings.Contains(out, s.port) {
+		t.Errorf("a port in use: got exit code %d and %q, want 1 and an error that names the port", code, out)
+	}
+}
+
+func TestProcessVersion(t *testing.T) {
+	var out bytes.Buffer
+	if err := run(t.Context(), []string{"-version"}, os.Getenv, &out, io.Discard); err != nil || !strings.HasPrefix(out.String(), "session-replay ") {
+		t.Errorf("-version: got %q, error %v", &out, err)
+	}
+	if err := run(t.Context(), []string{"-nonsense"}, os.Getenv, io.Discard, io.Discard); err == nil {
+		t.Error("an unknown flag: got no error")
+	}
+}
+
+// ---- the way of an event ----
+
+// recordingFile is a real recording of the demo page, as raw events.
+func recordingFile(t testing.TB) (events []json.RawMessage) {
+	t.Helper()
+	text, err := os.ReadFile("testdata/demo.json")
+	if err == nil {
+		err = json.Unmarshal(text, &events)
+	}
+	if err != nil {
+		t.Fatalf("recording: %v", err)
+	}
+	return events
+}
+
+// oddEvents are events that a store which decodes them would change or refuse.
+func oddEvents() (events []json.RawMessage) {
+	for i, odd := range oddities {
+		events = append(events,
+			json.RawMessage(fmt.Sprintf(`{"type":3,"data":%s,"timestamp":%d}`, odd, 1700000000000+i)),
+			json.RawMessage(fmt.Sprintf("{ \"data\" :\n\t[ %s ,%s ] ,\r\n \"timestamp\": %d , \"type\" : 3 }", odd, odd, 1700000000000+i)))
+	}
+	return append(events,
+		json.RawMessage(`{}`), json.RawMessage(`{ }`), json.RawMessage(`{"":""}`),
+		json.RawMessage(`{"type":3,"type":2,"timestamp":1,"timestamp":2}`),
+		json.RawMessage(`{"type":1e400,"timestamp":-1e-400}`),
+		json.RawMessage(`{"type":null,"timestamp":"soon"}`),
+		json.RawMessage("{\"raw\":\"\u007f\u0080\ufffd\ufffe\uffff\U0010ffff\"}"))
+}
+
+// batchOf is an events_batch of these events, with a number unless it is 0.
+func batchOf(seq int, events []json.RawMessage) string {
+	var b strings.Builder
+	b.WriteString(`{"type":"events_batch","data":{"events":[`)
+	for i, event := range events {
+		if i > 0 {
+			b.WriteString(" ,\n")
+		}
+		b.Write(event)
+	}
+	b.WriteString("]")
+	if seq > 0 {
+		fmt.Fprintf(&b, `,"seq":%d`, seq)
+	}
+	b.WriteString("}}")
+	return b.String()
+}
+
+func sameEvents(t testing.TB, way string, got, want []json.RawMessage) {
+	t.Helper()
+	if len(got) != len(want) {
+		t.Errorf("%s: got %d events, want %d", way, len(got), len(want))
+		return
+	}
+	for i := range want {
+		if !bytes.Equal(got[i], want[i]) {
+			t.Errorf("%s: event %d: got %.200q, want %.200q", way, i, got[i], want[i])
+			return
+		}
+	}
+}
+
+// A recording of a real page and every oddity of JSON go in through a WebSocket;
+// they come out byte for byte over every way out: live to who joined first, live
+// to who joined in the middle, as pages over the WebSocket and REST, before and
+// after their commit, and as stored chunks.
+func TestRecordWatchReplay(t *testing.T) {
+	t.Parallel()
+	s := startInside(t, "BATCH_INTERVAL=200")
+	events := append(recordingFile(t), oddEvents()...)
+	tracker := dialServer(t, s.ws("tracker"))
+	tracker.send("session_start", map[string]any{"sessionId": "demo", "userId": "ann", "url": "https://example.com/demo"})
+	first, middle := joinLive(t, s, "demo"), (*liveViewer)(nil)
+	for from := 0; from < len(events); from += 10 {
+		if from > len(events)/2 && middle == nil {
+			waitUntil(t, "half of it is accepted", func() bool { return s.memory().events == int64(from) })
+			middle = joinLive(t, s, "demo")
+		}
+		tracker.sendRaw(batchOf(0, events[from:min(from+10, len(events))]))
+	}
+	sameEvents(t, "live from the start", first.until(len(events)), events)
+	if got := middle.until(len(events)); middle.from == 0 || middle.from >= len(events) {
+		t.Errorf("joined at event %d, want the middle of %d", middle.from, len(events))
+	} else {
+		sameEvents(t, "live from the middle", got, events[middle.from:])
+	}
+	sameEvents(t, "REST, not all of it committed", s.restEvents("demo", 37), events)
+	sameEvents(t, "pages, not all of it committed", pagesOf(t, s, "demo", 41), events)
+	waitUntil(t, "all is committed", func() bool {
+		return querySQL[int](t, s.database, "select event_count from sessions") == len(events)
+	})
+	everyWayOut(t, s, "demo", events)
+	tracker.send("session_end", `{"sessionId":"demo"}`)
+	waitUntil(t, "the session has left memory", func() bool { return s.memory().sessions == 0 })
+	everyWayOut(t, s, "demo", events)
+	checkSummary(t, s, "demo", events)
+}
+
+func everyWayOut(t testing.TB, s *insideServer, id string, want []json.RawMessage) {
+	t.Helper()
+	sameEvents(t, "REST", s.restEvents(id, 10000), want)
+	sameEvents(t, "REST in small pages", s.restEvents(id, 23), want)
+	sameEvents(t, "pages", pagesOf(t, s, id, 1000), want)
+	sameEvents(t, "chunks", s.chunkEvents(id), want)
+}
+
+// checkSummary compares what the lists say of a stored session with its events.
+func checkSummary(t testing.TB, s *insideServer, id string, events []json.RawMessage) {
+	t.Helper()
+	raw, snapshot, least, most := 0, -1, int64(0), int64(0)
+	for i, event := range events {
+		var e struct {
+			Type      json.RawMessage
+			Timestamp json.RawMessage
+		}
+		json.Unmarshal(event, &e)
+		if string(e.Type) == "2" {
+			snapshot = i
+		}
+		if n := number(e.Timestamp, 0); n != 0 {
+			if least == 0 || n < least {
+				least = n
+			}
+			most = max(most, n)
+		}
+		raw += len(event)
+	}
+	var got struct {
+		EventCount, SnapshotIndex    int
+		StartTime, EndTime, RawBytes int64
+	}
+	s.getJSON("/sessions/"+id, &got)
+	if got.EventCount != len(events) || got.SnapshotIndex != snapshot || got.StartTime != least || got.EndTime != most {
+		t.Errorf("got %+v, want %d events, snapshot %d, from %d to %d", got, len(events), snapshot, least, most)
+	}
+	if got.RawBytes < int64(raw) || got.RawBytes > int64(raw+3*len(events)) {
+		t.Errorf("got rawBytes %d, want about %d", got.RawBytes, raw)
+	}
+}
+
+// memory is what the hub says of itself.
+func (s *insideServer) memory() hubStats {
+	return s.server.stats()
+}
+
+// restEvents reads a session over REST in pages of a size.
+func (s *serverProcess) restEvents(id string, limit int) (all []json.RawMessage) {
+	s.t.Helper()
+	for {
+		var page struct {
+			SessionID        string
+			Events           []json.RawMessage
+			FromIndex, Count *int
+		}
+		s.getJSON(fmt.Sprintf("/sessions/%s/events?fromIndex=%d&limit=%d", id, len(all), limit), &page)
+		if page.SessionID != id || page.FromIndex == nil || *page.FromIndex != len(all) || page.Count == nil || *page.Count != len(page.Events) {
+			s.t.Fatalf("page at %d: got sessionId %q, fromIndex %v, count %v and %d events", len(all), page.SessionID, page.FromIndex, page.Count, len(page.Events))
+		}
+		all = append(all, page.Events...)
+		if len(page.Events) < limit {
+			return all
+		}
+	}
+}
+
+// chunkEvents reads a session by its chunks, and checks the map of them.
+func (s *serverProcess) chunkEvents(id string) (all []json.RawMessage) {
+	s.t.Helper()
+	var session struct {
+		Chunks []struct{ FromIndex, Count, Bytes int }
+	}
+	s.getJSON("/sessions/"+id, &session)
+	for _, c := range session.Chunks {
+		status, text := s.get(fmt.Sprintf("/sessions/%s/chunks/%d", id, c.FromIndex))
+		var events []json.RawMessage
+		if err := json.Unmarshal(text, &events); err != nil || status != http.StatusOK {
+			s.t.Fatalf("chunk %d: status %d, %v", c.FromIndex, status, err)
+		}
+		if c.FromIndex != len(all) || c.Count != len(events) || c.Bytes != len(text) {
+			s.t.Errorf("chunk of %d events, %d bytes at %d: the map says %+v", len(events), len(text), len(all), c)
+		}
+		all = append(all, events...)
+	}
+	return all
+}
+
+// pagesOf reads a session by get_session_events.
+func pagesOf(t testing.TB, s *insideServer, id string, limit int) (all []json.RawMessage) {
+	t.Helper()
+	c := dialServer(t, s.ws("viewer"))
+	defer c.CloseNow()
+	for more := true; more; {
+		c.send("get_session_events", map[string]any{"sessionId": id, "fromIndex": len(all), "limit": limit})
+		page := c.expect("session_events").Data
+		if page.SessionID != id || page.FromIndex != len(all) || len(page.Events) > limit || page.HasMore != (len(all)+len(page.Events) < page.TotalEvents) {
+			t.Fatalf("page at %d: got sessionId %q, fromIndex %d, %d events of %d, hasMore %v",
+				len(all), page.SessionID, page.FromIndex, len(page.Events), page.TotalEvents, page.HasMore)
+		}
+		all = append(all, page.Events...)
+		more = page.HasMore
+	}
+	return all
+}
+
+// liveViewer collects the live events of a session from where it joined.
+type liveViewer struct {
+	*testConn
+	from int
+}
+
+func joinLive(t testing.TB, s *insideServer, id string) *liveViewer {
+	t.Helper()
+	v := &liveViewer{testConn: dialServer(t, s.ws("viewer"))}
+	waitUntil(t, "the session is there", func() bool {
+		v.send("viewer_join_session", map[string]string{"sessionId": id})
+		for {
+			m, err := v.receive()
+			if err != nil {
+				t.Fatalf("join: %v", err)
+			}
+			if m.Type == "session_joined" {
+				v.from = m.Data.TotalEvents
+				return true
+			}
+			if m.Type == "error" {
+				return false
+			}
+		}
+	})
+	return v
+}
+
+// until reads live events up to an index; they must follow each other.
+func (v *liveViewer) until(index int) (all []json.RawMessage) {
+	v.t.Helper()
+	for v.from+len(all) < index {
+		m := v.expect("events_batch")
+		if m.Data.FromIndex != v.from+len(all) {
+			v.t.Fatalf("live batch at %d, want %d", m.Data.FromIndex, v.from+len(all))
+		}
+		all = append(all, m.Data.Events...)
+	}
+	return all
+}
+
+// A full snapshot of 20 MB is recorded and replayed whole, over every way out.
+// The server is a process of its own: the race detector is slow with so much.
+func TestHugeSnapshot(t *testing.T) {
+	t.Parallel()
+	s := startServer(t)
+	page := make([]byte, 0, 20<<20)
+	for i := 0; len(page) < 20<<20; i++ {
+		page = fmt.Appendf(page, "<li>%d %x</li>", i, uint64(i)*0x9E3779B97F4A7C15)
+	}
+	snapshot := slices.Concat([]byte(`{"type":2,"data":{"node":"`), page, []byte(`"},"timestamp":1700000000001}`))
+	events := slices.Concat([]byte(`{"type":4,"timestamp":1700000000000},`), snapshot, []byte(`,{"type":3,"timestamp":1700000000002}`))
+	tracker, viewer := dialServer(t, s.ws("tracker")), dialServer(t, s.ws("viewer"))
+	tracker.send("session_start", `{"sessionId":"huge","resume":""}`)
+	tracker.expect("session_ready")
+	viewer.send("viewer_join_session", `{"sessionId":"huge"}`)
+	viewer.expect("session_joined")
+	if err := tracker.Write(t.Context(), websocket.MessageText, slices.Concat([]byte(`{"type":"events_batch","data":{"seq":1,"events":[`), events, []byte(`]}}`))); err != nil {
+		t.Fatal(err)
+	}
+	whole := func(way string, text []byte, err error) {
+		t.Helper()
+		if err != nil || !bytes.Contains(text, events) {
+			t.Errorf("%s: got %d bytes, %v, want the snapshot in them", way, len(text), err)
+		}
+	}
+	_, text, err := viewer.Read(t.Context())
+	whole("live", text, err)
+	tracker.expect("events_ack")
+	viewer.send("get_session_events", `{"sessionId":"huge"}`)
+	_, first, err := viewer.Read(t.Context())
+	viewer.send("get_session_events", `{"sessionId":"huge","fromIndex":2}`)
+	_, second, err2 := viewer.Read(t.Context())
+	if !bytes.Contains(first, snapshot) || !bytes.Contains(first, []byte(`"hasMore":true`)) || !bytes.Contains(second, []byte(`1700000000002`)) || err != nil || err2 != nil {
+		t.Errorf("pages: got %d and %d bytes, %v, %v, want the snapshot in the first, the rest in the second", len(first), len(second), err, err2)
+	}
+	_, text = s.get("/sessions/huge/events")
+	whole("REST", text, nil)
+	_, text = s.get("/sessions/huge/chunks/1")
+	if !bytes.Equal(text, slices.Concat([]byte("["), snapshot, []byte("]"))) {
+		t.Errorf("chunk: got %d bytes, want the snapshot's %d and two brackets", len(text), len(snapshot))
+	}
+}
+
+// ---- start ----
+
+// With PostgreSQL away the server starts, says so, and works when it comes.
+func TestStartWithoutDatabase(t *testing.T) {
+	t.Parallel()
+	database := testDatabase(t)
+	gate := newGate(t, database)
+	s := launchInside(t, "DATABASE_URL="+gate.url)
+	if status, body := s.get("/health"); status != http.StatusServiceUnavailable || !bytes.Contains(body, []byte(`"unhealthy"`)) {
+		t.Errorf("/health without a database: got %d %s, want 503 and unhealthy", status, body)
+	}
+	waitUntil(t, "the log says what it waits for", func() bool { return strings.Contains(s.output.String(), "waiting for the database") })
+	for _, path := range []string{"/sessions", "/sessions/active", "/sessions/x", "/sessions/x/events", "/sessions/x/chunks/0"} {
+		if status, body := s.get(path); status != http.StatusServiceUnavailable || !bytes.Contains(body, []byte(`{"error":`)) {
+			t.Errorf("GET %s without a database: got %d %.100s, want 503 and an error", path, status, body)
+		}
+	}
+	viewer := dialServer(t, s.ws("viewer"))
+	viewer.expect("active_sessions")
+	viewer.send("viewer_join_session", `{"sessionId":"x"}`)
+	viewer.wantError("unavailable")
+	viewer.send("get_session_events", `{"sessionId":"x"}`)
+	viewer.wantError("unavailable")
+	tracker := dialServer(t, s.ws("tracker"))
+	tracker.send("session_start", `{"sessionId":"early","resume":""}`)
+	tracker.sendRaw(`{"type":"events_batch","data":{"seq":1,"events":[{"n":1}]}}`)
+	gate.open()
+	tracker.expect("session_ready")
+	tracker.expect("events_ack")
+	waitUntil(t, "the server is healthy", func() bool { status, _ := s.get("/health"); return status == http.StatusOK })
+	if !strings.Contains(s.output.String(), "database ready") {
+		t.Errorf("the log does not say that the database is ready:\n%s", s.output.tail())
+	}
+	sameEvents(t, "REST", s.restEvents("early", 10), []json.RawMessage{json.RawMessage(`{"n":1}`)})
+}
+
+// gate is an address where PostgreSQL is not, until it is opened.
+type gate struct {
+	url  string
+	open func()
+}
+
+func newGate(t testing.TB, database string) *gate {
+	t.Helper()
+	proxy, through := proxyToDatabase(t, database, nil)
+	port := freePort(t)
+	g := &gate{url: strings.Replace(through, proxy.address, "127.0.0.1:"+port, 1)}
+	g.open = func() {
+		listener, err := net.Listen("tcp", "127.0.0.1:"+port)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { listener.Close() })
+		go proxy.accept(listener) // ends when the listener is closed
+	}
+	return g
+}
+
+// Servers that start at once on an empty database all work; so do later ones on
+// what they find there.
+func TestServersStartTogether(t *testing.T) {
+	t.Parallel()
+	database := testDatabase(t)
+	for round := range 2 {
+		servers := make([]*insideServer, 4)
+		for i := range servers {
+			servers[i] = launchInside(t, "DATABASE_URL="+database)
+		}
+		for i, s := range servers {
+			waitUntil(t, "the server is healthy", func() bool { status, _ := s.get("/health"); return status == http.StatusOK })
+			tracker := dialServer(t, s.ws("tracker"))
+			tracker.send("session_start", fmt.Sprintf(`{"sessionId":"s%d","resume":""}`, 10*round+i))
+			tracker.expect("session_ready")
+			tracker.sendRaw(batchOf(1, oddEvents()))
+			tracker.expect("events_ack")
+			if out := s.output.String(); strings.Contains(out, "level=ERROR") || strings.Contains(out, "level=WARN") && !strings.Contains(out, "bundled") {
+				t.Errorf("round %d: server %d complains:\n%s", round, i, out)
+			}
+		}
+		for _, s := range servers {
+			if err := s.stop(); err != nil {
+				t.Errorf("stop: %v", err)
+			}
+		}
+	}
+	if n := querySQL[int](t, database, "select sum(event_count) from sessions"); n != 8*len(oddEvents()) {
+		t.Errorf("got %d events, want %d", n, 8*len(oddEvents()))
+	}
+}
+
+// ---- shutdown ----
+
+// All that was accepted is committed, and everyone is told, though some peers
+// are silent, stuck in a message, do not read, or come in the last moment.
+func TestShutdown(t *testing.T) {
+	t.Parallel()
+	s := startInside(t, "BATCH_INTERVAL=3600000", "MAX_BUFFER_BYTES=4000000", "MAX_MESSAGE_BYTES=2000000")
+	var polite []*testConn
+	for i := range 3 {
+		tracker := dialServer(t, s.ws("tracker"))
+		tracker.send("session_start", fmt.Sprintf(`{"sessionId":"s%d","resume":""}`, i))
+		tracker.expect("session_ready")
+		tracker.sendRaw(batchOf(1, oddEvents()))
+		polite = append(polite, tracker, dialServer(t, s.ws("viewer")))
+	}
+	waitUntil(t, "all is accepted", func() bool { return s.memory().events == int64(3*len(oddEvents())) })
+	stuckPeers(t, s)
+	stopStorm := make(chan struct{})
+	var storm sync.WaitGroup
+	for range 4 {
+		storm.Go(func() { // ends with stopStorm
+			for range 100 {
+				select {
+				case <-stopStorm:
+					return
+				default:
+				}
+				if conn, err := dialWebSocket(t.Context(), s.ws("tracker")); err == nil {
+					defer conn.CloseNow() // silent from now on
+				} else {
+					time.Sleep(time.Millisecond)
+				}
+			}
+		})
+	}
+	began := time.Now()
+	closed := make(chan error, len(polite))
+	for _, c := range polite {
+		go func() { // ends with the connection
+			for {
+				if _, err := c.receive(); err != nil {
+					closed <- err
+					return
+				}
+			}
+		}()
+	}
+	err := s.stop()
+	close(stopStorm)
+	storm.Wait()
+	if took := time.Since(began); err != nil || took > 15*time.Second {
+		t.Errorf("stop: got error %v after %v, want none within 15 s", err, took)
+	}
+	for range polite {
+		if err := <-closed; websocket.CloseStatus(err) != websocket.StatusGoingAway {
+			t.Errorf("a connection ended with %v, want close code 1001", err)
+		}
+	}
+	if n := querySQL[int](t, s.database, "select sum(event_count) from sessions where not is_active"); n != 3*len(oddEvents()) {
+		t.Errorf("%d events are stored, want %d", n, 3*len(oddEvents()))
+	}
+	if _, err := net.Dial("tcp", "127.0.0.1:"+s.port); err == nil {
+		t.Error("it still listens")
+	}
+}
+
+// stuckPeers opens connections that each hold the server up in a way of their
+// own.
+func stuckPeers(t testing.TB, s *insideServer) {
+	t.Helper()
+	rawTCP(t, s).write("GET /health HTTP/1.1\r\nHost: x")      // half a request
+	rawWebSocket(t, s, "tracker")                              // says nothing at all
+	rawWebSocket(t, s, "tracker").write("\x81\xff")            // half a frame header
+	rawWebSocket(t, s, "tracker").write(string(announce(1e9))) // a header, and nothing of what it announces
+	rawWebSocket(t, s, "tracker").write(string(announce(1500000)) + strings.Repeat(" ", 1400000))
+	rawWebSocket(t, s, "tracker").write(string(announce(1500000)) + strings.Repeat(" ", 1400000))
+	deaf := rawWebSocket(t, s, "viewer") // asks for much and reads nothing
+	for range 50 {
+		deaf.write(string(maskedText(wireMessage("get_session_events", map[string]any{"sessionId": "s0"}))))
+	}
+}
+
+func TestProcessStopsOnSignal(t *testing.T) {
+	t.Parallel()
+	for _, sig := range []os.Signal{syscall.SIGINT, syscall.SIGTERM} {
+		s := startServer(t)
+		viewer := dialServer(t, s.ws("viewer"))
+		s.cmd.Process.Signal(sig)
+		viewer.expectClose(websocket.StatusGoingAway)
+		select {
+		case <-s.exited:
+		case <-time.After(patience):
+			t.Fatalf("%v: it does not stop", sig)
+		}
+		if code := s.cmd.ProcessState.ExitCode(); code != 0 {
+			t.Errorf("%v: got exit code %d, want 0:\n%s", sig, code, s.output.tail())
+		}
+	}
+}
+
+// When the database is away at the end the server says that something is lost.
+func TestShutdownWithoutDatabase(t *testing.T) {
+	t.Parallel()
+	proxy, through := proxyToDatabase(t, testDatabase(t), nil)
+	s := startInside(t, "DATABASE_URL="+through, "BATCH_INTERVAL=3600000")
+	tracker := dialServer(t, s.ws("tracker"))
+	tracker.send("session_start", `{"sessionId":"x","resume":""}`)
+	tracker.expect("session_ready")
+	tracker.sendRaw(`{"type":"events_batch","data":{"seq":1,"events":[{"n":1}]}}`)
+	waitUntil(t, "it is accepted", func() bool { return s.memory().events == 1 })
+	proxy.freeze()
+	began := time.Now()
+	err := s.stop()
+	if took := time.Since(began); err == nil || errors.Is(err, context.Canceled) || took > 22*time.Second {
+		t.Errorf("stop: got error %v after %v, want one that says what was not stored, within 20 s", err, took)
+	}
+}
