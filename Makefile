@@ -44,7 +44,7 @@ test-faults: web
 
 # Measures the server on this machine; prints a table, writes bench.json.
 bench: web
-	go test -tags bench -run TestBench -timeout 15m -v .
+	go test -tags bench -run TestBench -count 1 -timeout 15m -v .
 
 # Each fuzz target for FUZZTIME.
 fuzz:
