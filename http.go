@@ -528,7 +528,7 @@ func (s *server) handleSessions(w http.ResponseWriter, r *http.Request) {
 		s.fail(w, r, http.StatusBadRequest, strings.ReplaceAll(err.Error(), "\n", "; "), nil)
 		return
 	}
-	rows, err := s.store.newest(r.Context(), limit, offset)
+	rows, err := s.store.newest(r.Context(), limit, offset, r.URL.Query().Get("active") != "false")
 	if err != nil {
 		s.failQuery(w, r, err)
 		return

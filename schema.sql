@@ -24,6 +24,7 @@ create table if not exists sessions (
 ) with (fillfactor = 80);                       -- room for updates in place
 
 create index if not exists sessions_created on sessions (created_at desc, session_id);
+create index if not exists sessions_past on sessions (created_at desc, session_id) where not is_active;
 create index if not exists sessions_active on sessions (created_at desc) where is_active;
 create index if not exists sessions_ended on sessions (ended_at) where not is_active;
 

@@ -485,8 +485,13 @@ func (st *store) active(ctx context.Context) ([]storedSession, error) {
 	return st.list(ctx, "where is_active order by created_at desc")
 }
 
-func (st *store) newest(ctx context.Context, limit, offset int64) ([]storedSession, error) {
-	return st.list(ctx, `where session_id in (select session_id from sessions order by created_at desc, session_id limit $1 offset $2)
+// newest gives a page of sessions: of all, or of those that are not live.
+func (st *store) newest(ctx context.Context, limit, offset int64, all bool) ([]storedSession, error) {
+	which := "where not is_active"
+	if all {
+		which = ""
+	}
+	return st.list(ctx, `where session_id in (select session_id from sessions `+which+` order by created_at desc, session_id limit $1 offset $2)
 		order by created_at desc, session_id`, limit, offset) // the inner one reads the index alone, however far the offset
 }
 

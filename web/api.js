@@ -113,9 +113,12 @@ export function when(moment) {
   return date.toLocaleString(undefined, { year, month: 'short', day: 'numeric', hour: 'numeric', minute: '2-digit' });
 }
 
+// words writes anything a page may have sent; String() would throw at some.
+export const words = (v) => (typeof v === 'string' ? v : v == null ? '' : JSON.stringify(v));
+
 // place shortens a recorded address to what tells pages apart: host and path.
 export function place(url) {
-  const text = String(url ?? '');
+  const text = words(url);
   try {
     const { host, pathname } = new URL(text);
     return host ? host + pathname : text;

@@ -1,6 +1,8 @@
 // Recorded events come from other people's browsers and may be anything. Here
 // they become what rrweb's Replayer can play: well-formed, in order, disarmed.
 
+import { words } from './api.js';
+
 export const FULL = 2, META = 4;
 const INCREMENTAL = 3, CUSTOM = 5;
 const MUTATION = 0, RESIZE = 4, POSITIONS = [1, 6, 12]; // mouse, touch, drag
@@ -44,12 +46,13 @@ function disarmNodes(root, frames) {
   for (const open = [root]; open.length > 0;) {
     const node = open.pop();
     if (!isObject(node)) continue;
-    const tag = String(node.tagName).toLowerCase();
+    if (typeof (node.tagName ?? '') !== 'string') node.tagName = 'i'; // ['iframe'] would do as a name
+    const tag = node.tagName?.toLowerCase();
     if (FRAMES.includes(tag)) frames.add(node.id);
     if (isObject(node.attributes)) {
       forget(node.attributes, ARMED);
       if (FRAMES.includes(tag)) forget(node.attributes, ['src', 'data']);
-      if (tag === 'link' && !node.attributes._cssText) forget(node.attributes, ['rel', 'href']);
+      if (tag === 'link') forget(node.attributes, ['rel', 'href']);
     }
     if (Array.isArray(node.childNodes)) for (const child of node.childNodes) open.push(child);
   }
@@ -69,7 +72,8 @@ function disarm(e, frames) {
 // A Cleaner takes a session's events in the order of their index, piece by piece.
 export class Cleaner {
   constructor(viewport) {
-    this.size = { width: Number(viewport?.width) || 1280, height: Number(viewport?.height) || 720 };
+    const { width, height } = viewport ?? {};
+    this.size = finite(width, height) ? { width, height } : { width: 1280, height: 720 };
     this.meta = null; // a Meta event whose snapshot has not come yet
     this.href = null;
     this.last = null; // time of the newest event
@@ -108,7 +112,7 @@ export class Cleaner {
 
   takeMeta(e, marks) {
     const { href, width, height } = e.data;
-    if (this.href !== null && this.href !== href) marks.push(mark(e, 'navigation', `went to ${String(href)}`));
+    if (this.href !== null && this.href !== href) marks.push(mark(e, 'navigation', `went to ${words(href)}`));
     this.href = href;
     this.size = { width, height };
     this.meta = e;
@@ -118,7 +122,7 @@ export class Cleaner {
     const { tag, payload } = e.data;
     if (tag === 'gap') marks.push({ ...mark(e, 'gap', 'a gap'), ms: payload?.to - payload?.from });
     if (tag === 'navigation') {
-      const href = String(payload?.href ?? payload?.url ?? '');
+      const href = words(payload?.href);
       if (href !== this.href) marks.push(mark(e, 'navigation', `went to ${href}`));
       this.href = href;
     }

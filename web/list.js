@@ -1,7 +1,7 @@
 // The list of sessions: live ones, which update by themselves, then the others,
 // a page at a time.
 
-import { clock, connect, count, el, getJSON, inWaiting, offerSignOut, patiently, place, when } from './api.js';
+import { clock, connect, count, el, getJSON, inWaiting, offerSignOut, patiently, place, when, words } from './api.js';
 
 const PAGE = 50;
 const LIVE_SHOWN = 200; // a table longer than this is no overview
@@ -25,8 +25,8 @@ function fillRow(row, { userId, metadata, eventCount, errorCount, startTime, end
     [duration, clock(endTime - startTime)], [events, count(eventCount)], [errors, count(errorCount)],
   ];
   for (const [node, text] of texts) if (node.textContent !== text) node.textContent = text;
-  page.title = String(metadata?.url ?? '');
-  user.title = String(userId ?? '');
+  page.title = words(metadata?.url);
+  user.title = words(userId);
   errors.className = errorCount > 0 ? 'bad' : '';
 }
 
@@ -53,11 +53,12 @@ async function refreshLive() {
 async function refreshPast() {
   const path = `/sessions?active=false&limit=${PAGE + 1}&offset=${offset}`;
   const { sessions } = await patiently(() => getJSON(path), onWait);
-  const past = sessions.slice(0, PAGE).filter((s) => !s.isActive);
+  const past = sessions.slice(0, PAGE);
   show('past', past);
   $.range.textContent = past.length > 0 ? `${count(offset + 1)} – ${count(offset + Math.min(sessions.length, PAGE))}` : 'No more';
   $.newer.disabled = offset === 0;
   $.older.disabled = sessions.length <= PAGE;
+  $.pages.hidden = $.newer.disabled && $.older.disabled;
   showParts();
 }
 
@@ -83,8 +84,12 @@ function refreshSoon() {
   }, 300);
 }
 
+// What is told at once is in the database a moment later, at times after the
+// first look.
 function receive(type) {
-  if (['session_started', 'session_ended'].includes(type)) refreshSoon();
+  if (!['session_started', 'session_ended'].includes(type)) return;
+  refreshSoon();
+  setTimeout(refreshSoon, 2000);
 }
 
 async function start() {

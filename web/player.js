@@ -137,7 +137,7 @@ export class Player {
     if (!scene || document.hidden || this.target !== null) return;
     const now = scene.time;
     if (this.state === 'playing') this.steer(now);
-    this.readAhead(now);
+    this.readAhead();
     scene.trim(now, WINDOW_BYTES);
     scene.giveBackFocus();
     this.on.change();
@@ -169,33 +169,38 @@ export class Player {
     scene.play(next - 1000);
   }
 
-  async readAhead(now) {
-    const { scene } = this;
-    if (this.reading || !this.hasMore() || !this.wantsAhead(now)) return;
+  async readAhead() {
+    if (this.reading) return;
     this.reading = true;
-    const { next } = scene;
     try {
-      const piece = await this.recording.read(next);
-      if (!piece) scene.exhausted = true;
-      // Meanwhile a live batch may have brought the same events, or a seek another scene.
-      else if (scene === this.scene && scene.next === next) this.mark(scene.add(piece));
-      if (this.state === 'loading' && scene === this.scene && this.target === null) this.resume();
+      while (this.hasMore() && this.wantsAhead()) {
+        const { scene } = this, { next } = scene;
+        const piece = await this.recording.read(next);
+        if (!piece) scene.exhausted = true;
+        // Meanwhile a live batch may have brought the same events, or a seek another scene.
+        else if (scene === this.scene && scene.next === next) this.mark(scene.add(piece));
+        await null; // see build
+        this.resume();
+      }
     } catch (err) {
+      this.scene.exhausted = true;
       this.on.failed(err);
-    } finally {
-      this.reading = false;
     }
+    this.reading = false;
   }
 
-  async resume() {
-    await null; // see build
+  // resume goes on after running out, once there is a second to play.
+  resume() {
+    const { scene } = this;
+    if (this.state !== 'loading' || this.target !== null) return;
+    if (this.hasMore() && scene.end - scene.time < 1000 * this.speed) return;
     if (this.wantsPlay) this.run();
     else this.setState('paused');
   }
 
-  wantsAhead(now) {
-    const ms = this.scene.end - now;
-    return ms < 5000 || (ms < AHEAD_MS * Math.max(1, this.speed) && this.scene.bytesAhead(now) < AHEAD_BYTES);
+  wantsAhead() {
+    const { time, end } = this.scene;
+    return end - time < 5000 || (end - time < AHEAD_MS * Math.max(1, this.speed) && this.scene.bytesAhead(time) < AHEAD_BYTES);
   }
 
   // Live.
@@ -213,8 +218,14 @@ export class Player {
     if (newest > -Infinity) this.lags = [...this.lags.slice(-19), performance.now() - newest];
     if (this.state === 'waiting' && snapshot >= 0) return this.follow();
     if (!scene || from > scene.next || end <= scene.next) return;
-    if (document.hidden || (!this.following && !this.wantsAhead(scene.time))) return;
+    if (document.hidden || (!this.following && !this.wantsAhead())) return;
     this.mark(scene.add({ from: scene.next, events: events.slice(scene.next - from), next: end, bytes }));
+  }
+
+  // missed tells how many events there are, some of which no batch will bring.
+  missed(total) {
+    this.recording.total = Math.max(this.recording.total, total);
+    if (this.scene) this.scene.exhausted = false;
   }
 
   // The recorded page's time now, less the delay. Only differences of its clock

@@ -81,6 +81,7 @@ export class Scene {
   fit() {
     if (!this.size) return;
     const { width, height } = this.size;
+    this.stage.style.setProperty('--shape', width / height);
     const scale = Math.min(this.stage.clientWidth / width, this.stage.clientHeight / height, 1);
     Object.assign(this.replayer.wrapper.style, {
       width: `${width}px`, height: `${height}px`, transform: `translate(-50%, -50%) scale(${scale})`,

@@ -1,6 +1,6 @@
 // The page of one session: what it is, its player, its errors.
 
-import { clock, connect, count, el, getJSON, HttpError, inWaiting, offerSignOut, patiently, place, request, when } from './api.js';
+import { clock, connect, count, el, getJSON, HttpError, inWaiting, offerSignOut, patiently, place, request, when, words } from './api.js';
 import { Cleaner } from './events.js';
 import { Player } from './player.js';
 import { Recording } from './recording.js';
@@ -10,7 +10,7 @@ const id = decodeURIComponent(location.pathname.split('/').at(-1));
 const recording = new Recording(id, waiting);
 const marks = new Map(); // by kind and time: a piece that is loaded twice marks once
 const MARKS = 2000; // no more than anyone can tell apart
-const SCAN_BYTES = 4 << 20;
+const SCAN_BYTES = 4 << 20, SCAN_CHUNKS = 300;
 const STEP = 5000;
 let player, feed, shownTime = 0;
 
@@ -27,12 +27,11 @@ function note(text) { if ($.note.textContent !== text) $.note.textContent = text
 function waiting(ms) { note(ms ? inWaiting(ms) : 'Connected again.'); }
 
 function failed(err) {
-  if (err instanceof HttpError && err.status === 404) {
-    feed?.close();
-    message('There is no such session. It may have been deleted. ', el('a', { href: '/', textContent: 'All sessions' }));
-  } else {
-    message(`This session cannot be shown: ${err.message}`);
-  }
+  const gone = err instanceof HttpError && err.status === 404;
+  if (gone) feed?.close();
+  const text = gone ? 'There is no such session. It may have been deleted. ' : `This cannot be loaded: ${err.message}. `;
+  if (player?.scene) note(text);
+  else message(text, el('a', { href: '/', textContent: 'All sessions' }));
 }
 
 const WORDS = {
@@ -47,8 +46,8 @@ function describe() {
   const { info } = recording;
   const meta = info.metadata ?? {};
   $.title.textContent = document.title = place(meta.url);
-  $.title.title = String(meta.url ?? '');
-  const size = meta.viewport ? `${meta.viewport.width} × ${meta.viewport.height}` : undefined;
+  $.title.title = words(meta.url);
+  const size = meta.viewport ? `${words(meta.viewport.width)} × ${words(meta.viewport.height)}` : undefined;
   const known = {
     User: info.userId, Page: meta.url, 'Came from': meta.referrer, Started: when(recording.start ?? info.createdAt),
     Duration: clock(length()), Events: count(recording.total), Window: size, 'Time zone': meta.timeZone,
@@ -57,7 +56,7 @@ function describe() {
   const told = ['sessionId', 'userId', 'url', 'referrer', 'startTime', 'viewport', 'timeZone', 'userAgent'];
   const others = Object.entries(meta).filter(([name]) => !told.includes(name)).slice(0, 50);
   const rows = [...Object.entries(known), ...others].filter(([, v]) => v !== undefined && v !== null && v !== '');
-  for (const [name, value] of rows) fact(name, typeof value === 'object' ? JSON.stringify(value) : String(value));
+  for (const [name, value] of rows) fact(name, words(value));
 }
 
 const facts = new Map();
@@ -79,9 +78,8 @@ function addError({ data, createdAt }) {
   const sent = Number.isFinite(data?.timestamp) ? data.timestamp : Date.parse(data?.timestamp ?? createdAt);
   const latest = recording.isActive ? Infinity : recording.end; // live, an error comes before its events
   const time = Math.min(Math.max(Number.isFinite(sent) ? sent : recording.end, recording.start), latest);
-  const what = data?.message ?? data?.reason ?? data?.error ?? 'Error without a message';
-  const text = typeof what === 'string' ? what : JSON.stringify(what);
-  const button = el('button', { title: String(data?.stack ?? ''), onclick: () => jump(time - 1000) },
+  const text = words(data?.message ?? data?.reason ?? data?.error) || 'Error without a message';
+  const button = el('button', { title: words(data?.stack), onclick: () => jump(time - 1000) },
     el('time', { textContent: clock(time - recording.start) }), ' ', text.slice(0, 500));
   $.errors.append(el('li', {}, button));
   $['no-errors'].hidden = true;
@@ -91,21 +89,20 @@ function addError({ data, createdAt }) {
 function addMark(mark) {
   const key = `${mark.kind} ${mark.time}`;
   if (marks.has(key) || marks.size >= MARKS) return;
-  marks.set(key, { ...mark, node: $.marks.appendChild(el('span', { className: mark.kind })) });
-  placeMarks();
+  marks.set(key, { ...mark, node: $.marks.appendChild(el('span', { className: mark.kind, title: mark.text })) });
+  placeMark(marks.get(key));
 }
 
-// The line of a live session grows, and its marks move with it.
-function placeMarks() {
-  const whole = length() || 1;
-  for (const { time, node } of marks.values()) node.style.left = `${(100 * Math.min(Math.max(time - recording.start, 0), whole)) / whole}%`;
+function placeMark({ time, node }) {
+  const share = (time - recording.start) / (length() || 1);
+  node.style.left = `${100 * Math.min(Math.max(share, 0), 1)}%`;
 }
 
 // Marks come with the events that are loaded. A small session is read once
 // through in advance (its chunks stay in the browser's cache), so that its time
 // line is complete from the start.
 async function scan() {
-  if (recording.chunks.reduce((sum, c) => sum + c.bytes, 0) > SCAN_BYTES) return;
+  if (recording.chunks.length > SCAN_CHUNKS || recording.chunks.reduce((sum, c) => sum + c.bytes, 0) > SCAN_BYTES) return;
   const cleaner = new Cleaner();
   for (const chunk of recording.chunks) {
     cleaner.take((await recording.readChunk(chunk, 0)).events).marks.forEach(addMark);
@@ -124,7 +121,7 @@ function change() {
   $.now.textContent = clock(shown);
   if ($.length.textContent !== clock(length())) {
     $.length.textContent = clock(length());
-    placeMarks();
+    marks.forEach(placeMark); // the line of a live session grows
     describe();
   }
   if (!dragging) $.seek.value = Math.min(shown, $.seek.max = length());
@@ -233,6 +230,7 @@ function receive(type, data, bytes) {
   if (type === 'session_joined') joined(data);
   else if (type === 'events_batch') player.batch(data.fromIndex, data.events, bytes);
   else if (type === 'javascript_error' || type === 'promise_rejection') addError({ data, createdAt: Date.now() });
+  else if (type === 'session_lagged') player.missed(data.nextIndex);
   else if (type === 'session_ended') ended();
   else if (type === 'session_started') feed.send('viewer_join_session', { sessionId: id });
 }
@@ -242,11 +240,10 @@ let first = true;
 // joined answers the first join and those after a lost connection or the
 // session's return: what was missed meanwhile is read as history.
 async function joined({ totalEvents, snapshotIndex, isActive }) {
-  recording.total = Math.max(recording.total, totalEvents);
+  player.missed(totalEvents);
   recording.newestSnapshot = snapshotIndex ?? recording.newestSnapshot;
   recording.isActive = isActive;
   if (!isActive) return ended();
-  if (player.scene) player.scene.exhausted = false;
   if (first && !new URLSearchParams(location.search).has('t')) player.follow();
   first = false;
 }

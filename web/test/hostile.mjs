@@ -57,6 +57,8 @@ export function vectors(evil) {
     node("link", { rel: "prerender", href: url("prerender") }),
     node("link", { rel: "preconnect", href: url("preconnect") }),
     node("LINK", { REL: "preconnect", HREF: url("upper-case-preconnect") }),
+    node("LINK", { rel: "preconnect", href: url("styled-preconnect"), _cssText: "b {}" }),
+    node(["iframe"], { src: url("list-for-a-name") }),
     node("link", { rel: "dns-prefetch", href: name("dns-prefetch") }),
     node("link", { rel: "icon", href: url("icon") }),
     node("link", { rel: "manifest", href: url("manifest") }),

@@ -135,6 +135,7 @@ test("live sessions appear first and by themselves, and become recorded ones", a
   assert.match(await text(page, "#live tr"), /live user.*shop\.example\/live/);
   await tracker.send(snapshot(Date.now(), 0));
   await says(page, "#live td:nth-child(5)", /^2$/, 8000);
+  assert.deepEqual((await h.json("/sessions?active=false")).sessions, []);
   await tracker.end();
   await page.waitForSelector('#past a[href="/view/comes-and-goes"]', { timeout: 3000 });
   assert.equal(await page.locator("#live tr").count(), 0);
@@ -174,8 +175,8 @@ test("a hostile recording runs nothing and requests nothing", async (t) => {
   const address = `http://127.0.0.1:${evil.address().port}`;
   const attack = "<img src=x onerror=\"top.pwned='text'\">";
   await store("hostile", [hostileRecording(address)], {
-    metadata: { url: `javascript:top.pwned='url'//${attack}`, userAgent: attack, [attack]: attack }, user: attack,
-    errors: [{ message: attack, stack: attack }, null, { message: { toString: 1 }, timestamp: 1e300 }],
+    metadata: { url: `javascript:top.pwned='url'//${attack}`, userAgent: attack, [attack]: attack, referrer: { toString: 1 }, viewport: { width: { toString: 1 } } }, user: attack,
+    errors: [{ message: attack, stack: { toString: 1 } }, null, { message: { toString: 1 }, timestamp: 1e300 }],
   });
 
   // A profile of its own on disk, because a private window never connects in
