@@ -494,6 +494,23 @@ func (s *serverProcess) stat(name string) int64 {
 	return int64(value)
 }
 
+// metric is one number of /metrics, without the "session_replay_" of its name.
+func (s *serverProcess) metric(name string) int64 {
+	s.t.Helper()
+	status, body := s.get("/metrics")
+	for line := range strings.Lines(string(body)) {
+		if text, ok := strings.CutPrefix(line, "session_replay_"+name+" "); ok {
+			value, err := strconv.ParseFloat(strings.TrimSpace(text), 64)
+			if err != nil {
+				s.t.Fatalf("/metrics: %s", line)
+			}
+			return int64(value)
+		}
+	}
+	s.t.Fatalf("/metrics has no %s; status %d", name, status)
+	return 0
+}
+
 // peakMemory is the largest resident size that this life of the server had, in
 // bytes.
 func (s *serverProcess) peakMemory() int64 {
