@@ -420,6 +420,9 @@ func TestFaultTerminatedWithEverythingPending(t *testing.T) {
 	for _, tr := range trackers {
 		waitUntil(t, "the tracker has sent all", func() bool { return tr.madeEvents() == 200 })
 		watchSession(t, s.ws("viewer"), tr.session).waitFor(200)
+		tr.drop()
+		waitUntil(t, "it is back", tr.isBack)
+		watchSession(t, s.ws("viewer"), tr.session).waitFor(200)
 		if acked := tr.ackedEvents(); acked != 0 {
 			t.Errorf("%s: %d events are acked before they are committed", tr.session, acked)
 		}
@@ -1071,7 +1074,7 @@ func TestFaultGracePeriod(t *testing.T) {
 			waitUntil(t, "the session comes back", func() bool { return slices.Contains(viewer.look().notices[begun:], "session_started") })
 		} else {
 			tr.drop()
-			waitUntil(t, "it is back", func() bool { tr.mu.Lock(); defer tr.mu.Unlock(); return tr.reconnects > 0 && tr.ready })
+			waitUntil(t, "it is back", tr.isBack)
 		}
 		l := &load{t: t, server: s, trackers: []*testTracker{tr}}
 		l.progress("its return")
@@ -1134,7 +1137,7 @@ func TestFaultMemoryBound(t *testing.T) {
 	proxy.freeze()
 	before := s.metric("received_bytes_total")
 	for _, tr := range trackers {
-		tr.allow(2 * buffer / 200 / int64(len(tr.batch(1)))) // twice the buffer in all
+		tr.allow(2 + 2*buffer/200/int64(len(tr.batch(1)))) // more than twice the buffer in all
 	}
 	waitUntil(t, "the buffer is full", func() bool { return s.metric("buffer_bytes") > buffer*3/4 })
 	time.Sleep(scale(0, 15*time.Second))

@@ -1024,6 +1024,13 @@ func (tr *testTracker) drop() {
 	}
 }
 
+// isBack tells whether it records on a connection that is not its first.
+func (tr *testTracker) isBack() bool {
+	tr.mu.Lock()
+	defer tr.mu.Unlock()
+	return tr.reconnects > 0 && tr.ready
+}
+
 // moveTo makes it go on at another address.
 func (tr *testTracker) moveTo(address string) {
 	tr.mu.Lock()
