@@ -67,12 +67,12 @@ func bare(database string) error {
 		return err
 	}
 	fmt.Println(listener.Addr())
-	for {
+	for n := 0; ; n++ {
 		conn, err := listener.Accept()
 		if err != nil {
 			return err
 		}
-		go bareReader(conn, pool, chunks, work)
+		go bareReader(conn, fmt.Sprintf("bare-%d", n), pool, chunks, work)
 	}
 }
 
@@ -89,13 +89,12 @@ func readyChunks() (chunks []chunk) {
 	return chunks
 }
 
-func bareReader(conn net.Conn, pool *pgxpool.Pool, chunks []chunk, work chan<- bareChunk) {
+func bareReader(conn net.Conn, id string, pool *pgxpool.Pool, chunks []chunk, work chan<- bareChunk) {
 	r := bufio.NewReaderSize(conn, 64<<10)
 	if _, err := http.ReadRequest(r); err != nil {
 		return
 	}
 	io.WriteString(conn, "HTTP/1.1 101 Switching Protocols\r\n\r\n")
-	var id string
 	received, first := 0, int64(0)
 	for seq := int64(0); ; seq++ {
 		_, n, err := readWireHeader(r)
@@ -103,7 +102,6 @@ func bareReader(conn net.Conn, pool *pgxpool.Pool, chunks []chunk, work chan<- b
 			return
 		}
 		if seq == 0 {
-			id = conn.RemoteAddr().String()
 			pool.Exec(context.Background(), "insert into sessions (session_id, user_id, url, metadata, is_active) values ($1, '', '', '{}', true)", id)
 			conn.Write(append(wireHeader(nil, 0, 24), `{"type":"session_ready"}`...))
 		}
