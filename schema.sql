@@ -40,7 +40,13 @@ create table if not exists session_events (
     primary key (session_id, first_index)
 );
 
-alter table session_events alter column events set storage external;
+-- Not unless it must be: it waits for all who read the table, a backup say, and
+-- makes writers wait behind it.
+do $$ begin
+    if (select attstorage from pg_attribute where attrelid = 'session_events'::regclass and attname = 'events') <> 'e' then
+        alter table session_events alter column events set storage external;
+    end if;
+end $$;
 
 create table if not exists session_errors (
     session_id text not null references sessions on delete cascade,
