@@ -245,8 +245,23 @@ func (s *server) failQuery(w http.ResponseWriter, r *http.Request, err error) {
 // it lasts; smaller ones serve a tracker, which is sent little, as well.
 type hijacker struct {
 	http.ResponseWriter
-	small bool
-	conn  net.Conn
+	small  bool
+	conn   net.Conn
+	status int    // what Accept answers
+	reason string // if it is a refusal
+}
+
+// WriteHeader and Write keep back what Accept says of a handshake that it does
+// not like: it is answered like all else that is refused.
+func (h *hijacker) WriteHeader(status int) {
+	if h.status = status; status == http.StatusSwitchingProtocols {
+		h.ResponseWriter.WriteHeader(status)
+	}
+}
+
+func (h *hijacker) Write(text []byte) (int, error) {
+	h.reason += string(text)
+	return len(text), nil
 }
 
 func (h *hijacker) Hijack() (net.Conn, *bufio.ReadWriter, error) {
@@ -273,7 +288,10 @@ func (s *server) handleWebSocket(w http.ResponseWriter, r *http.Request) {
 	ws, err := websocket.Accept(h, r, &websocket.AcceptOptions{InsecureSkipVerify: true, CompressionMode: websocket.CompressionDisabled})
 	if err != nil {
 		s.access.leave(addr)
-		return // Accept has answered
+		if h.status >= http.StatusBadRequest {
+			s.fail(w, r, h.status, strings.TrimSpace(h.reason), nil)
+		}
+		return
 	}
 	ws.SetReadLimit(-1) // conn.read has its own
 	c := &conn{srv: s, ws: ws, net: h.conn, addr: addr, viewer: kind == "viewer"}

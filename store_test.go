@@ -728,12 +728,15 @@ func TestStoreLists(t *testing.T) {
 		}
 		return all
 	}
-	newest := ids(st.newest(t.Context(), 10, 0))
+	newest := ids(st.newest(t.Context(), 10, 0, true))
 	if want := []string{"s3", "s2", "s1", "s0", "s4"}; !slices.Equal(newest, want) {
 		t.Errorf("got %v, want %v", newest, want)
 	}
-	if page := ids(st.newest(t.Context(), 2, 3)); !slices.Equal(page, []string{"s0", "s4"}) {
+	if page := ids(st.newest(t.Context(), 2, 3, true)); !slices.Equal(page, []string{"s0", "s4"}) {
 		t.Errorf("got the page %v, want s0, s4", page)
+	}
+	if over := ids(st.newest(t.Context(), 10, 0, false)); !slices.Equal(over, []string{"s3", "s1"}) {
+		t.Errorf("got %v as not live, want s3, s1", over)
 	}
 	active := ids(st.active(t.Context()))
 	slices.Sort(active[1:])
