@@ -1527,3 +1527,64 @@ func TestBudgetOpen(t *testing.T) {
 		}
 	})
 }
+
+// BenchmarkHubPublish is what a batch costs the hub: numbered, kept, fanned out,
+// handed to a writer that stores at once, acked and dropped.
+func BenchmarkHubPublish(b *testing.B) {
+	for _, n := range []struct{ sessions, viewers int }{{100, 0}, {20, 40}, {1, 500}} {
+		b.Run(fmt.Sprintf("sessions=%d/viewers=%d", n.sessions, n.viewers), func(b *testing.B) { benchmarkPublish(b, n.sessions, n.viewers) })
+	}
+}
+
+func benchmarkPublish(b *testing.B, sessions, viewers int) {
+	h := newHub(hubConfig{batchSize: 50, batchInterval: time.Second, grace: time.Minute, maxEvents: 20000, maxTailBytes: 1 << 20, maxSessionBytes: 1 << 50},
+		&budget{free: 1 << 50}, newMetrics(), slog.New(slog.DiscardHandler))
+	srv := &server{cfg: config{heartbeat: time.Minute}, hub: h, budget: h.budget, metrics: h.metrics, log: h.log}
+	ctx, stop := context.WithCancel(b.Context())
+	defer stop()
+	go h.run(ctx)
+	go func() { // ends with the hub
+		for reply := make(chan []*flush, 1); ; {
+			work, ok := ask(h, reply, take{reply})
+			if !ok {
+				return
+			}
+			h.send(settled{work}) // an outcome is stored unless it is set
+		}
+	}()
+	connect := func(viewer bool) *conn {
+		c := &conn{srv: srv, viewer: viewer, ctx: ctx, cancel: func() {}}
+		c.out.writing = true // nobody does; the benchmark empties the outboxes
+		h.send(enter{c})
+		return c
+	}
+	trackers, batches := make([]*conn, sessions), make([]*batch, sessions)
+	for i := range trackers {
+		trackers[i] = connect(false)
+		id := fmt.Sprintf("s%d", i)
+		reply := make(chan attached, 1)
+		ask(h, reply, attach{trackers[i], id, claim{epoch: 1}, aboutNobody, sessionStarted(id, aboutNobody), reply})
+		f, _ := parseFrame([]byte(`{"type":"events_batch","data":{"events":[` + strings.Repeat(`{"type":3,"timestamp":1,"data":{}},`, 9) + `{}]}}`))
+		batches[i] = newBatch(id, f, 0)
+	}
+	watching := make([]*conn, viewers)
+	for i := range watching {
+		watching[i] = connect(true)
+		reply := make(chan bool, 1)
+		ask(h, reply, join{watching[i], fmt.Sprintf("s%d", i%sessions), nil, reply})
+	}
+	b.ReportAllocs()
+	for n := int64(1); b.Loop(); n++ {
+		i := int(n) % sessions
+		again := *batches[i]
+		again.seq = n
+		h.send(publish{trackers[i], &again})
+		if n%int64(sessions) == 0 {
+			for _, c := range watching {
+				c.out.mu.Lock()
+				c.out.queue, c.out.bytes = c.out.queue[:0], 0
+				c.out.mu.Unlock()
+			}
+		}
+	}
+}
