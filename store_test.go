@@ -13,6 +13,7 @@ import (
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
+	"os"
 	"reflect"
 	"slices"
 	"strings"
@@ -926,5 +927,85 @@ func TestStoreWriterBesideCleanup(t *testing.T) {
 	}
 	if got := one[int](st, "select count(*) from sessions"); got != 1 {
 		t.Errorf("%d sessions are left, want 1", got)
+	}
+}
+
+// demoFlush has so many bytes of the demo's recording, over and over.
+func demoFlush(b *testing.B, session string, size int64) *flush {
+	b.Helper()
+	text, err := os.ReadFile("testdata/demo.json")
+	if err != nil {
+		b.Fatal(err)
+	}
+	recording, err := parseFrame(slices.Concat([]byte(`{"type":"events_batch","data":{"events":`), text, []byte(`}}`)))
+	if err != nil {
+		b.Fatal(err)
+	}
+	f := &flush{session: session, epoch: 1}
+	for f.after.raw < size {
+		part := recording
+		for n := len(part.events); n > 1 && f.after.raw+int64(part.events[n-1].end) > size; n = len(part.events) {
+			part.events = part.events[:n-1]
+		}
+		next := newBatch(session, part, 0)
+		next.number(f.after.events)
+		f.after.add(next)
+		f.batches = append(f.batches, next)
+	}
+	return f
+}
+
+// BenchmarkStoreEncode makes chunks: in a hurry, and when there is time.
+func BenchmarkStoreEncode(b *testing.B) {
+	for _, calm := range []bool{false, true} {
+		b.Run(fmt.Sprintf("calm=%t", calm), func(b *testing.B) {
+			f := demoFlush(b, "s", 1<<20)
+			f.calm = calm
+			b.SetBytes(f.after.raw)
+			b.ReportAllocs()
+			for b.Loop() {
+				f.after.stored = 0
+				f.encode()
+			}
+			b.ReportMetric(float64(f.after.stored)/float64(f.after.raw), "packed/raw")
+		})
+	}
+}
+
+// BenchmarkStoreFlush makes and commits what one writer takes at once.
+func BenchmarkStoreFlush(b *testing.B) {
+	for _, n := range []struct{ sessions, bytes int }{{1, 1 << 20}, {8, 1 << 20}, {50, 20 << 10}} {
+		b.Run(fmt.Sprintf("sessions=%d/bytes=%d", n.sessions, n.bytes), func(b *testing.B) { benchmarkFlush(b, n.sessions, int64(n.bytes)) })
+	}
+}
+
+func benchmarkFlush(b *testing.B, sessions int, size int64) {
+	st := openTestStore(b, testDatabase(b))
+	if err := st.applySchema(b.Context()); err != nil {
+		b.Fatal(err)
+	}
+	w := &writer{store: st, metrics: newMetrics(), log: slog.New(slog.DiscardHandler)}
+	work := make([]*flush, sessions)
+	total := int64(0)
+	for i := range work {
+		work[i] = demoFlush(b, fmt.Sprintf("s%d", i), size)
+		total += work[i].after.raw
+		if _, err := st.claim(b.Context(), work[i].session, aboutNobody, false, "", false); err != nil {
+			b.Fatal(err)
+		}
+	}
+	b.SetBytes(total)
+	for b.Loop() {
+		for _, f := range work {
+			n := f.after.events - f.batches[0].first
+			for _, next := range f.batches { // the same events again, behind the others
+				next.number(next.first + n)
+			}
+			f.after.events += n
+			f.encode()
+		}
+		if err := w.commit(b.Context(), work); err != nil {
+			b.Fatal(err)
+		}
 	}
 }
