@@ -10,7 +10,10 @@ export class HttpError extends Error {
 
 export async function request(path, options = {}) {
   const response = await fetch(path, { headers: { Accept: 'application/json' }, ...options });
-  if (response.status === 401) location.reload(); // the server answers with the sign-in page
+  if (response.status === 401) { // the server answers with the sign-in page
+    location.reload();
+    return new Promise(() => {});
+  }
   if (!response.ok) throw new HttpError(response.status, response.statusText);
   return response;
 }

@@ -13,6 +13,8 @@ let offset = Number(new URLSearchParams(location.search).get('offset')) || 0;
 const note = (text) => { $.note.textContent = text; };
 const onWait = (ms) => note(ms ? inWaiting(ms) : '');
 
+const failed = (err) => note(`The list cannot be loaded: ${err.message}`);
+
 function makeRow(session) {
   const link = el('a', { href: `/view/${encodeURIComponent(session.sessionId)}` });
   return el('tr', {}, el('td'), el('td', {}, link), el('td'), el('td'), el('td'), el('td'));
@@ -71,7 +73,7 @@ function showParts() {
 function turn(by) {
   offset = Math.max(0, offset + by * PAGE);
   history.replaceState(null, '', offset > 0 ? `/?offset=${offset}` : '/');
-  return refreshPast();
+  return refreshPast().catch(failed);
 }
 
 // Several sessions that start or end at once cost one request.
@@ -79,8 +81,7 @@ let soon;
 function refreshSoon() {
   soon ??= setTimeout(() => {
     soon = undefined;
-    refreshLive();
-    refreshPast();
+    Promise.all([refreshLive(), refreshPast()]).catch(failed);
   }, 300);
 }
 
@@ -99,8 +100,8 @@ async function start() {
   await Promise.all([refreshLive(), refreshPast()]);
   note('');
   connect({ onOpen: refreshSoon, onMessage: receive, onWait });
-  setInterval(() => { if (!document.hidden && rows.live.size > 0) refreshLive(); }, REFRESH);
+  setInterval(() => { if (!document.hidden && rows.live.size > 0) refreshLive().catch(failed); }, REFRESH);
 }
 
 offerSignOut($.signout);
-start().catch((err) => note(`The list cannot be loaded: ${err.message}`));
+start().catch(failed);

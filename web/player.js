@@ -119,14 +119,15 @@ export class Player {
     this.target = null;
     this.lags.push(performance.now() - scene.end); // until live batches tell better
     const edge = this.following ? this.liveTime : scene.end;
-    scene.pause(Math.max(Math.min(time, edge), scene.start));
+    const to = Math.max(Math.min(time, edge), scene.start);
+    if (to > scene.end || scene.covers(to)) scene.pause(to); // else the window has no way back
     this.setState('paused');
     if (this.wantsPlay) this.run();
   }
 
   run() {
     this.scene.setSpeed(this.following ? 1 : this.speed);
-    this.scene.play();
+    if (!document.hidden) this.scene.play(); // see visibility
     this.setState('playing');
   }
 
