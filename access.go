@@ -83,7 +83,7 @@ func (a *access) admit(who who, r *http.Request) *denial {
 		return &denial{http.StatusMisdirectedRequest, "host", "unknown host: set ACCESS_TOKEN, or name it in PUBLIC_HOSTS", 0}
 	case !a.knownPage(r):
 		return &denial{http.StatusForbidden, "origin", "pages of other sites may not do this: see VIEWER_ORIGINS", 0}
-	case a.open, who == visitors:
+	case a.open, who == visitors, a.signedIn(r):
 		return nil
 	}
 	presented, right := a.presented(r, who == browsers || who == sockets)
@@ -108,8 +108,8 @@ func (a *access) admitTracker(r *http.Request) *denial {
 
 // Tokens.
 
-// presented says whether a request brings a token, or the cookie that stands
-// for it, and whether that is right. Only the first one found is looked at.
+// presented says whether a request brings a token and whether that is right. A
+// cookie that stands for another token counts as a wrong one.
 func (a *access) presented(r *http.Request, byLink bool) (presented, right bool) {
 	scheme, token, _ := strings.Cut(r.Header.Get("Authorization"), " ")
 	link := r.URL.Query().Get("token")
@@ -120,10 +120,11 @@ func (a *access) presented(r *http.Request, byLink bool) (presented, right bool)
 		return true, same(link, a.token)
 	}
 	_, err := r.Cookie(a.cookieName)
-	return err == nil, a.signedIn(r)
+	return err == nil, false
 }
 
-// signedIn says whether a request comes with the cookie.
+// signedIn says whether a request comes with the cookie, which nobody guesses:
+// those who try tokens do not keep out who has it.
 func (a *access) signedIn(r *http.Request) bool {
 	cookie, err := r.Cookie(a.cookieName)
 	return !a.open && err == nil && same(cookie.Value, a.cookie)

@@ -506,7 +506,7 @@ func millis(t int64) *int64 {
 // toJSON takes a row, and what memory knows better of it.
 func toJSON(row storedSession, live map[string]summary) sessionJSON {
 	s := row.summary
-	if l, ok := live[s.id]; ok {
+	if l, ok := live[s.id]; ok && l.now.events >= s.now.events { // it may be on another server by now
 		stored := s.now.stored
 		s = l
 		s.now.stored = stored
@@ -622,9 +622,12 @@ func (s *server) handleDelete(w http.ResponseWriter, r *http.Request) {
 		s.failQuery(w, r, errNotFound)
 		return
 	}
-	reply := make(chan struct{}, 1)
-	ask(s.hub, reply, evict{id, reply})
-	if err := s.store.remove(r.Context(), id); err != nil {
+	err := s.store.remove(r.Context(), id)
+	if err == nil || errors.Is(err, errNotFound) {
+		reply := make(chan struct{}, 1)
+		ask(s.hub, reply, evict{id, reply})
+	}
+	if err != nil {
 		s.failQuery(w, r, err)
 		return
 	}

@@ -3,7 +3,6 @@ package main
 import (
 	"container/list"
 	"context"
-	"log/slog"
 	"slices"
 	"sort"
 	"strconv"
@@ -70,6 +69,11 @@ func (c *counters) add(b *batch) {
 	c.seq = max(c.seq, b.seq)
 }
 
+// after says whether nothing was stored between two states of a row.
+func (c *counters) after(before counters) bool {
+	return c.events == before.events && c.errors == before.errors && c.seq == before.seq
+}
+
 func (c *counters) see(t int64) {
 	if t == 0 {
 		return
@@ -86,7 +90,6 @@ type session struct {
 	id    string
 	epoch int64
 	about *description
-	told  bool // about is in the database
 
 	tracker *conn     // who records it, nil in the grace period
 	left    time.Time // when the tracker left
@@ -104,13 +107,14 @@ type session struct {
 	queued     bool // stands in the hub's queue, since then
 	since      time.Time
 	writing    bool // the writer has the flush
+	doubted    bool // another server seems to have the session
 	retryAt    time.Time
 	asked      time.Time // when a full snapshot was last asked for
 	snapshotAt time.Time // when the newest one came
 }
 
 func (s *session) dirty() bool {
-	return s.flush != nil || len(s.pending) > 0 || len(s.reports) > 0 || !s.told || s.ended
+	return s.flush != nil || len(s.pending) > 0 || len(s.reports) > 0 || s.ended
 }
 
 // memory gives the batches in memory that hold events from one number up to,
@@ -148,7 +152,6 @@ func (s *session) summary() summary {
 type flush struct {
 	session string
 	epoch   int64
-	about   *description // to be stored too, unless nil
 	batches []*batch
 	reports []report
 	after   counters // the row's values once this is stored
@@ -200,11 +203,6 @@ type (
 		about   *description
 		started message // what viewers are told
 		reply   chan attached
-	}
-	describe struct { // a session_start for the session that c records
-		c     *conn
-		about *description
-		reply chan attached
 	}
 	publish struct {
 		c *conn
@@ -296,7 +294,9 @@ type hubStats struct {
 const (
 	flushBytes    = 4 << 20 // this much pending JSON starts a batch at once
 	maxFlushBytes = 8 << 20 // one session's share of a batch
-	maxPause      = 2 * time.Second
+
+	maxFlushReports = 500
+	maxPause        = 2 * time.Second
 
 	snapshotAge   = 30 * time.Second // a newest full snapshot older than this is old
 	snapshotPause = 5 * time.Second  // between two requests for one
@@ -321,11 +321,10 @@ type hub struct {
 	done    chan struct{} // closed when run has ended
 	budget  *budget
 	metrics *metrics
-	log     *slog.Logger
 }
 
-func newHub(cfg hubConfig, b *budget, m *metrics, log *slog.Logger) *hub {
-	return &hub{cfg: cfg, cmds: make(chan command, 256), done: make(chan struct{}), budget: b, metrics: m, log: log}
+func newHub(cfg hubConfig, b *budget, m *metrics) *hub {
+	return &hub{cfg: cfg, cmds: make(chan command, 256), done: make(chan struct{}), budget: b, metrics: m}
 }
 
 // send gives the hub a command, and says false when the hub has stopped.
@@ -374,7 +373,12 @@ type hubState struct {
 
 // watch is a viewer's interest in a session; next is the first event that it
 // has neither been sent nor told to page for.
-type watch struct{ next int64 }
+type watch struct {
+	next int64
+	end  int64    // one past the newest event that was published
+	live bool     // the viewer takes the session for live
+	owed *summary // what its join is to be answered, when there was no room for it
+}
 
 // run is the hub's goroutine. It ends with ctx, or when it was drained and
 // everything is stored.
@@ -427,8 +431,6 @@ func (h *hubState) handle(cmd command) {
 		cmd.reply <- s != nil && s.tracker != nil && s.tracker != cmd.c && !s.ended
 	case attach:
 		cmd.reply <- h.attach(cmd)
-	case describe:
-		cmd.reply <- h.describe(cmd.c, cmd.about)
 	case reported:
 		h.report(cmd.c, cmd.r, cmd.m)
 	case forward:
@@ -500,9 +502,8 @@ func (h *hubState) detach(c *conn) {
 	if s == nil || s.tracker != c {
 		return
 	}
-	s.tracker = nil
-	s.left = time.Now()
-	if !s.ended {
+	if !s.ended { // an ended one still has acks for it
+		s.tracker, s.left = nil, time.Now()
 		h.grace[s] = struct{}{}
 	}
 }
@@ -539,12 +540,12 @@ func (h *hubState) attach(cmd attach) attached {
 			s.epoch = cmd.claim.epoch // the claim was for nothing, but the row has it now
 		}
 		return attached{outcome: heldByOther}
-	case cmd.claim.epoch != s.epoch+1:
+	case cmd.claim.epoch != s.epoch+1 && !cmd.claim.after(s.durable):
 		h.drop(s) // another server had it in between: trackers that number their batches send them again
 		s.now, s.durable = cmd.claim.counters, cmd.claim.counters
 	}
-	s.epoch = cmd.claim.epoch
-	s.about, s.told = cmd.about, true
+	s.epoch, s.doubted = cmd.claim.epoch, false
+	s.about = cmd.about
 	h.seat(cmd.c, s)
 	if s.ended {
 		s.ended = false
@@ -556,7 +557,7 @@ func (h *hubState) attach(cmd attach) attached {
 
 // seat makes c the one tracker of the session.
 func (h *hubState) seat(c *conn, s *session) {
-	if old := s.tracker; old != nil && old != c {
+	if old := s.tracker; old != nil && old != c && h.recorded[old] == s {
 		h.release(old)
 		if !s.ended { // otherwise old records it no more, and may stay
 			old.shut(closeTaken, "the session continues on another connection")
@@ -589,19 +590,6 @@ func (h *hubState) drop(s *session) {
 	s.pending, s.reports, s.flush, s.writing = nil, nil, nil, false
 }
 
-func (h *hubState) describe(c *conn, about *description) attached {
-	s := h.recorded[c]
-	if s == nil || s.ended {
-		return attached{outcome: outdated}
-	}
-	if about.userID == "" {
-		about.userID = s.about.userID // the one it has, which may be made up
-	}
-	s.about, s.told = about, false
-	h.enqueue(s)
-	return attached{accepted: s.now.seq, stored: s.durable.seq}
-}
-
 // end ends a session: what is left of it is stored at once, then it leaves
 // memory.
 func (h *hubState) end(s *session) {
@@ -610,7 +598,7 @@ func (h *hubState) end(s *session) {
 		return
 	}
 	s.ended, s.endedAt = true, time.Now()
-	h.toViewers(sessionEnded(s.id))
+	h.tellEnded(s.id)
 	h.enqueue(s)
 }
 
@@ -620,14 +608,14 @@ func (h *hubState) lose(s *session, why outcome) {
 	h.drop(s)
 	h.remove(s)
 	if !s.ended && why != overtaken {
-		h.toViewers(sessionEnded(s.id))
+		h.tellEnded(s.id)
 	}
 	s.ended = true
 	c := s.tracker
 	if c == nil {
 		return
 	}
-	h.release(c)
+	defer h.release(c) // after the message that says why
 	switch why {
 	case overtaken:
 		c.shut(closeTaken, "the session continues on another connection")
@@ -660,12 +648,8 @@ func (h *hubState) publish(c *conn, b *batch) {
 		c.offer(errorMessage("no_session", "this connection records no session"))
 		return
 	}
-	if s.now.raw+int64(len(b.body)) > h.cfg.maxSessionBytes {
+	if h.full(s, len(b.body)) {
 		h.budget.give(b.room)
-		h.metrics.refuse("session_bytes")
-		c.offer(errorMessage("session_full", "the session has reached MAX_SESSION_BYTES"))
-		h.release(c)
-		h.end(s)
 		return
 	}
 	b.number(s.now.events)
@@ -684,10 +668,23 @@ func (h *hubState) publish(c *conn, b *batch) {
 	}
 }
 
+// full says whether the session has no room for so much more, and ends it then.
+func (h *hubState) full(s *session, size int) bool {
+	if s.now.raw+int64(size) <= h.cfg.maxSessionBytes {
+		return false
+	}
+	h.metrics.refuse("session_bytes")
+	s.tracker.offer(errorMessage("session_full", "the session has reached MAX_SESSION_BYTES"))
+	h.release(s.tracker)
+	h.end(s)
+	return true
+}
+
 // fanOut sends a batch to those who watch the session. Whoever stands somewhere
 // else than at its first event is told to page.
 func (h *hubState) fanOut(s *session, b *batch) {
 	for c, w := range h.watchers[s.id] {
+		w.end, w.live = b.end(), true
 		switch {
 		case w.next >= b.end(): // it has them, from a tracker that sent them twice
 		case w.next != b.first:
@@ -707,8 +704,13 @@ func (h *hubState) report(c *conn, r report, m message) {
 		c.offer(errorMessage("no_session", "this connection records no session"))
 		return
 	}
+	if h.full(s, len(r.data)) {
+		h.budget.give(r.room)
+		return
+	}
 	r.id = s.now.errors
 	s.now.errors++
+	s.now.raw += int64(len(r.data))
 	s.reports = append(s.reports, r)
 	h.pendingBytes += r.room
 	h.enqueue(s)
@@ -722,6 +724,15 @@ func (h *hubState) report(c *conn, r report, m message) {
 func (h *hubState) toViewers(m message) {
 	for c := range h.viewers {
 		c.offer(m)
+	}
+}
+
+func (h *hubState) tellEnded(id string) {
+	m := sessionEnded(id)
+	for c, watching := range h.viewers {
+		if w := watching[id]; c.offer(m) && w != nil {
+			w.live = false
+		}
 	}
 }
 
@@ -746,9 +757,9 @@ func (h *hubState) join(cmd join) bool {
 	default:
 		return false
 	}
-	w := &watch{}
-	if cmd.c.offer(m) { // otherwise it is told to page when it reads again
-		w.next = m.now.events
+	w := &watch{next: m.now.events, end: m.now.events, live: m.isActive}
+	if !cmd.c.offer(m) {
+		w.owed = &m.summary
 	}
 	watching[cmd.id] = w
 	if h.watchers[cmd.id] == nil {
@@ -788,8 +799,19 @@ func (h *hubState) catchUp(c *conn) {
 	}
 	c.offer(activeSessions(h.summaries()))
 	for id, w := range watching {
-		if s := h.sessions[id]; s != nil && w.next < s.now.events && c.offer(lagged(id, s.now.events)) {
-			w.next = s.now.events
+		s := h.sessions[id]
+		if w.owed != nil {
+			if s != nil {
+				*w.owed = s.summary()
+			}
+			c.offer(joined{*w.owed})
+			w.next, w.owed = w.owed.now.events, nil
+		}
+		if w.next < w.end && c.offer(lagged(id, w.end)) {
+			w.next = w.end
+		}
+		if w.live && (s == nil || s.ended) && c.offer(sessionEnded(id)) {
+			w.live = false
 		}
 	}
 }
@@ -873,18 +895,21 @@ func (h *hubState) group() (work []*flush) {
 
 // newFlush makes what is pending of a session, up to a bound, a flush.
 func (h *hubState) newFlush(s *session) *flush {
-	f := &flush{session: s.id, after: s.durable, reports: s.reports}
-	if !s.told {
-		f.about = s.about
+	f := &flush{session: s.id, after: s.durable}
+	m := min(len(s.reports), maxFlushReports)
+	f.reports = s.reports[:m:m]
+	for _, r := range f.reports {
+		f.after.errors++
+		f.after.raw += int64(len(r.data))
+		f.after.stored += int64(len(r.data))
 	}
 	n, bytes := 0, int64(0)
 	for ; n < len(s.pending) && bytes < maxFlushBytes; n++ {
 		f.after.add(s.pending[n])
 		bytes += s.pending[n].room
 	}
-	f.after.errors += int64(len(s.reports))
 	f.batches = s.pending[:n:n]
-	s.pending, s.reports = slices.Clone(s.pending[n:]), nil
+	s.pending, s.reports = slices.Clone(s.pending[n:]), slices.Clone(s.reports[m:])
 	h.pendingBytes -= f.room()
 	return f
 }
@@ -900,7 +925,9 @@ func (h *hubState) settle(f *flush) {
 	switch {
 	case f.outcome == stored:
 		h.committed(s, f)
-	case f.outcome == failed:
+	case f.outcome == failed, f.outcome == overtaken && f.epoch == s.epoch && !s.doubted:
+		s.doubted = f.outcome == overtaken // or a claim of our own is on its way to the hub: once more
+		f.attempts++
 		s.retryAt = time.Now().Add(min(maxPause, 50*time.Millisecond<<min(f.attempts, 10)))
 		h.retry[s] = struct{}{}
 	case f.outcome != refused && f.epoch < s.epoch:
@@ -913,12 +940,11 @@ func (h *hubState) settle(f *flush) {
 // committed keeps what is stored as the session's tail and acks it.
 func (h *hubState) committed(s *session, f *flush) {
 	s.durable, s.flush = f.after, nil
-	s.told = s.told || f.about == s.about
 	for _, r := range f.reports {
 		h.budget.give(r.room)
 	}
 	h.ack(s)
-	if s.ended && f.ended {
+	if s.ended && f.ended && f.epoch == s.epoch {
 		for _, b := range f.batches {
 			h.budget.give(b.room)
 		}
@@ -966,7 +992,7 @@ func (h *hubState) trim(s *session, n int) {
 
 func (h *hubState) find(cmd find) found {
 	s := h.sessions[cmd.id]
-	if s == nil || s.tracker == nil && !s.dirty() {
+	if s == nil || s.doubted || s.tracker == nil && !s.dirty() {
 		return found{} // the database has all of it, and more when another server has taken it over
 	}
 	return found{true, s.summary(), s.memory(cmd.from, cmd.to)}

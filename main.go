@@ -81,10 +81,10 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 	if *checkOnly {
 		return check(ctx, cfg, stdout)
 	}
-	if env("GOGC") == "" {
+	if getenv("GOGC") == "" {
 		debug.SetGCPercent(50) // idle connections take a tenth less memory; ingest does not feel it
 	}
-	if env("GOMEMLIMIT") == "" {
+	if getenv("GOMEMLIMIT") == "" {
 		debug.SetMemoryLimit(int64(cfg.maxBufferBytes)*9/8 + 64<<20)
 	}
 	logs := openLogs(cfg.log, stdout, stderr, env("JOURNAL_STREAM") != "")
@@ -107,11 +107,11 @@ func assemble(cfg config, logs *logs) (*server, error) {
 		return nil, err
 	}
 	m := newMetrics()
-	b := &budget{free: int64(cfg.maxBufferBytes)}
+	b := newBudget(int64(cfg.maxBufferBytes))
 	s := &server{cfg: cfg, store: st, budget: b, metrics: m, logs: logs, log: logs.app, started: time.Now(),
 		access: newAccess(cfg.accessConfig, cfg.host, cfg.port)}
 	s.hub = newHub(hubConfig{batchSize: cfg.batchSize, batchInterval: cfg.batchInterval, grace: cfg.grace, maxEvents: int64(cfg.maxEvents),
-		maxTailBytes: int64(cfg.maxBufferBytes) / 4, maxSessionBytes: int64(cfg.maxSessionBytes)}, b, m, logs.app)
+		maxTailBytes: int64(cfg.maxBufferBytes) / 4, maxSessionBytes: int64(cfg.maxSessionBytes)}, b, m)
 	for range writers {
 		s.writers = append(s.writers, &writer{hub: s.hub, store: st, metrics: m, log: logs.rejected})
 	}
@@ -305,16 +305,18 @@ func (s *server) keepHouse(ctx context.Context) {
 		}
 	}
 	s.log.Info("database ready")
-	touch, clean := time.NewTicker(touchEvery), time.NewTicker(s.cfg.cleanupInterval)
-	defer touch.Stop()
-	defer clean.Stop()
-	s.touch(ctx)
+	go s.every(ctx, touchEvery, s.touch) // ends with ctx; a long cleanup does not keep it waiting
+	s.every(ctx, s.cfg.cleanupInterval, s.cleanUp)
+}
+
+// every does something at once and then at intervals, until ctx ends.
+func (s *server) every(ctx context.Context, interval time.Duration, do func(context.Context)) {
+	tick := time.NewTicker(interval)
+	defer tick.Stop()
 	for {
+		do(ctx)
 		select {
-		case <-touch.C:
-			s.touch(ctx)
-		case <-clean.C:
-			s.cleanUp(ctx)
+		case <-tick.C:
 		case <-ctx.Done():
 			return
 		}
@@ -441,7 +443,7 @@ func loadConfig(getenv func(string) string) (config, error) {
 		cleanupInterval:      r.millis("SESSION_CLEANUP_INTERVAL", 300000, 1),
 		heartbeat:            r.millis("HEARTBEAT_INTERVAL", 30000, 10),
 		grace:                r.millis("SESSION_GRACE_PERIOD", 15000, 0),
-		messageTimeout:       r.millis("MESSAGE_TIMEOUT", 120000, 1),
+		messageTimeout:       r.millis("MESSAGE_TIMEOUT", 60000, 1),
 		readHeaderTimeout:    r.millis("READ_HEADER_TIMEOUT", 10000, 1),
 		retention:            time.Duration(r.number("RETENTION_HOURS", 720, 1, 1<<20)) * time.Hour,
 		maxMessageBytes:      r.number("MAX_MESSAGE_BYTES", 32<<20, 1024, 1<<30),

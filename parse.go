@@ -90,7 +90,7 @@ func (s *scanner) envelope() (f frame) {
 		key, start := s.key(), s.i
 		switch {
 		case keyIs(key, "events") && s.peek() == '[':
-			f.events, f.array = s.events(start + 1)
+			f.events, f.array = s.events(start+1, maxBatchEvents+1) // one more shows that it is too many
 			f.body = s.since(start + 1)
 		case keyIs(key, "seq"):
 			s.value()
@@ -102,9 +102,9 @@ func (s *scanner) envelope() (f frame) {
 	return f
 }
 
-// events reads an array of events, whose bounds count from base, and says
-// whether all of them are objects.
-func (s *scanner) events(base int) (events []event, objects bool) {
+// events reads an array of events, whose bounds count from base, gives at most
+// so many of them, and says whether all are objects.
+func (s *scanner) events(base, most int) (events []event, objects bool) {
 	events, objects = make([]event, 0, 16), true
 	for more := s.enter(']'); more; more = s.next(']') {
 		if s.peek() != '{' {
@@ -123,7 +123,7 @@ func (s *scanner) events(base int) (events []event, objects bool) {
 			}
 		}
 		e.end = uint32(s.i - base)
-		if len(events) <= maxBatchEvents {
+		if len(events) < most {
 			events = append(events, e)
 		}
 	}
@@ -137,7 +137,7 @@ func splitEvents(chunk []byte) ([]event, error) {
 	if s.peek() != '[' {
 		return nil, errChunk
 	}
-	events, objects := s.events(0)
+	events, objects := s.events(0, math.MaxInt)
 	if s.bad || !objects || s.i != len(chunk) {
 		return nil, errChunk
 	}

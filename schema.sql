@@ -20,7 +20,9 @@ create table if not exists sessions (
     snapshot_index   bigint,                    -- number of the newest full snapshot
     last_seq         bigint not null default 0, -- highest batch number that is stored
     resume_hash      bytea,                     -- SHA-256 of the token that continues it
-    epoch            bigint not null default 1  -- raised by each claim; writes of an older one are refused
+    -- Raised by each claim; writes of an older one are refused. It begins at the
+    -- time in microseconds: a row made again after its deletion has a higher one.
+    epoch            bigint not null default extract(epoch from clock_timestamp()) * 1000000
 ) with (fillfactor = 80);                       -- room for updates in place
 
 create index if not exists sessions_created on sessions (created_at desc, session_id);

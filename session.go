@@ -203,9 +203,11 @@ type conn struct {
 
 	// Of the reader alone:
 	rec      *recording
-	held     int64 // room taken from the budget for this message
-	errors   int   // in a row
-	starts   int   // sessions started since startsAt
+	held     int64     // room taken from the budget for this message
+	grown    int64     // of it, what was taken while it was read
+	due      time.Time // when it must have arrived
+	errors   int       // in a row
+	starts   int       // sessions started since startsAt
 	startsAt time.Time
 
 	lost atomic.Bool // the hub has taken rec away
@@ -284,6 +286,7 @@ func (c *conn) read() ([]byte, error) {
 		return nil, err
 	}
 	c.held = firstRead
+	c.due = time.Now().Add(c.srv.cfg.messageTimeout)
 	c.limit.Reset(c.srv.cfg.messageTimeout)
 	defer c.limit.Stop()
 	buf := buffers.Get().([]byte)[:0]
@@ -321,14 +324,15 @@ func (c *conn) maxMessage() int {
 	return c.srv.cfg.maxMessageBytes
 }
 
-// grow takes room for as much again. Whoever waits for it may be waiting for
-// others who do the same; therefore one may go on beyond the budget, to the
-// largest size that a message has.
+// grow takes room for as much again. The time that it waits is not the peer's.
 func (c *conn) grow() error {
 	c.limit.Stop()
+	begun := time.Now()
 	got, err := c.srv.budget.grow(c.ctx, c.held, int64(c.maxMessage())+1-c.held)
 	c.held += got
-	c.limit.Reset(c.srv.cfg.messageTimeout)
+	c.grown += got
+	c.due = c.due.Add(time.Since(begun))
+	c.limit.Reset(time.Until(c.due))
 	return err
 }
 
@@ -337,8 +341,9 @@ func (c *conn) release(msg []byte) {
 	if 0 < cap(msg) && cap(msg) <= maxPooled {
 		buffers.Put(msg[:0])
 	}
+	c.srv.budget.finish(c.grown)
 	c.srv.budget.give(c.held)
-	c.held = 0
+	c.held, c.grown = 0, 0
 	c.busy.Store(false)
 }
 
@@ -436,8 +441,7 @@ type outbox struct {
 	mu      sync.Mutex
 	queue   []message
 	bytes   int
-	ackFor  string
-	ack     int64 // 0 when there is none to send
+	acks    map[string]int64 // by session: a connection may have ended one and begun another
 	bye     *farewell
 	lagging bool // the outbox was full: it takes nothing until it is empty
 	writing bool // a goroutine empties it
@@ -489,7 +493,10 @@ func (c *conn) offer(m message) bool {
 func (c *conn) ack(id string, seq int64) {
 	c.out.mu.Lock()
 	defer c.out.mu.Unlock()
-	c.out.ackFor, c.out.ack = id, seq
+	if c.out.acks == nil {
+		c.out.acks = map[string]int64{}
+	}
+	c.out.acks[id] = seq
 	c.start()
 }
 
@@ -502,7 +509,7 @@ func (c *conn) shut(code closeCode, reason string) {
 		return
 	}
 	c.out.bye = &farewell{code, reason}
-	c.armWrite()
+	c.net.SetWriteDeadline(time.Now().Add(farewellTime))
 	c.start()
 }
 
@@ -516,14 +523,12 @@ func (c *conn) start() {
 	go c.write()
 }
 
-// armWrite sets the deadline for the next piece. It is called with the outbox
-// locked, so that a farewell's short one is not overwritten.
+// armWrite sets the deadline for the next piece, unless a farewell has set one
+// for all that is left. It is called with the outbox locked.
 func (c *conn) armWrite() {
-	limit := 2 * c.srv.cfg.heartbeat
-	if c.out.bye != nil {
-		limit = farewellTime
+	if c.out.bye == nil {
+		c.net.SetWriteDeadline(time.Now().Add(2 * c.srv.cfg.heartbeat))
 	}
-	c.net.SetWriteDeadline(time.Now().Add(limit))
 }
 
 // write empties the outbox. It ends when there is nothing left, or with the
@@ -567,10 +572,13 @@ func (c *conn) next(sent int) (m message, again bool) {
 		o.queue = o.queue[1:]
 		c.armWrite()
 		return m, true
-	case o.ack > 0:
+	case len(o.acks) > 0:
 		c.srv.metrics.acks.Add(1)
-		m = envelope("events_ack", map[string]any{"sessionId": o.ackFor, "seq": o.ack})
-		o.ack = 0
+		for id, seq := range o.acks {
+			m = envelope("events_ack", map[string]any{"sessionId": id, "seq": seq})
+			delete(o.acks, id)
+			break
+		}
 		o.bytes += m.size()
 		c.armWrite()
 		return m, true
@@ -583,7 +591,7 @@ func (c *conn) next(sent int) (m message, again bool) {
 		o.writers.Add(1)
 		go c.farewell(bye)
 	}
-	o.queue, o.writing = nil, false
+	o.queue, o.acks, o.writing = nil, nil, false
 	return nil, false
 }
 
@@ -850,21 +858,22 @@ func cut(s string) string {
 	return s
 }
 
-// startSession begins or continues a session, or describes anew the one that
-// the connection records.
+// startSession begins or continues a session. The one that the connection
+// records already is claimed once more, for what is new in its metadata.
 func (c *conn) startSession(f frame) error {
-	st := parseStart(f.data)
-	if rec, _ := c.recording(); rec != nil {
-		if st.id == "" || st.id == rec.id || st.id == rec.asked {
-			return c.describe(rec, st)
-		}
-		c.srv.hub.send(finish{c})
-		c.rec = nil
-	}
 	if !c.mayStart() {
 		return &refusal{code: "too_many_sessions", reason: "too many sessions in a minute on this connection"}
 	}
-	asked := st.id
+	st := parseStart(f.data)
+	asked, known := st.id, ""
+	if rec, _ := c.recording(); rec != nil {
+		if st.id == "" || st.id == rec.id || st.id == rec.asked {
+			st.id, st.token, asked, known = rec.id, rec.token, rec.asked, rec.id
+		} else {
+			c.srv.hub.send(finish{c})
+			c.rec = nil
+		}
+	}
 	fresh := !validID(st.id)
 	if !fresh && st.token == "" {
 		reply := make(chan bool, 1)
@@ -876,11 +885,11 @@ func (c *conn) startSession(f frame) error {
 	}
 	rec.asked = asked
 	c.rec = rec
-	if rec.id != asked {
+	if rec.id != asked && rec.id != known {
 		c.offer(envelope("session_assigned", sessionID{rec.id}))
 	}
 	if st.resume {
-		c.ready(rec, at)
+		c.offer(envelope("session_ready", map[string]any{"sessionId": rec.id, "resume": rec.token, "lastSeq": at.stored}))
 	}
 	return nil
 }
@@ -959,21 +968,6 @@ func (c *conn) claim(rec *recording, about *description, resuming bool) (claim, 
 			return cl, c.ctx.Err()
 		}
 	}
-}
-
-// describe takes over what a repeated session_start says.
-func (c *conn) describe(rec *recording, st start) error {
-	about := st.about
-	reply := make(chan attached, 1)
-	at, _ := ask(c.srv.hub, reply, describe{c, &about, reply})
-	if st.resume && at.outcome == attachedNow {
-		c.ready(rec, at)
-	}
-	return nil
-}
-
-func (c *conn) ready(rec *recording, at attached) {
-	c.offer(envelope("session_ready", map[string]any{"sessionId": rec.id, "resume": rec.token, "lastSeq": at.stored}))
 }
 
 // Viewers.
@@ -1088,50 +1082,62 @@ func (s *server) catch(where string) {
 // committed, and the tails, may take. Readers take room before they read and
 // wait when there is none; the hub gives it back.
 type budget struct {
-	mu      sync.Mutex
-	free    int64 // below 0 while one message goes beyond the budget
-	waiting []*waiter
-	opened  bool
+	mu         sync.Mutex
+	free       int64 // below 0 while one message goes beyond the budget
+	unfinished int64 // taken by messages of which only a part is read
+	half       int64 // of the budget: more than this unfinished ones do not take, but for one
+	waiting    []*waiter
+	opened     bool
 }
 
+func newBudget(size int64) *budget { return &budget{free: size, half: size / 2} }
+
 type waiter struct {
-	need, n int64 // n is granted when need is free
+	n       int64
+	grows   bool // it has room for a part of its message
 	granted chan struct{}
+}
+
+// may says whether a waiter's turn has come. One message that grows may go
+// beyond the half, and beyond the budget, to its end: those who wait for room
+// hold some, and would otherwise wait for each other.
+func (b *budget) may(w *waiter) bool {
+	if w.grows {
+		return b.opened || b.free >= 0 && b.unfinished <= b.half
+	}
+	return b.opened || b.free >= w.n
 }
 
 // take waits for room for n bytes.
 func (b *budget) take(ctx context.Context, n int64) error {
 	b.mu.Lock()
-	if b.opened || len(b.waiting) == 0 && b.free >= n {
+	if len(b.waiting) == 0 && b.free >= n {
 		b.free -= n
 		b.mu.Unlock()
 		return nil
 	}
-	w := &waiter{n, n, make(chan struct{})}
+	w := &waiter{n: n, granted: make(chan struct{})}
 	b.waiting = append(b.waiting, w)
+	b.grant()
 	b.mu.Unlock()
 	return b.wait(ctx, w)
 }
 
-// grow takes room for n bytes more of a message of which some is read. When
-// there is not so much, it waits until it is the only one, and takes most,
-// which is all that the message may need, even though that goes beyond the
-// budget: those who wait hold room and would otherwise wait for each other.
+// grow takes room for n bytes more of a message of which some is read, or, when
+// there is not so much, waits for its turn to take most, which is all that the
+// message may need. It gives what it has taken.
 func (b *budget) grow(ctx context.Context, n, most int64) (int64, error) {
 	n = min(n, most)
 	b.mu.Lock()
-	if b.opened || b.free >= n {
+	if b.free >= n && b.unfinished+n <= b.half {
 		b.free -= n
+		b.unfinished += n
 		b.mu.Unlock()
 		return n, nil
 	}
-	if b.free >= 0 {
-		b.free -= most
-		b.mu.Unlock()
-		return most, nil
-	}
-	w := &waiter{0, most, make(chan struct{})}
+	w := &waiter{n: most, grows: true, granted: make(chan struct{})}
 	b.waiting = slices.Insert(b.waiting, 0, w)
+	b.grant()
 	b.mu.Unlock()
 	if err := b.wait(ctx, w); err != nil {
 		return 0, err
@@ -1139,6 +1145,7 @@ func (b *budget) grow(ctx context.Context, n, most int64) (int64, error) {
 	return most, nil
 }
 
+// wait waits until w is granted; if ctx ends before that, w takes nothing.
 func (b *budget) wait(ctx context.Context, w *waiter) error {
 	select {
 	case <-w.granted:
@@ -1146,15 +1153,23 @@ func (b *budget) wait(ctx context.Context, w *waiter) error {
 	case <-ctx.Done():
 	}
 	b.mu.Lock()
+	defer b.mu.Unlock()
 	i := slices.Index(b.waiting, w)
-	if i >= 0 {
-		b.waiting = slices.Delete(b.waiting, i, i+1)
-	}
-	b.mu.Unlock()
 	if i < 0 {
-		b.give(w.n) // it was granted just now
+		return nil // it was granted just now
 	}
+	b.waiting = slices.Delete(b.waiting, i, i+1)
+	b.grant()
 	return ctx.Err()
+}
+
+// finish says that what grow took is for a message that is whole now, or given
+// up.
+func (b *budget) finish(grown int64) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.unfinished -= grown
+	b.grant()
 }
 
 // left is the room that is free.
@@ -1172,11 +1187,22 @@ func (b *budget) give(n int64) {
 	b.grant()
 }
 
+// grant serves those who wait, first those who grow, then in order.
 func (b *budget) grant() {
-	for len(b.waiting) > 0 && (b.opened || b.free >= b.waiting[0].need) {
-		w := b.waiting[0]
-		b.waiting = b.waiting[1:]
+	for i := 0; i < len(b.waiting); {
+		w := b.waiting[i]
+		if !b.may(w) {
+			if !w.grows {
+				return
+			}
+			i++ // the others need not wait for it
+			continue
+		}
+		b.waiting = slices.Delete(b.waiting, i, i+1)
 		b.free -= w.n
+		if w.grows {
+			b.unfinished += w.n
+		}
 		close(w.granted)
 	}
 }

@@ -109,27 +109,25 @@ type claim struct {
 	counters
 }
 
-// claim makes the session's row, or raises its epoch. A session that has a
-// token is claimed only with it: errToken. With resuming, the session must be
-// there. With keepUser, a row that is there keeps its user.
+// claim makes the session's row, or raises its epoch. With resuming, the row
+// must be there and have this token; otherwise it must have none, or this one
+// because a claim's answer was lost, and has it from now on: errToken. With keepUser, a row that is there keeps its user.
 func (st *store) claim(ctx context.Context, id string, about *description, keepUser bool, token string, resuming bool) (claim, error) {
-	const old = `with old as (select resume_hash from sessions where session_id = $1) `
 	const set = ` set epoch = sessions.epoch + 1, is_active = true, ended_at = null, updated_at = now(),
 		user_id = case when $6 then sessions.user_id else $2 end, url = $3, metadata = $4,
 		resume_hash = coalesce(sessions.resume_hash, $5) where `
-	const allowed = ` (sessions.resume_hash is null or sessions.resume_hash = $5)
-		returning epoch, user_id, coalesce((select resume_hash = $5 from old), false), event_count, error_count, raw_bytes,
+	const returning = ` returning epoch, user_id, event_count, error_count, raw_bytes,
 			stored_bytes, coalesce(first_event_time, 0), coalesce(last_event_time, 0), coalesce(snapshot_index, -1), last_seq`
-	sql := old + `insert into sessions (session_id, user_id, url, metadata, resume_hash, is_active)
-		values ($1, $2, $3, $4, $5, true) on conflict (session_id) do update` + set + allowed
+	sql := `insert into sessions (session_id, user_id, url, metadata, resume_hash, is_active)
+		values ($1, $2, $3, $4, $5, true) on conflict (session_id) do update` + set + `(sessions.resume_hash is null or sessions.resume_hash = $5)` + returning
 	if resuming {
-		sql = old + `update sessions` + set + `session_id = $1 and` + allowed
+		sql = `update sessions` + set + `session_id = $1 and resume_hash = $5` + returning
 	}
 	ctx, cancel := context.WithTimeout(ctx, queryTimeout)
 	defer cancel()
-	var c claim
+	c := claim{byToken: resuming}
 	err := st.pool.QueryRow(ctx, sql, id, about.userID, about.url, string(about.metadata), hashToken(token), keepUser).Scan(
-		&c.epoch, &c.userID, &c.byToken, &c.events, &c.errors, &c.raw, &c.stored, &c.firstTime, &c.endTime, &c.snapshot, &c.seq)
+		&c.epoch, &c.userID, &c.events, &c.errors, &c.raw, &c.stored, &c.firstTime, &c.endTime, &c.snapshot, &c.seq)
 	if errors.Is(err, pgx.ErrNoRows) {
 		return claim{}, errToken
 	}
@@ -234,7 +232,6 @@ func (w *writer) fail(work []*flush, err error) {
 	}
 	for _, f := range work {
 		f.outcome = result
-		f.attempts++
 	}
 }
 
@@ -265,8 +262,7 @@ const (
 	updateRow = `update sessions set event_count = $3, error_count = $4, raw_bytes = $5, stored_bytes = $6,
 		first_event_time = nullif($7::bigint, 0), last_event_time = nullif($8::bigint, 0), snapshot_index = nullif($9::bigint, -1),
 		last_seq = $10, is_active = $11, ended_at = $12, updated_at = now()
-		where session_id = $1 and epoch = $2`
-	updateAbout = `update sessions set user_id = $3, url = $4, metadata = $5 where session_id = $1 and epoch = $2`
+		where session_id = $1 and epoch = $2 and event_count <= $3 and error_count <= $4 and last_seq <= $10`
 	insertChunk = `insert into session_events (session_id, first_index, event_count, start_time, end_time, snapshot_index, raw_bytes, events)
 		select session_id, $3::bigint, $4::integer, nullif($5::bigint, 0), nullif($6::bigint, 0), nullif($7::bigint, -1), $8::integer, $9::bytea
 		from sessions where session_id = $1 and epoch = $2 on conflict do nothing`
@@ -277,8 +273,9 @@ const (
 
 // commit stores flushes in one transaction. Every statement holds for the
 // flush's epoch only: the first locks the row, so the others see the same. All
-// values are absolute and all rows have their keys: storing twice, because a
-// commit's answer was lost, changes nothing.
+// values are absolute and never go back, and all rows have their keys: storing
+// twice changes nothing, be it because a commit's answer was lost, or because
+// PostgreSQL had been given up and carries out an old batch after a newer one.
 func (w *writer) commit(ctx context.Context, work []*flush) error {
 	w.since.Store(time.Now().Unix())
 	ctx, cancel := context.WithTimeout(ctx, commitTimeout)
@@ -308,9 +305,6 @@ func queue(batch *pgx.Batch, f *flush) {
 		}
 		return nil
 	})
-	if f.about != nil {
-		batch.Queue(updateAbout, f.session, f.epoch, f.about.userID, f.about.url, string(f.about.metadata))
-	}
 	for _, c := range f.chunks {
 		batch.Queue(insertChunk, f.session, f.epoch, c.first, c.count, c.startTime, c.endTime, c.snapshot, c.raw, c.events)
 	}
@@ -543,6 +537,7 @@ func (st *store) events(ctx context.Context, id string, from, to int64, emit fun
 		if err != nil || c.first+c.count <= from {
 			return err
 		}
+		before := from
 		text, err := gunzip(c.events, c.raw)
 		if err != nil {
 			return err
@@ -556,6 +551,9 @@ func (st *store) events(ctx context.Context, id string, from, to int64, emit fun
 			if !emit(text[e.start:e.end]) {
 				return nil
 			}
+		}
+		if from == before {
+			return fmt.Errorf("chunk %d of %s has fewer events than its row says", c.first, id)
 		}
 	}
 	return nil
