@@ -117,6 +117,10 @@ func (s *session) dirty() bool {
 	return s.flush != nil || len(s.pending) > 0 || len(s.reports) > 0 || s.ended
 }
 
+// hurries says whether a session in the queue does not wait for its interval: it
+// has ended, or has a flush that is to be tried again.
+func (s *session) hurries() bool { return s.ended || s.flush != nil }
+
 // memory gives the batches in memory that hold events from one number up to,
 // not including, another. In memory are the newest events, without a gap.
 func (s *session) memory(from, to int64) (found []*batch) {
@@ -819,20 +823,21 @@ func (h *hubState) catchUp(c *conn) {
 // Storing.
 
 // enqueue puts the session in the queue for the writer, unless it is there, or
-// with the writer, or waits to be tried again. One that has ended goes first.
+// with the writer, or waits to be tried again. One that does not wait for its
+// interval goes first.
 func (h *hubState) enqueue(s *session) {
 	_, waits := h.retry[s]
 	if s.writing || waits || !s.dirty() {
 		return
 	}
-	if s.queued && s.ended {
+	if s.queued && s.hurries() {
 		h.queue = slices.DeleteFunc(h.queue, func(q *session) bool { return q == s })
 		s.queued = false
 	}
 	switch {
 	case s.queued:
 		return
-	case s.ended:
+	case s.hurries():
 		h.queue = slices.Insert(h.queue, 0, s)
 	default:
 		h.queue = append(h.queue, s)
@@ -856,7 +861,7 @@ func (h *hubState) dispatch() bool {
 }
 
 func (h *hubState) due() bool {
-	return len(h.queue) > 0 && (h.pressed() || h.queue[0].ended || time.Since(h.queue[0].since) >= h.cfg.batchInterval)
+	return len(h.queue) > 0 && (h.pressed() || h.queue[0].hurries() || time.Since(h.queue[0].since) >= h.cfg.batchInterval)
 }
 
 // pressed says whether there is so much to store that it does not wait for its

@@ -152,7 +152,7 @@ func TestSettingsDefaults(t *testing.T) {
 		{"SESSION_CLEANUP_INTERVAL", c.cleanupInterval, 5 * time.Minute},
 		{"SESSION_GRACE_PERIOD", c.grace, 15 * time.Second},
 		{"HEARTBEAT_INTERVAL", c.heartbeat, 30 * time.Second},
-		{"MESSAGE_TIMEOUT", c.messageTimeout, 2 * time.Minute},
+		{"MESSAGE_TIMEOUT", c.messageTimeout, time.Minute},
 		{"READ_HEADER_TIMEOUT", c.readHeaderTimeout, 10 * time.Second},
 		{"RETENTION_HOURS", c.retention, 720 * time.Hour},
 		{"MAX_MESSAGE_BYTES", c.maxMessageBytes, 33554432},

@@ -1129,7 +1129,7 @@ func (b *budget) take(ctx context.Context, n int64) error {
 func (b *budget) grow(ctx context.Context, n, most int64) (int64, error) {
 	n = min(n, most)
 	b.mu.Lock()
-	if b.free >= n && b.unfinished+n <= b.half {
+	if b.opened || b.free >= n && b.unfinished+n <= b.half {
 		b.free -= n
 		b.unfinished += n
 		b.mu.Unlock()
