@@ -287,7 +287,7 @@ func (c *rawConn) await(fits func(op byte, payload []byte) bool) string {
 // over; and the same when all of them come at once. It does not run beside other
 // tests: they would disturb the count of goroutines.
 func TestHostile(t *testing.T) {
-	s := startInside(t, "MESSAGE_TIMEOUT=5000", "MAX_MESSAGE_BYTES=2000000", "SESSION_GRACE_PERIOD=0", "MAX_SESSIONS_PER_MINUTE=100000",
+	s := startInside(t, "MESSAGE_TIMEOUT=1500", "MAX_MESSAGE_BYTES=2000000", "SESSION_GRACE_PERIOD=0", "MAX_SESSIONS_PER_MINUTE=100000",
 		"READ_HEADER_TIMEOUT=500")
 	cases := readHostile(t)
 	if len(cases) < 60 {
