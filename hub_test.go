@@ -1510,8 +1510,8 @@ func BenchmarkHubPublish(b *testing.B) {
 
 func benchmarkPublish(b *testing.B, sessions, viewers int) {
 	h := newHub(hubConfig{batchSize: 50, batchInterval: time.Second, grace: time.Minute, maxEvents: 20000, maxTailBytes: 1 << 20, maxSessionBytes: 1 << 50},
-		&budget{free: 1 << 50}, newMetrics(), slog.New(slog.DiscardHandler))
-	srv := &server{cfg: config{heartbeat: time.Minute}, hub: h, budget: h.budget, metrics: h.metrics, log: h.log}
+		newBudget(1<<50), newMetrics())
+	srv := &server{cfg: config{heartbeat: time.Minute}, hub: h, budget: h.budget, metrics: h.metrics, log: slog.New(slog.DiscardHandler)}
 	ctx, stop := context.WithCancel(b.Context())
 	defer stop()
 	go h.run(ctx)
