@@ -40,7 +40,7 @@ var (
 	errUTF8   = errors.New("a text frame must be valid UTF-8")
 	errSyntax = errors.New("not a JSON object")
 	errType   = errors.New(`"type" must be a string`)
-	errChunk  = errors.New("chunk is not a JSON array of objects")
+	errChunk  = errors.New("not a JSON array of as many objects as its row says")
 )
 
 // parseFrame validates a message as encoding/json would, and finds in the same

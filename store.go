@@ -530,45 +530,59 @@ func (st *store) chunk(ctx context.Context, id string, first int64) ([]byte, err
 }
 
 // events calls emit with each stored event from one number up to, not including,
-// another, until emit says false. It reads one chunk at a time.
+// another, until emit says false. It reads a few chunks at a time.
 func (st *store) events(ctx context.Context, id string, from, to int64, emit func([]byte) bool) error {
 	for from < to {
-		c, err := st.chunkAt(ctx, id, from)
-		if err != nil || c.first+c.count <= from {
+		chunks, err := st.chunksFrom(ctx, id, from, to)
+		if err != nil || len(chunks) == 0 {
 			return err
 		}
-		before := from
-		text, err := gunzip(c.events, c.raw)
-		if err != nil {
-			return err
-		}
-		events, err := splitEvents(text)
-		if err != nil {
-			return fmt.Errorf("chunk %d of %s: %w", c.first, id, err)
-		}
-		for ; from < min(to, c.first+int64(len(events))); from++ {
-			e := events[from-c.first]
-			if !emit(text[e.start:e.end]) {
-				return nil
+		for _, c := range chunks {
+			text, events, err := c.split()
+			if err != nil {
+				return fmt.Errorf("chunk %d of %s: %w", c.first, id, err)
 			}
-		}
-		if from == before {
-			return fmt.Errorf("chunk %d of %s has fewer events than its row says", c.first, id)
+			for ; from < min(to, c.first+c.count); from++ {
+				e := events[from-c.first]
+				if !emit(text[e.start:e.end]) {
+					return nil
+				}
+			}
 		}
 	}
 	return nil
 }
 
-// chunkAt gives the chunk that holds an event, or an empty one.
-func (st *store) chunkAt(ctx context.Context, id string, index int64) (c chunk, err error) {
+// split unpacks a chunk and finds its events.
+func (c *chunk) split() (text []byte, events []event, err error) {
+	if text, err = gunzip(c.events, c.raw); err != nil {
+		return nil, nil, err
+	}
+	events, err = splitEvents(text)
+	if err == nil && int64(len(events)) != c.count {
+		err = errChunk
+	}
+	return text, events, err
+}
+
+// chunksFrom gives the chunk that holds an event and some that follow, in order,
+// of about 4 MB of JSON together; none when the event is not stored.
+func (st *store) chunksFrom(ctx context.Context, id string, from, to int64) ([]chunk, error) {
 	ctx, cancel := context.WithTimeout(ctx, queryTimeout)
 	defer cancel()
-	err = st.pool.QueryRow(ctx, `select first_index, event_count, raw_bytes, events from session_events
-		where session_id = $1 and first_index <= $2 order by first_index desc limit 1`, id, index).Scan(&c.first, &c.count, &c.raw, &c.events)
-	if errors.Is(err, pgx.ErrNoRows) {
-		return chunk{}, nil
+	rows, err := st.pool.Query(ctx, `select first_index, event_count, raw_bytes, events from (
+			select *, sum(raw_bytes) over (order by first_index) - raw_bytes as before from (
+				select * from session_events where session_id = $1 and first_index < $3 and first_index >= (
+					select max(first_index) from session_events where session_id = $1 and first_index <= $2)
+				order by first_index limit 50) next) summed
+		where before < 4194304 and first_index + event_count > $2 order by first_index`, id, from, to)
+	if err != nil {
+		return nil, err
 	}
-	return c, err
+	return pgx.CollectRows(rows, func(row pgx.CollectableRow) (c chunk, err error) {
+		err = row.Scan(&c.first, &c.count, &c.raw, &c.events)
+		return c, err
+	})
 }
 
 // storedReport is a row of session_errors.
