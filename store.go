@@ -12,6 +12,7 @@ import (
 	"io"
 	"log/slog"
 	"math/rand/v2"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -175,7 +176,9 @@ func (w *writer) run(ctx context.Context) {
 		w.since.Store(start.Unix())
 		for _, f := range work {
 			if f.chunks == nil {
+				packing <- struct{}{}
 				f.encode()
+				<-packing
 			}
 		}
 		w.write(ctx, work)
@@ -333,6 +336,10 @@ func (w *writer) explain(ctx context.Context, work []*flush) error {
 }
 
 // Chunks.
+
+// packing is held while a flush is compressed. One processor is left to those who
+// pass live events on: they would wait behind compression, 10 ms at a time.
+var packing = make(chan struct{}, max(1, runtime.GOMAXPROCS(0)-1))
 
 // calmLevel makes chunks a fifth smaller than gzip.BestSpeed does, at twice the
 // work: right while there is little to do.
