@@ -252,12 +252,11 @@ func TestSettingsRefused(t *testing.T) {
 		bad{"LOG_MAX_FILES", "-3"}, bad{"LOG_ZIPPED", "perhaps"},
 		bad{"DATABASE_URL", "postgres://user:secret@host:port/x"}, bad{"DATABASE_URL", "not a url secret"},
 	)
+	t.Chdir(t.TempDir()) // no .env of a developer's
 	for _, tt := range tests {
 		ctx, cancel := context.WithCancel(context.Background())
 		cancel() // should it start, it stops at once
-		err := run(ctx, nil, func(name string) string {
-			return map[string]string{tt.name: tt.value, "LOG_DIR": filepath.Join(t.TempDir(), "logs")}[name]
-		}, io.Discard, io.Discard)
+		err := run(ctx, nil, func(name string) string { return map[string]string{tt.name: tt.value}[name] }, io.Discard, io.Discard)
 		switch {
 		case err == nil:
 			t.Errorf("%s=%q: the server starts, want an error", tt.name, tt.value)
@@ -701,6 +700,7 @@ func TestServersStartTogether(t *testing.T) {
 			tracker.expect("session_ready")
 			tracker.sendRaw(batchOf(1, oddEvents()))
 			tracker.expect("events_ack")
+			tracker.CloseNow()
 			if out := s.output.String(); strings.Contains(out, "level=ERROR") || strings.Contains(out, "level=WARN") && !strings.Contains(out, "bundled") {
 				t.Errorf("round %d: server %d complains:\n%s", round, i, out)
 			}

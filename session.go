@@ -406,10 +406,12 @@ func (c *conn) handle(msg []byte) error {
 func (c *conn) heartbeat() {
 	defer c.srv.catch("heartbeat")
 	interval := c.srv.cfg.heartbeat
-	if !c.ping(interval/2) && !c.ping(interval/2) {
-		c.cancel()
-		c.net.Close()
-		return
+	for missed := 1; !c.ping(interval / 2); missed++ {
+		if missed == 2 {
+			c.cancel()
+			c.net.Close()
+			return
+		}
 	}
 	if c.ctx.Err() == nil {
 		c.pulse.Reset(interval)
