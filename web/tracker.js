@@ -106,7 +106,7 @@ function cutQuery(url) {
 // cutQueries does so for absolute URLs and url(…) in any JSON, style sheet or
 // stack (line and column stay). The bound: a long text without blanks would
 // cost its length squared.
-const QUERIES = /((?:https?:\/\/|url\((?!\\?["']?data:)\\?["']?)[^\s"\\?#<>]{1,2048})\?[^\s"'\\<>()#]*?((?::\d+){0,2})(?=[\s"'\\<>()#]|$)/gi;
+const QUERIES = /((?:https?:\/\/|url\((?!\\?["']?data:)\\?["']?)[^\s"\\?#<>]{1,1024})\?[^\s"'\\<>()#]*?((?::\d+){0,2})(?=[\s"'\\<>()#]|$)/gi;
 const cutQueries = (text) => (options.allowQuery || !text.includes("?") ? text : text.replace(QUERIES, "$1$2"));
 
 // outer is the element around a node, also out of a shadow tree or a frame.
@@ -162,10 +162,10 @@ function cleanText(node, text, seen) {
 }
 
 // cleanMutation also leaves out what happens in a blocked element: rrweb's own
-// check stops at a shadow root.
+// check stops at a shadow root, and does not see what was blocked later. (Text
+// in there is masked like any other that is not recorded openly.)
 function cleanMutation(data, seen) {
   data.adds = data.adds.filter((add) => view(outer(nodeOf(add.node.id)) || nodeOf(add.parentId), seen) < 2);
-  data.texts = data.texts.filter((text) => view(outer(nodeOf(text.id)), seen) < 2);
   data.attributes = data.attributes.filter((a) => view(outer(nodeOf(a.id)), seen) < 2);
   for (const add of data.adds) cleanNode(add.node, seen);
   for (const text of data.texts) if (text.value) text.value = cleanText(nodeOf(text.id), text.value, seen);
@@ -490,7 +490,6 @@ function disconnect() {
   const closing = socket;
   socket = null;
   ready = false;
-  sent = 0;
   if (closing) closing.close();
 }
 

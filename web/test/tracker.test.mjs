@@ -208,6 +208,12 @@ test("offline and back", async (t) => {
   await page.context().setOffline(false);
   await mark(page, 10);
   await arrived(page, id);
+  let connections = 0;
+  page.on("websocket", () => connections++);
+  await page.evaluate(() => window.dispatchEvent(new Event("offline"))); // a connection that was there is not trusted
+  await until(() => connections > 0, "a new connection");
+  await mark(page, 10);
+  await arrived(page, id);
 });
 
 test("a full buffer makes an honest gap", async (t) => {
@@ -277,6 +283,7 @@ const privatePage = (s) => `
   <div data-replay-mask title="${s.title}">${s.masked}<i aria-label="${s.title}"></i><div id=maskedhost></div></div>
   <div class=own>${s.optionally}</div>
   <div data-replay-block>${s.blocked}<b id=inblock></b><div id=blockedhost></div></div>
+  <div data-replay-block id=blockedself></div><div id=blockedlater><i>open so far</i></div>
   <input data-replay-ignore id=ignored>
   <custom-field id=custom></custom-field>
   <div id=slider role=slider aria-valuetext="${s.slider}"></div>
@@ -324,12 +331,14 @@ test("what is private never leaves the page", async (t) => {
     $("custom").shadowRoot.innerHTML = `<input value="${s.shadow}">`;
     $("maskedhost").shadowRoot.append(s.masked);
     $("blockedhost").shadowRoot.innerHTML = `<p>${s.blocked}</p>`;
+    $("blockedself").attachShadow({ mode: "open" }).innerHTML = `<p class=${s.blocked}>${s.blocked}</p>`;
+    $("blockedlater").dataset.replayBlock = "";
     const late = document.createElement("div");
     late.innerHTML = `<textarea>${s.late}</textarea><input type=hidden value="${s.late}"><p data-replay-mask>${s.late}</p>
       <div data-replay-block><p>${s.late}</p></div><a href="?x=${s.late}" title="x">late</a><b contenteditable>${s.late}</b>`;
     document.body.append(late);
     $("note").append(Object.assign(document.createElement("img"), { src: `data:image/png;base64,${s.pasted}`, alt: s.pasted }));
-    $("note").append(Object.assign(document.createElement("a"), { href: `https://${s.pasted}.test/`, textContent: s.pasted }));
+    $("note").append(Object.assign(document.createElement("a"), { href: `https://links.test/${s.pasted}`, textContent: s.pasted }));
     const design = $("design").contentDocument;
     design.designMode = "on";
     design.body.textContent = s.design;
@@ -338,6 +347,7 @@ test("what is private never leaves the page", async (t) => {
       $("maskedhost").shadowRoot.firstChild.data = `${s.masked}2`;
       $("blockedhost").shadowRoot.firstChild.textContent = `${s.blocked}2`;
       $("inblock").textContent = s.blocked;
+      $("blockedlater").firstChild.className = $("blockedlater").firstChild.textContent = s.blocked;
       late.querySelector("textarea").textContent = `${s.late}2`;
       design.body.firstChild.data += "2";
       document.querySelector(".own").firstChild.data += "2";
@@ -422,7 +432,7 @@ test("Global Privacy Control, consent, and samples", async (t) => {
   await sleep(500);
   assert.equal(await page.evaluate(() => window.sessionReplay.sessionId), null);
   assert.deepEqual(await used(page), [0, 0]);
-  await page.evaluate(() => window.sessionReplay.start({ user: "ann" }));
+  await page.evaluate(() => { window.sessionReplay.identify("ann"); window.sessionReplay.start(); });
   const id = await established(page);
   assert.equal((await h.json(`/sessions/${id}`)).userId, "ann");
   await page.evaluate(() => window.sessionReplay.stop());
