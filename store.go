@@ -176,9 +176,7 @@ func (w *writer) run(ctx context.Context) {
 		w.since.Store(start.Unix())
 		for _, f := range work {
 			if f.chunks == nil {
-				packing <- struct{}{}
 				f.encode()
-				<-packing
 			}
 		}
 		w.write(ctx, work)
@@ -337,13 +335,14 @@ func (w *writer) explain(ctx context.Context, work []*flush) error {
 
 // Chunks.
 
-// packing is held while a flush is compressed. One processor is left to those who
-// pass live events on: they would wait behind compression, 10 ms at a time.
-var packing = make(chan struct{}, max(1, runtime.GOMAXPROCS(0)-1))
-
 // calmLevel makes chunks a fifth smaller than gzip.BestSpeed does, at twice the
 // work: right while there is little to do.
 const calmLevel = 5
+
+// packPiece is compressed without a break. Live events would otherwise wait for a
+// processor, 10 ms at a time: with half of the greatest ingest beside them their
+// p99 was 49 to 173 ms, and 16 to 27 ms with the breaks.
+const packPiece = 32 << 10
 
 // gzipWriters holds writers by level.
 var gzipWriters [calmLevel + 1]sync.Pool
@@ -421,8 +420,13 @@ func (e *encoder) add(b *batch, i int) (n int) {
 		e.c.raw++
 	}
 	text := b.body[start:b.events[i+n-1].end]
-	e.z.Write(text)
 	e.c.raw += len(text)
+	for len(text) > 0 {
+		piece := min(len(text), packPiece)
+		e.z.Write(text[:piece])
+		text = text[piece:]
+		runtime.Gosched()
+	}
 	e.c.count += int64(n)
 	return n
 }
