@@ -872,7 +872,7 @@ func (h *hubState) pressed() bool {
 
 // group takes up to batchSize sessions from the queue and makes their flushes.
 func (h *hubState) group() (work []*flush) {
-	n, bytes, calm := 0, int64(0), !h.pressed()
+	n, bytes, calm := 0, int64(0), h.inFlight == 0 // until compressing well takes longer than the batches are apart
 	for n < len(h.queue) && len(work) < h.cfg.batchSize && bytes < maxFlushBytes {
 		s := h.queue[n]
 		again := s.flush != nil && s.flush.attempts > 0
