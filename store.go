@@ -576,17 +576,20 @@ func (c *chunk) split() (text []byte, events []event, err error) {
 	return text, events, err
 }
 
+// selectPage reads no more rows than it gives, at any depth of a session.
+const selectPage = `select first_index, event_count, raw_bytes, events from (
+	select *, sum(raw_bytes) over (order by first_index) - raw_bytes as before from (
+	select * from session_events where session_id = $1 and first_index < $3 and first_index >= (
+		select max(first_index) from session_events where session_id = $1 and first_index <= $2)
+	order by first_index limit 50) next) summed
+	where before < 4194304 and first_index + event_count > $2 order by first_index`
+
 // chunksFrom gives the chunk that holds an event and some that follow, in order,
 // of about 4 MB of JSON together; none when the event is not stored.
 func (st *store) chunksFrom(ctx context.Context, id string, from, to int64) ([]chunk, error) {
 	ctx, cancel := context.WithTimeout(ctx, queryTimeout)
 	defer cancel()
-	rows, err := st.pool.Query(ctx, `select first_index, event_count, raw_bytes, events from (
-			select *, sum(raw_bytes) over (order by first_index) - raw_bytes as before from (
-				select * from session_events where session_id = $1 and first_index < $3 and first_index >= (
-					select max(first_index) from session_events where session_id = $1 and first_index <= $2)
-				order by first_index limit 50) next) summed
-		where before < 4194304 and first_index + event_count > $2 order by first_index`, id, from, to)
+	rows, err := st.pool.Query(ctx, selectPage, id, from, to)
 	if err != nil {
 		return nil, err
 	}
