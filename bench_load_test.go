@@ -113,8 +113,9 @@ func batches(r []recorded) (shots []*shot) {
 	return append(shots, newShot(r[start:]))
 }
 
-// smallShots makes batches of ten events that are 4 KB, give or take a half.
-func smallShots(recordings [][]recorded) (shots []*shot) {
+// smallShots makes batches of so many events, each 400 bytes on average, give or
+// take a half.
+func smallShots(recordings [][]recorded, n int) (shots []*shot) {
 	var events []recorded
 	for _, r := range recordings {
 		for _, e := range r {
@@ -128,8 +129,8 @@ func smallShots(recordings [][]recorded) (shots []*shot) {
 	for i := range len(events) / 2 {
 		mixed = append(mixed, events[i], events[len(events)-1-i])
 	}
-	for ten := range slices.Chunk(mixed, 10) {
-		if s := newShot(ten); 2048 < s.json && s.json < 6144 {
+	for some := range slices.Chunk(mixed, n) {
+		if s := newShot(some); len(some) == n && 200*n < s.json && s.json < 600*n {
 			shots = append(shots, s)
 		}
 	}
