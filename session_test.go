@@ -486,6 +486,33 @@ func TestSessionResumedByToken(t *testing.T) {
 	}
 }
 
+// lastSeq is what is stored: a tracker that comes back before anything is sends
+// all of it again, and it is there once.
+func TestResumedBeforeCommit(t *testing.T) {
+	t.Parallel()
+	s := startInside(t, "BATCH_INTERVAL=3600000")
+	event := func(n int) json.RawMessage { return json.RawMessage(fmt.Sprintf(`{"n":%d}`, n)) }
+	first, second := s.dialTracker(), s.dialTracker()
+	first.send("session_start", `{"sessionId":"s","resume":""}`)
+	token := first.next("session_ready").str("resume")
+	for seq := 1; seq <= 3; seq++ {
+		first.sendRaw(batchOf(seq, []json.RawMessage{event(seq)}))
+	}
+	waitUntil(t, "all is accepted", func() bool { return s.memory().events == 3 })
+	second.send("session_start", map[string]string{"sessionId": "s", "resume": token})
+	if m := second.next("session_ready"); string(m.Data["lastSeq"]) != "0" {
+		t.Errorf("got %s, want lastSeq 0: nothing is stored", m)
+	}
+	for seq := 1; seq <= 4; seq++ {
+		second.sendRaw(batchOf(seq, []json.RawMessage{event(seq)}))
+	}
+	second.send("session_end", `{}`)
+	for last := int64(0); last < 4; {
+		last = second.expect("events_ack").Data.Seq
+	}
+	sameEvents(t, "REST", s.restEvents("s", 10), []json.RawMessage{event(1), event(2), event(3), event(4)})
+}
+
 // expectCloseReason checks the close code, and that there is a reason.
 func (c *testConn) expectCloseReason(code websocket.StatusCode) {
 	c.t.Helper()
@@ -535,7 +562,7 @@ func TestResumeIsSecret(t *testing.T) {
 }
 
 func TestMetadata(t *testing.T) {
-	big := strings.Repeat("x", 70000)
+	big, deep := strings.Repeat("x", 70000), strings.Repeat("[", 1000)+strings.Repeat("]", 1000)
 	const defaults = `"viewport":{"width":1920,"height":1080,"devicePixelRatio":1},"referrer":"","timeZone":"UTC"`
 	tests := []struct{ name, data, user, url, metadata string }{
 		{"nothing", `{}`, "", "", `{` + defaults + `}`},
@@ -548,6 +575,8 @@ func TestMetadata(t *testing.T) {
 		{"user null", `{"userId":null}`, "", "", `{"userId":null,` + defaults + `}`},
 		{"too large", `{"sessionId":"s","other":"` + big + `","userId":"u","url":"` + big + `","referrer":"é` + big + `","viewport":{"w":"` + big + `"},"timeZone":"T","startTime":5,"userAgent":"UA"}`,
 			"u", big[:4096], `{"sessionId":"s","userId":"u","url":"` + big[:4096] + `","referrer":"é` + big[:4094] + `","timeZone":"T","startTime":5,"userAgent":"UA","viewport":{"width":1920,"height":1080,"devicePixelRatio":1}}`},
+		{"too deep", `{"sessionId":"s","other":` + deep + `,"userId":` + deep[800:1200] + `}`, deep[800:1200], "", `{"sessionId":"s","userId":` + deep[800:1200] + `,` + defaults + `}`},
+		{"deep", `{"other":` + deep[502:1498] + `}`, "", "", `{"other":` + deep[502:1498] + `,` + defaults + `}`},
 		{"64 KiB", `{"x":"` + big[:65536-len(`{"x":""}`)] + `"}`, "", "", `{"x":"` + big[:65536-len(`{"x":""}`)] + `",` + defaults + `}`},
 	}
 	for _, tt := range tests {
@@ -793,6 +822,10 @@ func TestReports(t *testing.T) {
 	}
 	tracker.sendRaw(`{"type":"javascript_error","data":"no object"}`)
 	tracker.wantError("invalid_message")
+	deep := strings.Repeat("[", 9990) + strings.Repeat("]", 9990)
+	tracker.sendRaw(`{"type":"javascript_error","data":{"message":"m","other":` + deep + `,"stack":` + deep + `}}`)
+	tests = append(tests, struct{ kind, data, forwarded string }{"javascript_error", `{"message":"m"}`, ""}) // of it the documented fields
+	viewer.next("javascript_error")
 	viewer.quiet()
 	other.quiet()
 	waitUntil(t, "all are stored", func() bool {

@@ -550,6 +550,9 @@ func (st *store) events(ctx context.Context, id string, from, to int64, emit fun
 		}
 		for _, c := range chunks {
 			text, events, err := c.split()
+			if err == nil && c.first > from {
+				err = errors.New("the one before is missing")
+			}
 			if err != nil {
 				return fmt.Errorf("chunk %d of %s: %w", c.first, id, err)
 			}

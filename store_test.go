@@ -678,6 +678,21 @@ func TestStoreDamagedChunk(t *testing.T) {
 	}
 }
 
+// One that is missing is an error too.
+func TestStoreMissingChunk(t *testing.T) {
+	st := newStoreTest(t)
+	c := st.begin("s")
+	for n := range 3 {
+		f := st.flush("s", c, numbered(10*n, 10*n+10)...)
+		st.stored(f)
+		c.counters = f.after
+	}
+	st.exec("delete from session_events where first_index = 10")
+	if err := st.events(t.Context(), "s", 0, 30, func([]byte) bool { return true }); err == nil {
+		t.Error("got no error")
+	}
+}
+
 func gzipped(text string) []byte {
 	var out bytes.Buffer
 	z := gzip.NewWriter(&out)
