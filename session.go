@@ -891,7 +891,7 @@ func (c *conn) startSession(f frame) error {
 		c.offer(envelope("session_assigned", sessionID{rec.id}))
 	}
 	if st.resume {
-		c.offer(envelope("session_ready", map[string]any{"sessionId": rec.id, "resume": rec.token, "lastSeq": at.stored}))
+		c.offer(envelope("session_ready", map[string]any{"sessionId": rec.id, "resume": rec.token, "lastSeq": at.stored, "accepted": at.accepted}))
 	}
 	return nil
 }

@@ -429,7 +429,7 @@ func TestSessionResumedByToken(t *testing.T) {
 	first := s.dialTracker()
 	first.send("session_start", `{"sessionId":"s","userId":"ann","resume":""}`)
 	ready := first.next("session_ready")
-	ready.wantFields(t, "sessionId resume lastSeq")
+	ready.wantFields(t, "sessionId resume lastSeq accepted")
 	token := ready.str("resume")
 	if ready.str("sessionId") != "s" || len(token) < 20 || string(ready.Data["lastSeq"]) != "0" {
 		t.Errorf("got %s, want session s, a secret, 0", ready.text)

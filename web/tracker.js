@@ -528,11 +528,11 @@ function receive({ type, data = {} }) {
   else if (type === "error") refused(data);
 }
 
-function started({ sessionId, resume, lastSeq }) {
+function started({ sessionId, resume, lastSeq, accepted = lastSeq }) {
   session.resume = resume;
   if (ready && sessionId === session.id) return; // the answer to identify()
   if (sessionId !== session.id || lastSeq < session.acked) startOver(sessionId, lastSeq);
-  else align(lastSeq);
+  else align(lastSeq, accepted);
   ready = true;
   readyAt = Date.now();
   if (news) sayStart();
@@ -558,15 +558,16 @@ function startOver(id, lastSeq) {
 
 // align makes what is held go on where the server stands. Numbers of batches
 // that did not fit into storage are used up with a word about the gap; the page
-// after them has a snapshot.
-function align(lastSeq) {
+// after them has a snapshot. Numbers that the server has taken and not stored
+// are not used again: after a crash of the page nobody here knows of them.
+function align(lastSeq, accepted) {
   drop(lastSeq);
   const first = held.length && held[0].seq || session.next;
   const missing = [];
   for (let seq = lastSeq + 1; seq < first; seq++) missing.push({ seq, snap: false, text: toText(customEvent("gap", {})) });
   held = missing.concat(held);
   heldSize = sizeOf(held);
-  session.next = Math.max(session.next, lastSeq + 1);
+  session.next = Math.max(session.next, accepted + 1);
   sent = 0;
 }
 
