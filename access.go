@@ -49,6 +49,7 @@ type access struct {
 	failed  map[netip.Addr]failures // addresses that tried wrong tokens
 	sockets map[netip.Addr]int      // open WebSockets by address
 	total   int                     // of these
+	closed  bool                    // the server stops: no more of them
 }
 
 // newAccess makes a token where a missing one would open the server to a network.
@@ -262,6 +263,8 @@ func (a *access) enter(addr netip.Addr) *denial {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	switch {
+	case a.closed:
+		return &denial{http.StatusServiceUnavailable, "stopping", "the server stops", time.Second}
 	case a.total >= a.maxConnections:
 		return &denial{http.StatusServiceUnavailable, "connections", "too many connections: MAX_CONNECTIONS", 5 * time.Second}
 	case a.sockets[addr] >= a.maxPerAddress && (a.trustProxy || !addr.IsLoopback()):
@@ -270,6 +273,14 @@ func (a *access) enter(addr netip.Addr) *denial {
 	a.total++
 	a.sockets[addr]++
 	return nil
+}
+
+// close lets no more WebSockets in, and gives how many are left.
+func (a *access) close() int {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.closed = true
+	return a.total
 }
 
 func (a *access) leave(addr netip.Addr) {

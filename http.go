@@ -312,17 +312,16 @@ func (s *server) forget(c *conn) {
 	s.access.leave(c.addr)
 }
 
-// goodbye tells every connection that the server stops, and waits until all
-// have ended or ctx has.
+// goodbye tells every connection that the server stops, also those that are
+// about to open, and waits until all have ended or ctx has.
 func (s *server) goodbye(ctx context.Context) {
 	s.budget.open()
-	for left := 1; left > 0 && ctx.Err() == nil; time.Sleep(5 * time.Millisecond) {
-		left = 0
-		s.open.Range(func(c, _ any) bool { // also those that came since
+	for s.access.close() > 0 && ctx.Err() == nil {
+		s.open.Range(func(c, _ any) bool {
 			c.(*conn).shut(closeGoingAway, "the server stops")
-			left++
 			return true
 		})
+		time.Sleep(5 * time.Millisecond)
 	}
 }
 

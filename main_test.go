@@ -775,7 +775,7 @@ func TestShutdown(t *testing.T) {
 	}
 	waitUntil(t, "all is accepted", func() bool { return s.memory().events == int64(3*len(oddEvents())) })
 	stuckPeers(t, s)
-	stopStorm := make(chan struct{})
+	stopStorm, late := make(chan struct{}), make(chan *websocket.Conn, 400)
 	var storm sync.WaitGroup
 	for range 4 {
 		storm.Go(func() { // ends with stopStorm
@@ -786,7 +786,7 @@ func TestShutdown(t *testing.T) {
 				default:
 				}
 				if conn, err := dialWebSocket(t.Context(), s.ws("tracker")); err == nil {
-					defer conn.CloseNow() // silent from now on
+					late <- conn // silent from now on
 				} else {
 					time.Sleep(time.Millisecond)
 				}
@@ -815,6 +815,13 @@ func TestShutdown(t *testing.T) {
 		if err := <-closed; websocket.CloseStatus(err) != websocket.StatusGoingAway {
 			t.Errorf("a connection ended with %v, want close code 1001", err)
 		}
+	}
+	close(late)
+	for conn := range late {
+		if _, _, err := conn.Read(t.Context()); websocket.CloseStatus(err) != websocket.StatusGoingAway {
+			t.Errorf("a late connection ended with %v, want close code 1001", err)
+		}
+		conn.CloseNow()
 	}
 	if n := querySQL[int](t, s.database, "select sum(event_count) from sessions where not is_active"); n != 3*len(oddEvents()) {
 		t.Errorf("%d events are stored, want %d", n, 3*len(oddEvents()))

@@ -190,11 +190,12 @@ export class Player {
     this.reading = false;
   }
 
-  // resume goes on after running out, once there is a second to play.
+  // resume goes on after running out, once there is a second to play, or as much
+  // as is read ahead: at a high speed that may be less.
   resume() {
     const { scene } = this;
     if (this.state !== 'loading' || this.target !== null) return;
-    if (this.hasMore() && scene.end - scene.time < 1000 * this.speed) return;
+    if (this.hasMore() && this.wantsAhead() && scene.end - scene.time < 1000 * this.speed) return;
     if (this.wantsPlay) this.run();
     else this.setState('paused');
   }

@@ -304,29 +304,33 @@ test("a deep link and seeking load only what they need", async (t) => {
 });
 
 test("playing a large session holds a window of it", async (t) => {
-  // 60 MB in a minute, with one full snapshot only, at its beginning.
+  // 40 MB in 40 s, with one full snapshot only, at its beginning.
   const start = Date.now() - 3600_000;
-  const chunks = Array.from({ length: 60 }, (_, s) => [
+  const chunks = Array.from({ length: 40 }, (_, s) => [
     ...(s === 0 ? snapshot(start, 0) : []), mouse(start, s),
     change(start, s + 0.5, { attributes: [{ id: 7, attributes: { title: `${s}`.padEnd(1_000_000, "x") } }] }),
   ]);
   await store("large", chunks);
   const page = await open(t, "/view/large");
+  await page.route("**/chunks/*", async (route) => { // too slow for the speed: it runs out again and again
+    await new Promise((resolve) => setTimeout(resolve, 100));
+    await route.continue();
+  });
   await page.waitForFunction(() => window.player?.state === "playing");
   await page.selectOption("#speed", "16");
-  let most = 0;
-  const played = until(async () => {
+  let most = 0, waits = 0;
+  await until(async () => {
     const [state, bytes] = await page.evaluate(() => [window.player.state, window.player.scene.pieces.reduce((sum, p) => sum + p.bytes, 0)]);
     most = Math.max(most, bytes);
+    if (state === "loading") waits++;
     return state === "ended";
-  }, "the end", 60_000).then(() => true, () => false);
-  const ended = await played; // a machine with much else to do may not get there in time; the window holds all the same
-  t.diagnostic(`at most ${Math.round(most / 1e6)} MB of 60 MB were held${ended ? "" : ", and the end was not reached"}`);
+  }, "the end", 60_000);
+  t.diagnostic(`at most ${Math.round(most / 1e6)} MB of 40 MB were held`);
+  assert.ok(waits > 0, "it never ran out");
   assert.ok(most > 8e6 && most < 36e6);
-  if (!ended) return;
-  assert.equal(await recorded(page, "#clock"), "59.5");
+  assert.equal(await recorded(page, "#clock"), "39.5");
   await page.keyboard.press("ArrowLeft"); // behind the window's only way back: from the snapshot, in steps
-  await shows(page, "#clock", "54.5");
+  await shows(page, "#clock", "34.5");
 });
 
 test("keys and buttons", async (t) => {
