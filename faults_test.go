@@ -78,13 +78,14 @@ func startLoad(t testing.TB, s *serverProcess, address string, trackers int, cha
 	l.goHome = cancel
 	for range 3 {
 		l.visits.Add(1)
-		go l.comeAndGo(ctx) // ends at finish, or with the test:
+		go l.comeAndGo(ctx, l.trackers) // ends at finish, or with the test:
 	}
 	t.Cleanup(func() { cancel(); l.visits.Wait() })
 	return l
 }
 
-func (l *load) comeAndGo(ctx context.Context) {
+// comeAndGo watches trackers for moments at a time, until ctx ends.
+func (l *load) comeAndGo(ctx context.Context, trackers []*testTracker) {
 	defer l.visits.Done()
 	for ctx.Err() == nil {
 		linger(ctx, 50)
@@ -93,7 +94,7 @@ func (l *load) comeAndGo(ctx context.Context) {
 			continue // the server is away
 		}
 		for range 1 + rand.IntN(5) {
-			v.join(l.trackers[rand.IntN(len(l.trackers))].session)
+			v.join(trackers[rand.IntN(len(trackers))].session)
 			linger(ctx, 300)
 			v.leave()
 		}

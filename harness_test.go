@@ -11,6 +11,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"compress/gzip"
 	"context"
 	"encoding/json"
@@ -800,7 +801,7 @@ type testTracker struct {
 	sent       int64 // the newest batch sent on this connection
 	acked      int64 // the newest batch that the server promised to have
 	stopping   bool
-	fate       string         // why recording stopped: a code of the server
+	fate       string         // why recording stopped: the server's first code
 	errors     map[string]int // by code
 	closes     map[websocket.StatusCode]int
 	reconnects int
@@ -983,7 +984,7 @@ func (tr *testTracker) hear(m testMessage) error {
 	case "events_ack":
 		tr.promised(m.Type, m.Data.Seq)
 	case "session_assigned":
-		tr.fate = m.Type
+		tr.fate = cmp.Or(tr.fate, m.Type)
 		tr.t.Errorf("%s: was assigned the id %s", tr.session, m.Data.SessionID)
 	case "error":
 		return tr.refused(m)
@@ -1010,7 +1011,7 @@ func (tr *testTracker) refused(m testMessage) error {
 	case "unavailable":
 		return errors.New("the server says unavailable")
 	default:
-		tr.fate = m.Data.Code
+		tr.fate = cmp.Or(tr.fate, m.Data.Code)
 	}
 	return nil
 }
