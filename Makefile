@@ -34,7 +34,7 @@ test: build
 	go vet -tags faults,bench ./...
 	go test -race -shuffle=on -timeout 8m ./...
 	@scripts/chromium
-	node --test --test-reporter=spec web/test/*.test.mjs
+	node --test --test-concurrency=2 --test-reporter=spec web/test/*.test.mjs
 
 # The fault tests with large numbers; ends with how many events were acked,
 # stored, lost and doubled. Without -race: the server is a process of its own,

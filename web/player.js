@@ -186,6 +186,7 @@ export class Player {
     } catch (err) {
       this.scene.exhausted = true;
       this.on.failed(err);
+      this.resume(); // with what there is
     }
     this.reading = false;
   }
@@ -242,10 +243,12 @@ export class Player {
   }
 
   async ended() {
-    this.following = false;
+    try {
+      await this.recording.load();
+    } finally {
+      this.recording.isActive = this.following = false; // the database may not know yet that it has ended
+    }
     this.scene?.setSpeed(this.speed);
-    await this.recording.load(); // the database may not know yet that it has ended
-    this.recording.isActive = false;
     if (this.state === 'waiting') this.setState('empty');
   }
 

@@ -416,6 +416,10 @@ test("a live session: back in time, back to live, and then it is history", async
 
   await tracker.say("javascript_error", { message: "broke just now", timestamp: start + 30_000 });
   await says(page, "#errors", /broke just now/);
+  await page.route("**/sessions/lives", async (route) => { // a slow answer: meanwhile it plays on
+    await new Promise((resolve) => setTimeout(resolve, 1500));
+    await route.continue();
+  });
   await tracker.end();
   await says(page, "#badge", /Recorded/);
   await says(page, "#note", /has ended/);
@@ -458,6 +462,21 @@ test("a session that is not there, one without a picture", async (t) => {
   await store("no-snapshot", [[change(1e12, 0), change(1e12, 1)]]);
   await page.goto(`${h.url}/view/no-snapshot`);
   await says(page, "#message", /no full snapshot/);
+});
+
+test("a session that is deleted while it plays is played as far as it is here", async (t) => {
+  await store("short-lived", clockChunks(Date.now() - 3600_000, 10));
+  const page = await open(t, "/view/short-lived?t=100");
+  await page.waitForFunction(() => window.player?.state === "playing" && !window.player.wantsAhead());
+  await h.sql("delete from sessions where session_id = 'short-lived'");
+  await page.route("**/chunks/*", async (route) => { // answered when all is played
+    await page.waitForFunction(() => window.player.state === "loading");
+    await route.continue();
+  });
+  await page.selectOption("#speed", "16");
+  await says(page, "#note", /There is no such session/);
+  await page.waitForFunction(() => window.player.state === "ended");
+  await shows(page, "#clock", "179");
 });
 
 test("signing in and out", async (t) => {
