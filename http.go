@@ -715,11 +715,12 @@ func newAsset(name string, body []byte) asset {
 // comments are the lines of a script that visitors need not download.
 var comments = regexp.MustCompile(`(?m)^\s*//.*\n`)
 
-// loadAssets reads the embedded files by their base names, and puts the tracker
-// together: rrweb's recorder and ours, in a function of their own, so that the
-// recorder's bundle finds neither the page's globals nor its module loader.
-func loadAssets() (files map[string]asset, bundled bool) {
-	files = map[string]asset{}
+// assets are the embedded files by their base names, and whether the recorder is
+// among them. The tracker is put together here: rrweb's recorder and ours, in a
+// function of their own, so that the recorder's bundle finds neither the page's
+// globals nor its module loader.
+var assets = sync.OnceValues(func() (map[string]asset, bool) {
+	files := map[string]asset{}
 	fs.WalkDir(web, "web", func(name string, d fs.DirEntry, err error) error {
 		if err == nil && !d.IsDir() && path.Ext(name) != ".txt" {
 			body, _ := web.ReadFile(name)
@@ -735,7 +736,7 @@ func loadAssets() (files map[string]asset, bundled bool) {
 	}
 	files["tracker.js"] = newAsset("tracker.js", script)
 	return files, bundled
-}
+})
 
 func (s *server) serve(w http.ResponseWriter, r *http.Request, name, cache string) {
 	a, ok := s.files[name]

@@ -116,7 +116,7 @@ func assemble(cfg config, logs *logs) (*server, error) {
 		s.writers = append(s.writers, &writer{hub: s.hub, store: st, metrics: m, log: logs.rejected})
 	}
 	var bundled bool
-	if s.files, bundled = loadAssets(); !bundled {
+	if s.files, bundled = assets(); !bundled {
 		s.log.Warn("the recorder was not bundled: run 'make web' and build again")
 	}
 	return s, nil

@@ -18,15 +18,16 @@ import { mkdtempSync, rmSync } from "node:fs";
 import { createServer as createSocket } from "node:net";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
+import { setTimeout as sleep } from "node:timers/promises";
 import { fileURLToPath } from "node:url";
 import { promisify } from "node:util";
 import { chromium } from "playwright-core";
 
+export { sleep };
+
 const run = promisify(execFile);
 const root = fileURLToPath(new URL("../..", import.meta.url));
 const bigOutput = { maxBuffer: 1 << 30 };
-
-export const sleep = (ms) => new Promise((done) => setTimeout(done, ms));
 
 // until waits for check() to give something true, and gives it back.
 export async function until(check, what = "a condition", timeout = 15_000) {
@@ -169,7 +170,7 @@ export async function harness(env = {}) {
     async close() {
       for (const browser of browsers) await browser.close().catch(() => {});
       for (const server of sites) { server.closeAllConnections(); server.close(); }
-      if (await Promise.race([h.stop(), sleep(25_000).then(() => "late")]) === "late") endServer();
+      if (await Promise.race([h.stop(), sleep(25_000, "late", { ref: false })]) === "late") endServer();
       endDatabase();
       leftovers.delete(endServer);
       leftovers.delete(endDatabase);

@@ -313,7 +313,7 @@ test("playing a large session holds a window of it", async (t) => {
   await store("large", chunks);
   const page = await open(t, "/view/large");
   await page.route("**/chunks/*", async (route) => { // too slow for the speed: it runs out again and again
-    await new Promise((resolve) => setTimeout(resolve, 100));
+    await sleep(100);
     await route.continue();
   });
   await page.waitForFunction(() => window.player?.state === "playing");
@@ -417,7 +417,7 @@ test("a live session: back in time, back to live, and then it is history", async
   await tracker.say("javascript_error", { message: "broke just now", timestamp: start + 30_000 });
   await says(page, "#errors", /broke just now/);
   await page.route("**/sessions/lives", async (route) => { // a slow answer: meanwhile it plays on
-    await new Promise((resolve) => setTimeout(resolve, 1500));
+    await sleep(1500);
     await route.continue();
   });
   await tracker.end();
