@@ -61,14 +61,14 @@ func (s *server) table() []route {
 		{"GET /health", anyone, s.handleHealth},
 		{"GET /stats", viewers, s.handleStats},
 		{"GET /metrics", scrapers, s.handleMetrics},
-		{"GET /sessions", viewers, s.handleSessions},
-		{"GET /sessions/active", viewers, s.handleActive},
-		{"GET /sessions/{id}", viewers, s.handleSession},
-		{"GET /sessions/{id}/events", viewers, s.handleEvents},
-		{"GET /sessions/{id}/errors", viewers, s.handleErrors},
-		{"GET /sessions/{id}/chunks/{index}", viewers, s.handleChunk},
-		{"DELETE /sessions/cleanup", viewers, s.handleCleanup},
-		{"DELETE /sessions/{id}", viewers, s.handleDelete},
+		{"GET /sessions", viewers, s.query(s.handleSessions)},
+		{"GET /sessions/active", viewers, s.query(s.handleActive)},
+		{"GET /sessions/{id}", viewers, s.query(s.handleSession)},
+		{"GET /sessions/{id}/events", viewers, s.query(s.handleEvents)},
+		{"GET /sessions/{id}/errors", viewers, s.query(s.handleErrors)},
+		{"GET /sessions/{id}/chunks/{index}", viewers, s.query(s.handleChunk)},
+		{"DELETE /sessions/cleanup", viewers, s.query(s.handleCleanup)},
+		{"DELETE /sessions/{id}", viewers, s.query(s.handleDelete)},
 		{"GET /view/{id}", browsers, s.handleView},
 		{"POST /signin", visitors, s.handleSignIn},
 		{"POST /signout", visitors, s.handleSignOut},
@@ -226,16 +226,50 @@ func (s *server) write(w http.ResponseWriter, status int, v any) {
 	w.Write(encodeJSON(v))
 }
 
-// failQuery answers for a question to the database that has no answer.
-func (s *server) failQuery(w http.ResponseWriter, r *http.Request, err error) {
-	if errors.Is(err, errNotFound) {
-		s.fail(w, r, http.StatusNotFound, "no such session", nil)
-		return
+// query makes a handler of one that asks the database. What that returns as an
+// error is answered here: it has written nothing then.
+func (s *server) query(handle func(http.ResponseWriter, *http.Request) error) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		err := errNotFound
+		if !strings.Contains(r.Pattern, "{id}") || validID(r.PathValue("id")) {
+			err = handle(w, r)
+		}
+		var bad badRequest
+		switch {
+		case err == nil:
+		case errors.As(err, &bad):
+			s.fail(w, r, http.StatusBadRequest, strings.ReplaceAll(err.Error(), "\n", "; "), nil)
+		case errors.Is(err, errNotFound):
+			s.fail(w, r, http.StatusNotFound, "no such session", nil)
+		default:
+			if r.Context().Err() == nil { // otherwise it is the client that left
+				s.metrics.databaseErrors.Add(1)
+			}
+			s.fail(w, r, http.StatusServiceUnavailable, "the database does not answer", err)
+		}
 	}
-	if r.Context().Err() == nil { // otherwise it is the client that left
-		s.metrics.databaseErrors.Add(1)
+}
+
+// badRequest is an error that the client can mend.
+type badRequest string
+
+func (b badRequest) Error() string { return string(b) }
+
+// queryNumber reads a whole number from the query string, between bounds.
+func queryNumber(r *http.Request, name string, preset, least, most int64) (int64, error) {
+	values, err := url.ParseQuery(r.URL.RawQuery)
+	if err != nil {
+		return 0, badRequest("the query string cannot be read")
 	}
-	s.fail(w, r, http.StatusServiceUnavailable, "the database does not answer", err)
+	raw := values.Get(name)
+	if raw == "" {
+		return preset, nil
+	}
+	n, err := strconv.ParseInt(raw, 10, 64)
+	if err != nil || n < least || n > most {
+		return 0, badRequest(fmt.Sprintf("%s must be a whole number from %d to %d", name, least, most))
+	}
+	return n, nil
 }
 
 // WebSocket.
@@ -368,47 +402,25 @@ func (s *server) events(ctx context.Context, id string, from, limit int64, emit 
 	return f.session, nil
 }
 
-// query reads a whole number from the query, between bounds.
-func query(r *http.Request, name string, preset, least, most int64) (int64, error) {
-	values, err := url.ParseQuery(r.URL.RawQuery)
-	if err != nil {
-		return 0, errors.New("the query string cannot be read")
-	}
-	raw := values.Get(name)
-	if raw == "" {
-		return preset, nil
-	}
-	n, err := strconv.ParseInt(raw, 10, 64)
-	if err != nil || n < least || n > most {
-		return 0, fmt.Errorf("%s must be a whole number from %d to %d", name, least, most)
-	}
-	return n, nil
-}
-
 const maxIndex = 1 << 53
 
-func (s *server) handleEvents(w http.ResponseWriter, r *http.Request) {
+func (s *server) handleEvents(w http.ResponseWriter, r *http.Request) error {
 	id := r.PathValue("id")
-	from, err := query(r, "fromIndex", 0, 0, maxIndex)
-	limit, err2 := query(r, "limit", 1000, 1, 10000)
+	from, err := queryNumber(r, "fromIndex", 0, 0, maxIndex)
+	limit, err2 := queryNumber(r, "limit", 1000, 1, 10000)
 	if err := errors.Join(err, err2); err != nil {
-		s.fail(w, r, http.StatusBadRequest, strings.ReplaceAll(err.Error(), "\n", "; "), nil)
-		return
-	}
-	if !validID(id) {
-		s.failQuery(w, r, errNotFound)
-		return
+		return err
 	}
 	out := &eventsWriter{w: w, id: id}
 	_, err = s.events(r.Context(), id, from, limit, out.add)
 	switch {
 	case err != nil && out.count == 0:
-		s.failQuery(w, r, err)
+		return err
 	case err != nil || out.err != nil:
 		panic(http.ErrAbortHandler) // the client sees that the answer is cut
-	default:
-		out.finish(from)
 	}
+	out.finish(from)
+	return nil
 }
 
 // eventsWriter writes a page of events as they come.
@@ -446,17 +458,15 @@ func (o *eventsWriter) finish(from int64) {
 	fmt.Fprintf(o.w, `],"fromIndex":%d,"count":%d}`, from, o.count)
 }
 
-func (s *server) handleChunk(w http.ResponseWriter, r *http.Request) {
+func (s *server) handleChunk(w http.ResponseWriter, r *http.Request) error {
 	id := r.PathValue("id")
 	first, err := strconv.ParseInt(r.PathValue("index"), 10, 64)
-	if err != nil || !validID(id) {
-		s.fail(w, r, http.StatusNotFound, "no such chunk", nil)
-		return
+	if err != nil {
+		return errNotFound
 	}
 	data, err := s.store.chunk(r.Context(), id, first)
 	if err != nil {
-		s.failQuery(w, r, err)
-		return
+		return err
 	}
 	h := w.Header()
 	h.Set("Content-Type", "application/json; charset=utf-8")
@@ -465,13 +475,14 @@ func (s *server) handleChunk(w http.ResponseWriter, r *http.Request) {
 	if !strings.Contains(r.Header.Get("Accept-Encoding"), "gzip") {
 		if data, err = gunzip(data, 4*len(data)); err != nil {
 			s.fail(w, r, http.StatusInternalServerError, "the chunk is damaged", err)
-			return
+			return nil
 		}
 	} else {
 		h.Set("Content-Encoding", "gzip")
 	}
 	h.Set("Content-Length", strconv.Itoa(len(data)))
 	w.Write(data)
+	return nil
 }
 
 // Sessions.
@@ -538,45 +549,38 @@ func (s *server) toJSON(rows []storedSession) []sessionJSON {
 	return all
 }
 
-func (s *server) handleSessions(w http.ResponseWriter, r *http.Request) {
-	limit, err := query(r, "limit", 100, 1, 1000)
-	offset, err2 := query(r, "offset", 0, 0, maxIndex)
+func (s *server) handleSessions(w http.ResponseWriter, r *http.Request) error {
+	limit, err := queryNumber(r, "limit", 100, 1, 1000)
+	offset, err2 := queryNumber(r, "offset", 0, 0, maxIndex)
 	if err := errors.Join(err, err2); err != nil {
-		s.fail(w, r, http.StatusBadRequest, strings.ReplaceAll(err.Error(), "\n", "; "), nil)
-		return
+		return err
 	}
 	rows, err := s.store.newest(r.Context(), limit, offset, r.URL.Query().Get("active") != "false")
 	if err != nil {
-		s.failQuery(w, r, err)
-		return
+		return err
 	}
 	s.write(w, http.StatusOK, map[string]any{"sessions": s.toJSON(rows), "limit": limit, "offset": offset})
+	return nil
 }
 
-func (s *server) handleActive(w http.ResponseWriter, r *http.Request) {
+func (s *server) handleActive(w http.ResponseWriter, r *http.Request) error {
 	rows, err := s.store.active(r.Context())
 	if err != nil {
-		s.failQuery(w, r, err)
-		return
+		return err
 	}
 	s.write(w, http.StatusOK, map[string]any{"sessions": s.toJSON(rows)})
+	return nil
 }
 
-func (s *server) handleSession(w http.ResponseWriter, r *http.Request) {
+func (s *server) handleSession(w http.ResponseWriter, r *http.Request) error {
 	id := r.PathValue("id")
-	if !validID(id) {
-		s.failQuery(w, r, errNotFound)
-		return
-	}
 	row, err := s.store.session(r.Context(), id)
 	if err != nil {
-		s.failQuery(w, r, err)
-		return
+		return err
 	}
 	chunks, err := s.store.chunks(r.Context(), id)
 	if err != nil {
-		s.failQuery(w, r, err)
-		return
+		return err
 	}
 	type chunkJSON struct {
 		FromIndex     int64  `json:"fromIndex"`
@@ -594,58 +598,48 @@ func (s *server) handleSession(w http.ResponseWriter, r *http.Request) {
 		sessionJSON
 		Chunks []chunkJSON `json:"chunks"`
 	}{toJSON(row, s.live()), seek})
+	return nil
 }
 
-func (s *server) handleErrors(w http.ResponseWriter, r *http.Request) {
+func (s *server) handleErrors(w http.ResponseWriter, r *http.Request) error {
 	id := r.PathValue("id")
-	if !validID(id) {
-		s.failQuery(w, r, errNotFound)
-		return
-	}
-	_, err := s.store.session(r.Context(), id)
-	if err != nil {
-		s.failQuery(w, r, err)
-		return
+	if _, err := s.store.session(r.Context(), id); err != nil {
+		return err
 	}
 	reports, err := s.store.reports(r.Context(), id)
 	if err != nil {
-		s.failQuery(w, r, err)
-		return
+		return err
 	}
 	s.write(w, http.StatusOK, map[string]any{"sessionId": id, "errors": reports})
+	return nil
 }
 
-func (s *server) handleDelete(w http.ResponseWriter, r *http.Request) {
+func (s *server) handleDelete(w http.ResponseWriter, r *http.Request) error {
 	id := r.PathValue("id")
-	if !validID(id) {
-		s.failQuery(w, r, errNotFound)
-		return
-	}
 	err := s.store.remove(r.Context(), id)
 	if err == nil || errors.Is(err, errNotFound) {
 		reply := make(chan struct{}, 1)
 		ask(s.hub, reply, evict{id, reply})
 	}
 	if err != nil {
-		s.failQuery(w, r, err)
-		return
+		return err
 	}
 	s.log.Info("session deleted", "session", id)
 	w.WriteHeader(http.StatusNoContent)
+	return nil
 }
 
-func (s *server) handleCleanup(w http.ResponseWriter, r *http.Request) {
-	hours, err := query(r, "maxAgeHours", int64(s.cfg.retention/time.Hour), 0, 1<<20)
+func (s *server) handleCleanup(w http.ResponseWriter, r *http.Request) error {
+	hours, err := queryNumber(r, "maxAgeHours", int64(s.cfg.retention/time.Hour), 0, 1<<20)
 	if err != nil {
-		s.fail(w, r, http.StatusBadRequest, err.Error(), nil)
-		return
+		return err
 	}
 	n, err := s.store.removeEnded(r.Context(), time.Now().Add(-time.Duration(hours)*time.Hour))
 	if err != nil {
-		s.failQuery(w, r, err)
-		return
+		return err
 	}
 	s.write(w, http.StatusOK, map[string]any{"message": fmt.Sprintf("deleted %d sessions that ended more than %d hours ago", n, hours), "deletedCount": n})
+	return nil
 }
 
 // The server itself.
