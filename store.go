@@ -110,9 +110,10 @@ type claim struct {
 	counters
 }
 
-// claim makes the session's row, or raises its epoch. With resuming, the row
-// must be there and have this token; otherwise it must have none, or this one
-// because a claim's answer was lost, and has it from now on: errToken. With keepUser, a row that is there keeps its user.
+// claim makes the session's row, or raises its epoch. With resuming, the row must
+// be there and have this token; otherwise a row that is there must have none, or
+// this one because a claim's answer was lost, and has it from now on. If not:
+// errToken. With keepUser, a row that is there keeps its user.
 func (st *store) claim(ctx context.Context, id string, about *description, keepUser bool, token string, resuming bool) (claim, error) {
 	const set = ` set epoch = sessions.epoch + 1, is_active = true, ended_at = null, updated_at = now(),
 		user_id = case when $6 then sessions.user_id else $2 end, url = $3, metadata = $4,
