@@ -48,6 +48,14 @@ type description struct {
 	metadata    []byte // JSON object
 }
 
+// room is what a session with this description takes of the budget.
+func (d *description) room() int64 {
+	if d == nil {
+		return 0
+	}
+	return int64(len(d.userID)+len(d.url)+len(d.metadata)) + 512
+}
+
 // counters are what a session's row in the database adds up, up to some batch.
 type counters struct {
 	events, errors     int64
@@ -91,8 +99,9 @@ type session struct {
 	epoch int64
 	about *description
 
-	tracker *conn     // who records it, nil in the grace period
+	tracker *conn     // who records it, nil in the grace period and when it has ended
 	left    time.Time // when the tracker left
+	hears   *conn     // who is sent its acks: the last tracker
 	ended   bool
 	endedAt time.Time
 
@@ -138,6 +147,12 @@ func (s *session) memory(from, to int64) (found []*batch) {
 	return found
 }
 
+// wrote says whether a row in this state is as this server left it: with what is
+// known to be committed, or with the flush that may be by now.
+func (s *session) wrote(row counters) bool {
+	return row.after(s.durable) || s.flush != nil && row.after(s.flush.after)
+}
+
 // oldest gives the number of the oldest event in memory.
 func (s *session) oldest() int64 {
 	if len(s.tail) > 0 {
@@ -147,7 +162,7 @@ func (s *session) oldest() int64 {
 }
 
 func (s *session) summary() summary {
-	return summary{id: s.id, about: s.about, now: s.now, isActive: !s.ended}
+	return summary{id: s.id, epoch: s.epoch, about: s.about, now: s.now, isActive: !s.ended}
 }
 
 // flush is the work of one session for one transaction. The hub makes it, the
@@ -282,6 +297,7 @@ type found struct {
 // summary is a session in memory as lists show it.
 type summary struct {
 	id       string
+	epoch    int64
 	about    *description
 	now      counters
 	isActive bool
@@ -432,7 +448,7 @@ func (h *hubState) handle(cmd command) {
 		h.leave(cmd.c)
 	case held:
 		s := h.sessions[cmd.id]
-		cmd.reply <- s != nil && s.tracker != nil && s.tracker != cmd.c && !s.ended
+		cmd.reply <- s != nil && s.tracker != nil && s.tracker != cmd.c
 	case attach:
 		cmd.reply <- h.attach(cmd)
 	case reported:
@@ -456,6 +472,8 @@ func (h *hubState) handle(cmd command) {
 	case evict:
 		if s := h.sessions[cmd.id]; s != nil {
 			h.lose(s, deleted)
+		} else {
+			h.watchAnew(cmd.id)
 		}
 		cmd.reply <- struct{}{}
 	case look:
@@ -501,13 +519,9 @@ func (h *hubState) leave(c *conn) {
 // detach takes the session from its tracker; it has its grace period to be
 // resumed.
 func (h *hubState) detach(c *conn) {
-	s := h.recorded[c]
-	delete(h.recorded, c)
-	if s == nil || s.tracker != c {
-		return
-	}
-	if !s.ended { // an ended one still has acks for it
+	if s := h.recorded[c]; s != nil {
 		s.tracker, s.left = nil, time.Now()
+		delete(h.recorded, c)
 		h.grace[s] = struct{}{}
 	}
 }
@@ -537,18 +551,19 @@ func (h *hubState) attach(cmd attach) attached {
 	case s == nil:
 		s = &session{id: cmd.id, ended: true, now: cmd.claim.counters, durable: cmd.claim.counters}
 		h.sessions[s.id] = s
-	case cmd.claim.epoch < s.epoch:
-		return attached{outcome: outdated}
-	case s.tracker != nil && s.tracker != cmd.c && !s.ended && !cmd.claim.byToken:
-		if cmd.claim.epoch == s.epoch+1 {
-			s.epoch = cmd.claim.epoch // the claim was for nothing, but the row has it now
+	case s.tracker != nil && s.tracker != cmd.c && !cmd.claim.byToken:
+		if e := cmd.claim.epoch; e == s.epoch+1 || e > s.epoch && s.wrote(cmd.claim.counters) {
+			s.epoch = e // the claim was for nothing, but the row has it now
 		}
 		return attached{outcome: heldByOther}
+	case cmd.claim.epoch < s.epoch:
+		return attached{outcome: outdated}
 	case cmd.claim.epoch != s.epoch+1 && !cmd.claim.after(s.durable):
 		h.drop(s) // another server had it in between: trackers that number their batches send them again
 		s.now, s.durable = cmd.claim.counters, cmd.claim.counters
 	}
 	s.epoch, s.doubted = cmd.claim.epoch, false
+	h.budget.give(s.about.room() - cmd.about.room())
 	s.about = cmd.about
 	h.seat(cmd.c, s)
 	if s.ended {
@@ -561,17 +576,15 @@ func (h *hubState) attach(cmd attach) attached {
 
 // seat makes c the one tracker of the session.
 func (h *hubState) seat(c *conn, s *session) {
-	if old := s.tracker; old != nil && old != c && h.recorded[old] == s {
+	if old := s.tracker; old != nil && old != c {
 		h.release(old)
-		if !s.ended { // otherwise old records it no more, and may stay
-			old.shut(closeTaken, "the session continues on another connection")
-		}
+		old.shut(closeTaken, "the session continues on another connection")
 	}
 	if h.recorded[c] != s {
 		h.detach(c)
 	}
 	h.recorded[c] = s
-	s.tracker = c
+	s.tracker, s.hears = c, c
 	delete(h.grace, s)
 }
 
@@ -602,6 +615,8 @@ func (h *hubState) end(s *session) {
 		return
 	}
 	s.ended, s.endedAt = true, time.Now()
+	delete(h.recorded, s.tracker)
+	s.tracker = nil
 	h.tellEnded(s.id)
 	h.enqueue(s)
 }
@@ -611,6 +626,9 @@ func (h *hubState) end(s *session) {
 func (h *hubState) lose(s *session, why outcome) {
 	h.drop(s)
 	h.remove(s)
+	if why == deleted {
+		h.watchAnew(s.id)
+	}
 	if !s.ended && why != overtaken {
 		h.tellEnded(s.id)
 	}
@@ -631,6 +649,14 @@ func (h *hubState) lose(s *session, why outcome) {
 	}
 }
 
+// watchAnew prepares those who watch a session that is deleted for another under
+// its id: what they have seen is not of that.
+func (h *hubState) watchAnew(id string) {
+	for _, w := range h.watchers[id] {
+		w.next, w.end = 0, 0
+	}
+}
+
 // release tells a tracker's reader that it records nothing any more.
 func (h *hubState) release(c *conn) {
 	delete(h.recorded, c)
@@ -639,6 +665,7 @@ func (h *hubState) release(c *conn) {
 
 func (h *hubState) remove(s *session) {
 	h.trim(s, len(s.tail))
+	h.budget.give(s.about.room())
 	delete(h.grace, s)
 	delete(h.sessions, s.id)
 }
@@ -647,7 +674,7 @@ func (h *hubState) remove(s *session) {
 
 func (h *hubState) publish(c *conn, b *batch) {
 	s := h.recorded[c]
-	if s == nil || s.ended {
+	if s == nil {
 		h.budget.give(b.room)
 		c.offer(errorMessage("no_session", "this connection records no session"))
 		return
@@ -703,7 +730,7 @@ func (h *hubState) fanOut(s *session, b *batch) {
 
 func (h *hubState) report(c *conn, r report, m message) {
 	s := h.recorded[c]
-	if s == nil || s.ended {
+	if s == nil {
 		h.budget.give(r.room)
 		c.offer(errorMessage("no_session", "this connection records no session"))
 		return
@@ -808,7 +835,9 @@ func (h *hubState) catchUp(c *conn) {
 			if s != nil {
 				*w.owed = s.summary()
 			}
-			c.offer(joined{*w.owed})
+			if !c.offer(joined{*w.owed}) {
+				continue
+			}
 			w.next, w.owed = w.owed.now.events, nil
 		}
 		if w.next < w.end && c.offer(lagged(id, w.end)) {
@@ -966,8 +995,8 @@ func (h *hubState) committed(s *session, f *flush) {
 }
 
 func (h *hubState) ack(s *session) {
-	if s.tracker != nil && s.durable.seq > 0 {
-		s.tracker.ack(s.id, s.durable.seq)
+	if s.hears != nil && s.durable.seq > 0 {
+		s.hears.ack(s.id, s.durable.seq)
 	}
 }
 

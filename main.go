@@ -324,11 +324,11 @@ func (s *server) every(ctx context.Context, interval time.Duration, do func(cont
 }
 
 func (s *server) touch(ctx context.Context) {
-	ids := []string{} // not nil, which would be null
-	for id := range s.live() {
-		ids = append(ids, id)
+	live := map[string]int64{}
+	for id, l := range s.live() {
+		live[id] = l.epoch
 	}
-	if err := s.store.touch(ctx, ids); err != nil && ctx.Err() == nil {
+	if err := s.store.touch(ctx, live); err != nil && ctx.Err() == nil {
 		s.logs.rejected.Warn("live sessions not marked", "err", err)
 	}
 }

@@ -89,7 +89,12 @@ func (s *scanner) envelope() (f frame) {
 	for more := s.enter('}'); more; more = s.next('}') {
 		key, start := s.key(), s.i
 		switch {
-		case keyIs(key, "events") && s.peek() == '[':
+		case keyIs(key, "events"):
+			f.events, f.array, f.body = nil, false, nil
+			if s.peek() != '[' {
+				s.value()
+				break
+			}
 			f.events, f.array = s.events(start+1, maxBatchEvents+1) // one more shows that it is too many
 			f.body = s.since(start + 1)
 		case keyIs(key, "seq"):

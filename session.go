@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/bits"
 	"net"
 	"net/netip"
 	"regexp"
@@ -31,6 +32,7 @@ const (
 	closeGoingAway closeCode = websocket.StatusGoingAway
 	closePolicy    closeCode = websocket.StatusPolicyViolation
 	closeTooBig    closeCode = websocket.StatusMessageTooBig
+	closeTryAgain  closeCode = websocket.StatusTryAgainLater
 	closeTaken     closeCode = 4001
 	closeDeleted   closeCode = 4004
 )
@@ -44,6 +46,7 @@ const (
 	maxNesting       = 500     // of metadata and errors: PostgreSQL and encoding/json have their limits
 	maxSeq           = 1 << 53 // numbers in JavaScript are exact up to here
 	maxErrors        = 100     // in a row, then the connection is closed
+	eventRoom        = 24      // bytes that an event's bounds take
 
 	outboxMessages = 1024
 	outboxBytes    = 4 << 20
@@ -132,13 +135,9 @@ func index(n int64) *int64 {
 // activeSessions is the list of live sessions.
 type activeSessions []summary
 
-func (a activeSessions) size() int {
-	n := 64
-	for _, s := range a {
-		n += 128 + len(s.about.metadata)
-	}
-	return n
-}
+// size leaves the metadata out, which is the sessions' own: many live sessions
+// must not fill an outbox by their list alone.
+func (a activeSessions) size() int { return 64 + 128*len(a) }
 
 func (a activeSessions) encode() []byte {
 	type entry struct {
@@ -178,7 +177,7 @@ func newBatch(id string, f frame, seq int64) *batch {
 	b.frame = append(append(frame, body...), "]}}"...)
 	b.index = b.frame[place : place+slot : place+slot]
 	b.body = b.frame[start : start+len(body)]
-	b.room = int64(len(b.frame)) + int64(cap(b.events))*24 + 256
+	b.room = int64(len(b.frame)) + int64(cap(b.events))*eventRoom + 256
 	return b
 }
 
@@ -268,10 +267,28 @@ func (c *conn) close() {
 
 // Reading.
 
-// buffers holds what messages are read into, while they are read and handled.
-var buffers = sync.Pool{New: func() any { return make([]byte, 0, firstRead) }}
+// buffers are what messages are read into, while they are read and handled; each
+// pool has those of twice the size of the one before, from firstRead to 4 MB.
+var buffers [9]sync.Pool
 
-const maxPooled = 4 << 20
+// newBuffer gives an empty buffer for n bytes at least, and for less than twice
+// as many.
+func newBuffer(n int) []byte {
+	i := bits.Len(uint(n-1) / firstRead)
+	if i >= len(buffers) {
+		return make([]byte, 0, n)
+	}
+	if b, ok := buffers[i].Get().([]byte); ok {
+		return b
+	}
+	return make([]byte, 0, firstRead<<i)
+}
+
+func keepBuffer(b []byte) {
+	if i := bits.Len(uint(cap(b)-1) / firstRead); i < len(buffers) && cap(b) == firstRead<<i {
+		buffers[i].Put(b[:0])
+	}
+}
 
 // read gives the next message, which the caller releases. Room for it is taken
 // from the budget before its bytes are read; while there is none the connection
@@ -282,22 +299,26 @@ func (c *conn) read() ([]byte, error) {
 		return nil, err
 	}
 	c.busy.Store(true)
-	if err := c.srv.budget.take(c.ctx, firstRead); err != nil {
+	if c.viewer {
+		c.srv.budget.give(-firstRead) // what it asks for may be in memory: it does not wait for the database
+	} else if err := c.srv.budget.take(c.ctx, firstRead); err != nil {
 		return nil, err
 	}
 	c.held = firstRead
 	c.due = time.Now().Add(c.srv.cfg.messageTimeout)
 	c.limit.Reset(c.srv.cfg.messageTimeout)
 	defer c.limit.Stop()
-	buf := buffers.Get().([]byte)[:0]
+	buf := newBuffer(firstRead)
 	for {
 		if int64(len(buf)) == c.held {
-			if err := c.grow(); err != nil {
+			if err := c.grow(c.held, int64(c.maxMessage())+1-c.held); err != nil {
 				return buf, err
 			}
 		}
 		if len(buf) == cap(buf) {
-			buf = slices.Grow(buf, min(cap(buf), c.maxMessage()+1-len(buf)))
+			larger := append(newBuffer(min(2*len(buf), c.maxMessage()+1)), buf...)
+			keepBuffer(buf)
+			buf = larger
 		}
 		n, err := r.Read(buf[len(buf):min(int64(cap(buf)), c.held)])
 		buf = buf[:len(buf)+n]
@@ -310,7 +331,7 @@ func (c *conn) read() ([]byte, error) {
 		case err == io.EOF && typ != websocket.MessageText:
 			return buf, &refusal{code: "invalid_message", reason: "messages are text frames"}
 		case err == io.EOF:
-			return buf, nil
+			return buf, c.makeRoom(buf)
 		case err != nil:
 			return buf, err
 		}
@@ -324,11 +345,26 @@ func (c *conn) maxMessage() int {
 	return c.srv.cfg.maxMessageBytes
 }
 
-// grow takes room for as much again. The time that it waits is not the peer's.
-func (c *conn) grow() error {
+// makeRoom takes room for the index of a tracker's message that is read. There is
+// a brace for each event; those inside of events ask for more than is needed,
+// for as long as the message is handled.
+func (c *conn) makeRoom(msg []byte) error {
+	if c.viewer {
+		return nil
+	}
+	index := eventRoom * int64(min(bytes.Count(msg, []byte("{")), maxBatchEvents+1))
+	if lack := int64(len(msg)) + index - c.held; lack > 0 {
+		return c.grow(lack, lack)
+	}
+	return nil
+}
+
+// grow takes room for n bytes more, or, when it must wait, for most, as
+// budget.grow does. The time that it waits is not the peer's.
+func (c *conn) grow(n, most int64) error {
 	c.limit.Stop()
 	begun := time.Now()
-	got, err := c.srv.budget.grow(c.ctx, c.held, int64(c.maxMessage())+1-c.held)
+	got, err := c.srv.budget.grow(c.ctx, n, most)
 	c.held += got
 	c.grown += got
 	c.due = c.due.Add(time.Since(begun))
@@ -338,11 +374,10 @@ func (c *conn) grow() error {
 
 // release gives back a message's buffer and the room that is left of it.
 func (c *conn) release(msg []byte) {
-	if 0 < cap(msg) && cap(msg) <= maxPooled {
-		buffers.Put(msg[:0])
+	if msg != nil {
+		keepBuffer(msg)
 	}
-	c.srv.budget.finish(c.grown)
-	c.srv.budget.give(c.held)
+	c.srv.budget.finish(c.held, c.grown)
 	c.held, c.grown = 0, 0
 	c.busy.Store(false)
 }
@@ -538,17 +573,15 @@ func (c *conn) armWrite() {
 func (c *conn) write() {
 	defer c.out.writers.Done()
 	defer c.srv.catch("writer of a connection")
-	sent := 0
 	for {
-		m, again := c.next(sent)
+		m, again := c.next()
 		if m == nil && !again {
 			return
 		}
-		if sent = 0; m == nil {
+		if m == nil {
 			c.srv.hub.send(drained{c})
 			continue
 		}
-		sent = m.size()
 		if err := c.writeMessage(m.encode()); err != nil {
 			c.out.mu.Lock()
 			c.out.closed = true
@@ -561,17 +594,17 @@ func (c *conn) write() {
 
 // next takes what is to be written now. Without a message, again says that the
 // outbox was full and is empty now; otherwise the writer's work is done.
-func (c *conn) next(sent int) (m message, again bool) {
+func (c *conn) next() (m message, again bool) {
 	o := &c.out
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	o.bytes -= sent
 	switch {
 	case o.closed:
 	case len(o.queue) > 0:
 		m = o.queue[0]
 		o.queue[0] = nil
 		o.queue = o.queue[1:]
+		o.bytes -= m.size()
 		c.armWrite()
 		return m, true
 	case len(o.acks) > 0:
@@ -581,7 +614,6 @@ func (c *conn) next(sent int) (m message, again bool) {
 			delete(o.acks, id)
 			break
 		}
-		o.bytes += m.size()
 		c.armWrite()
 		return m, true
 	case o.lagging:
@@ -945,29 +977,31 @@ func (c *conn) begin(st start, fresh bool) (*recording, attached, error) {
 	}
 }
 
-// claim waits for the database when it is away; the connection is not read
-// meanwhile.
+// claim waits for the database when it is away, for at most MESSAGE_TIMEOUT: the
+// connection is not read meanwhile, and its peer may have gone.
 func (c *conn) claim(rec *recording, about *description, resuming bool) (claim, error) {
 	keepUser := about.userID == "" // the one that the session has, if any
 	if keepUser {
 		about.userID = "user_" + strings.ToLower(rand.Text()[:12])
 	}
+	ctx, cancel := context.WithTimeout(c.ctx, c.srv.cfg.messageTimeout)
+	defer cancel()
 	for attempt := 0; ; attempt++ {
-		cl, err := c.srv.store.claim(c.ctx, rec.id, about, keepUser, rec.token, resuming)
+		cl, err := c.srv.store.claim(ctx, rec.id, about, keepUser, rec.token, resuming)
 		switch {
 		case err == nil || errors.Is(err, errToken):
 			return cl, err
 		case blamesData(err):
 			c.srv.log.Warn("session refused by the database", "session", rec.id, "err", err)
 			return cl, &refusal{code: "not_stored", reason: "the database refused the session's data"}
-		case c.ctx.Err() != nil:
-			return cl, c.ctx.Err()
+		case ctx.Err() == nil:
+			c.srv.metrics.databaseErrors.Add(1)
+			c.srv.store.distrust(err)
+			c.srv.log.Debug("session waits for the database", "session", rec.id, "err", err)
 		}
-		c.srv.metrics.databaseErrors.Add(1)
-		c.srv.store.distrust(err)
-		c.srv.log.Debug("session waits for the database", "session", rec.id, "err", err)
-		if !pause(c.ctx, attempt) {
-			return cl, c.ctx.Err()
+		if !pause(ctx, attempt) {
+			c.shut(closeTryAgain, "the database is away: try again later")
+			return cl, ctx.Err()
 		}
 	}
 }
@@ -1070,8 +1104,8 @@ func (c *conn) sendPage(f frame) error {
 	return c.writeMessage(page)
 }
 
-// catch is deferred by every goroutine of the server: a panic is written down,
-// and ends only what that goroutine did.
+// catch is deferred by what answers one client: a panic is written down, and
+// ends only that. One of the hub or a writer ends the server.
 func (s *server) catch(where string) {
 	if v := recover(); v != nil {
 		s.logs.exception(where, v, debug.Stack())
@@ -1165,11 +1199,12 @@ func (b *budget) wait(ctx context.Context, w *waiter) error {
 	return ctx.Err()
 }
 
-// finish says that what grow took is for a message that is whole now, or given
-// up.
-func (b *budget) finish(grown int64) {
+// finish gives back what is left of a message's room. grown of it was taken while
+// the message was read, which it is now, or it is given up.
+func (b *budget) finish(n, grown int64) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
+	b.free += n
 	b.unfinished -= grown
 	b.grant()
 }
@@ -1182,12 +1217,7 @@ func (b *budget) left() int64 {
 }
 
 // give gives room back. A negative n takes it without waiting.
-func (b *budget) give(n int64) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	b.free += n
-	b.grant()
-}
+func (b *budget) give(n int64) { b.finish(n, 0) }
 
 // grant serves those who wait, first those who grow, then in order.
 func (b *budget) grant() {

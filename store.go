@@ -691,16 +691,23 @@ func (st *store) removeStep(ctx context.Context, which string, arg any) (int64, 
 	return tag.RowsAffected(), err
 }
 
-// touch marks sessions as live on this server, and ends those that no server
-// has touched for long: theirs was killed.
-func (st *store) touch(ctx context.Context, live []string) error {
+// touch marks the sessions that are live on this server, given with their epochs,
+// and ends those that no server has touched for long: theirs was killed, or could
+// not reach the database. Then it takes them up here again.
+func (st *store) touch(ctx context.Context, live map[string]int64) error {
+	ids, epochs := make([]string, 0, len(live)), make([]int64, 0, len(live))
+	for id, epoch := range live {
+		ids, epochs = append(ids, id), append(epochs, epoch)
+	}
 	ctx, cancel := context.WithTimeout(ctx, commitTimeout)
 	defer cancel()
-	if _, err := st.pool.Exec(ctx, "update sessions set updated_at = now() where session_id = any($1) and is_active", live); err != nil {
+	if _, err := st.pool.Exec(ctx, `update sessions set updated_at = now(), is_active = true, ended_at = null
+		where (session_id, epoch) in (select * from unnest($1::text[], $2::bigint[]))
+			and (is_active or updated_at < now() - $3::interval)`, ids, epochs, orphanAge); err != nil { // not one that has ended just now
 		return err
 	}
 	_, err := st.pool.Exec(ctx, `update sessions set is_active = false, ended_at = updated_at
-		where is_active and updated_at < now() - $1::interval and session_id <> all($2)`, orphanAge, live)
+		where is_active and updated_at < now() - $1::interval and session_id <> all($2)`, orphanAge, ids)
 	return err
 }
 

@@ -946,12 +946,12 @@ func TestStoreRemoveToFit(t *testing.T) {
 // Sessions whose server was killed end when nobody has touched them for long.
 func TestStoreTouch(t *testing.T) {
 	st := newStoreTest(t)
-	for _, id := range []string{"here", "there", "orphan"} {
-		st.begin(id)
-	}
+	here := st.begin("here").epoch
+	st.begin("there")
+	st.begin("orphan")
 	st.old(1, 1)
 	st.exec("update sessions set updated_at = now() - interval '1 hour' where session_id <> 'there'")
-	for _, live := range [][]string{{"here", "old1", "nobody"}, {}} { // a server without any session ends orphans too
+	for _, live := range []map[string]int64{{"here": here, "old1": 1, "nobody": 1}, {}} { // a server without any session ends orphans too
 		st.exec("update sessions set is_active = true, ended_at = null where session_id = 'orphan'")
 		if err := st.touch(t.Context(), live); err != nil {
 			t.Fatal(err)

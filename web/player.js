@@ -24,6 +24,7 @@ export class Player {
     this.speed = 1;
     this.skip = false;
     this.following = false; // live
+    this.returns = false; // it followed when the session ended: it will when that goes on
     this.wantsPlay = true;
     this.lags = []; // of live batches: viewer's clock minus the newest event's time
     this.turn = 0; // raised by each seek, so that an overtaken one gives up
@@ -42,9 +43,9 @@ export class Player {
   // What people do.
 
   seek(time) {
-    this.following = false;
+    this.following = this.returns = false;
     const { start, end } = this.recording;
-    if (start === null) return;
+    if (start === null) return this.goto(Infinity);
     return this.goto(Math.min(Math.max(time, start), end));
   }
 
@@ -55,7 +56,7 @@ export class Player {
   }
 
   pause() {
-    this.wantsPlay = this.following = false;
+    this.wantsPlay = this.following = this.returns = false;
     if (this.state !== 'playing') return this.on.change();
     this.scene.pause();
     this.setState('paused');
@@ -70,6 +71,7 @@ export class Player {
   // already is kept.
   follow() {
     this.following = this.wantsPlay = true;
+    this.returns = false;
     if (this.scene && this.target === null && !this.hasMore()) this.arrive(Infinity);
     else this.goto(Infinity);
   }
@@ -91,7 +93,11 @@ export class Player {
       }
       this.arrive(time);
     } catch (err) {
-      if (turn === this.turn) this.on.failed(err);
+      if (turn !== this.turn) return;
+      this.target = null;
+      this.wantsPlay = this.following = false;
+      if (this.scene) this.setState('paused'); // with what there is
+      this.on.failed(err);
     }
   }
 
@@ -101,17 +107,22 @@ export class Player {
     if (!start) return this.setState(this.recording.isActive ? 'waiting' : 'empty');
     const scene = new Scene(this.stage, this.recording.info.metadata?.viewport, () => this.broken());
     this.mark(scene.add(start));
-    while (scene.end <= time) {
-      const piece = await this.recording.read(scene.next);
-      if (turn !== this.turn) return scene.destroy();
-      if (!piece) break;
-      this.mark(scene.add(piece));
-      await null; // the Replayer takes added events in a microtask
-      // A far target is reached in steps that each fit into the window.
-      if (scene.end <= time) scene.pause(scene.end);
-      scene.trim(scene.end, WINDOW_BYTES);
+    try {
+      while (scene.end <= time) {
+        const piece = await this.recording.read(scene.next);
+        if (turn !== this.turn) return scene.destroy();
+        if (!piece) break;
+        this.mark(scene.add(piece));
+        await null; // the Replayer takes added events in a microtask
+        // A far target is reached in steps that each fit into the window.
+        if (scene.end <= time) scene.pause(scene.end);
+        scene.trim(scene.end, WINDOW_BYTES);
+      }
+      return scene;
+    } catch (err) {
+      scene.destroy();
+      throw err;
     }
-    return scene;
   }
 
   arrive(time) {
@@ -218,7 +229,7 @@ export class Player {
     recording.end = Math.max(recording.end, newest);
     recording.start ??= recording.end;
     if (snapshot >= 0) recording.newestSnapshot = from + snapshot;
-    if (newest > -Infinity) this.lags = [...this.lags.slice(-19), performance.now() - newest];
+    if (newest > -Infinity) this.lags = [...this.lags.slice(-19), performance.now() - recording.end];
     if (this.state === 'waiting' && snapshot >= 0) return this.follow();
     if (!scene || from > scene.next || end <= scene.next) return;
     if (document.hidden || (!this.following && !this.wantsAhead())) return;
@@ -243,12 +254,10 @@ export class Player {
   }
 
   async ended() {
-    try {
-      await this.recording.load();
-    } finally {
-      this.recording.isActive = this.following = false; // the database may not know yet that it has ended
-    }
+    this.returns ||= this.following;
+    this.recording.isActive = this.following = false; // at once: it may be live again before the answer comes
     this.scene?.setSpeed(this.speed);
+    await this.recording.load();
     if (this.state === 'waiting') this.setState('empty');
   }
 

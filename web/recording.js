@@ -19,7 +19,7 @@ export class Recording {
     this.info = info;
     this.loaded = Date.now();
     this.chunks = info.chunks ?? [];
-    this.isActive = info.isActive;
+    this.isActive ??= info.isActive; // from then on the feed tells
     this.newestSnapshot ??= info.snapshotIndex;
     this.total = Math.max(this.total ?? 0, info.eventCount ?? 0);
     this.start = info.startTime ?? this.start ?? null;
@@ -47,7 +47,8 @@ export class Recording {
   }
 
   async readChunk(chunk, index) {
-    const { body, bytes } = await this.fetch(`${this.path}/chunks/${chunk.fromIndex}`);
+    // A browser keeps chunks for good: another session of the same id is not to be taken for this one.
+    const { body, bytes } = await this.fetch(`${this.path}/chunks/${chunk.fromIndex}?of=${Date.parse(this.info.createdAt)}`);
     const from = Math.max(index, chunk.fromIndex);
     return { from, events: body.slice(from - chunk.fromIndex), next: chunk.fromIndex + chunk.count, bytes };
   }

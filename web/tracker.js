@@ -57,6 +57,7 @@ let pending = [], pendingSize = 0, flushTimer = 0; // events of the next batch
 let snapshotSize = 0; // of the newest full snapshot
 let fullSince = 0; // when the buffer was full, and recording stopped
 let socket = null, ready = false, readyAt = 0;
+let stored = false; // sessionStorage has batches
 let news = false; // identify() was called since the last session_start
 let sent = 0; // how many of held went over this connection
 let retries = 0, retryTimer = 0, silence = 0, refusals = 0;
@@ -362,6 +363,7 @@ function keep(leaving = false) {
   for (const some of [fitting, []]) {
     try {
       sessionStorage.setItem(STORE, toText({ ...tab, held: some, notes: session ? notes : (tab.notes || []).concat(notes) }));
+      stored = some.length > 0;
       return;
     } catch { /* the page has used the space, or there is none */ }
   }
@@ -401,12 +403,13 @@ function newSession() {
 // begin finds the tab's session, while the recorder already fills held.
 async function begin() {
   const mine = ++turn;
-  const { held: before = [], notes: said = [], ...stored } = await claim() || {};
+  const { held: before = [], notes: said = [], ...found } = await claim() || {};
   if (mine !== turn) return; // left or stopped meanwhile
   held = before.concat(held);
+  stored = before.length > 0;
   notes = said.concat(notes);
   heldSize = sizeOf(held);
-  session = stored.id ? stored : newSession();
+  session = found.id ? found : newSession();
   session.user = options.user || session.user || visitor();
   session.traits = { ...session.traits, ...options.traits };
   connect();
@@ -581,6 +584,7 @@ function drop(seq) {
 
 function acked(seq) {
   drop(seq);
+  if (stored && !held.length) keep(); // the page may want the room
   retries = refusals = 0;
   watch();
   transmit();
@@ -677,6 +681,7 @@ function stop() {
 }
 
 function identify(user, traits) {
+  toText([user, traits]); // throws here, rather than at each session_start
   for (const known of [options, session || {}]) {
     known.user = user || known.user;
     known.traits = { ...known.traits, ...traits };

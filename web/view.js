@@ -216,6 +216,7 @@ async function remove() {
     location.assign('/');
   } catch (err) {
     note(`It was not deleted: ${err.message}`);
+    if (recording.isActive) watch();
   }
 }
 
@@ -244,7 +245,10 @@ async function joined({ totalEvents, snapshotIndex, isActive }) {
   recording.newestSnapshot = snapshotIndex ?? recording.newestSnapshot;
   recording.isActive = isActive;
   if (!isActive) return ended();
-  if (first && !new URLSearchParams(location.search).has('t')) player.follow();
+  if (player.returns || player.state === 'waiting' || (first && !new URLSearchParams(location.search).has('t'))) {
+    note('');
+    player.follow();
+  }
   first = false;
 }
 
@@ -266,7 +270,7 @@ async function open() {
   if (!info.isActive || t !== null) player.seek(recording.start + 1000 * (Number(t) || 0));
   const { errors } = await patiently(() => getJSON(`${recording.path}/errors`));
   errors.forEach(addError); // as they came in
-  scan();
+  await scan().catch(() => {}); // the marks come as the events do
 }
 
 offerSignOut($.signout);
