@@ -1254,6 +1254,39 @@ func TestHubRefused(t *testing.T) {
 	}
 }
 
+// What becomes of an ended session's last batch is nothing to the session that
+// its connection has begun since.
+func TestHubTroubleOfEnded(t *testing.T) {
+	for _, result := range []outcome{refused, overtaken, deleted} {
+		t.Run(fmt.Sprintf("outcome %d", result), func(t *testing.T) {
+			inHub(t, nil, func(t *hubTest) {
+				c := t.tracker("a")
+				t.publish(c, "a", 2, 1)
+				t.do(finish{c})
+				work := t.due()
+				t.attach(c, "b", claim{})
+				t.settle(result, work...)
+				if result == overtaken { // only the second time is believed
+					time.Sleep(time.Second)
+					t.settle(result, t.due()...)
+				}
+				if t.heard(c); c.lost.Load() {
+					t.Error("the connection has lost what it records now")
+				}
+				t.publish(c, "b", 1, 1)
+				time.Sleep(5 * time.Second)
+				t.settle(stored, t.due()...)
+				t.heard(c, "ack b 1")
+				t.do(leave{c})
+				time.Sleep(16 * time.Second)
+				if n := t.stats().live; n != 0 {
+					t.Errorf("%d sessions are live after the connection's end and a grace period, want none", n)
+				}
+			})
+		})
+	}
+}
+
 func TestHubEvict(t *testing.T) {
 	inHub(t, nil, func(t *hubTest) {
 		c, v := t.tracker("s"), t.viewer()
