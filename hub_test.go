@@ -212,6 +212,22 @@ func (t *hubTest) heard(c *conn, want ...string) {
 	}
 }
 
+// reads gives what a viewer is sent while it reads on: when its outbox was full
+// and is empty, the hub hears of it, as of next.
+func (t *hubTest) reads(c *conn) (all []string) {
+	t.Helper()
+	for range 20 {
+		all = append(all, t.messages(c)...)
+		if !c.out.lagging {
+			return all
+		}
+		c.out.lagging = false
+		t.do(drained{c})
+	}
+	t.Error("its outbox is full each time that it has read it")
+	return all
+}
+
 func (t *hubTest) join(c *conn, id string) bool {
 	t.Helper()
 	reply := make(chan bool, 1)
@@ -487,6 +503,48 @@ func TestHubJoinWhileLagging(t *testing.T) {
 		t.do(drained{v})
 		t.publish(c, "s", 1, 3)
 		t.heard(v, "active_sessions", "joined s 4", "live s 4+1")
+	})
+}
+
+// A viewer whose list alone fills its outbox is told all else as well.
+func TestHubLongList(t *testing.T) {
+	inHub(t, nil, func(t *hubTest) {
+		c := t.tracker("s")
+		large := &description{userID: "u", metadata: []byte(`{"x":"` + strings.Repeat("x", maxMetadata-100) + `"}`)}
+		for i := range outboxBytes/maxMetadata + 6 {
+			id := fmt.Sprintf("large%d", i)
+			reply := make(chan attached, 1)
+			ask(t.hub, reply, attach{t.conn(false), id, claim{epoch: 1, counters: counters{snapshot: -1}}, large, sessionStarted(id, large), reply})
+		}
+		v := t.conn(true)
+		t.join(v, "s")
+		t.publish(c, "s", 2, 1)
+		got := t.reads(v)
+		t.publish(c, "s", 3, 2)
+		got = slices.DeleteFunc(append(got, t.reads(v)...), func(m string) bool { return m == "active_sessions" })
+		if n := len(got); n < 2 || !strings.HasPrefix(got[0], "joined s ") || got[n-1] != "live s 2+3" {
+			t.Errorf("was sent %q, want the answer to its join and the events that follow", got)
+		}
+	})
+}
+
+// Answers to joins all come, also when they fill the outbox once more.
+func TestHubJoinsOwed(t *testing.T) {
+	inHub(t, nil, func(t *hubTest) {
+		large := &description{metadata: []byte(`{"x":"` + strings.Repeat("x", maxMetadata-100) + `"}`)}
+		v := t.viewer()
+		v.out.lagging = true
+		var want []string
+		for i := range outboxBytes/maxMetadata + 20 {
+			id := fmt.Sprintf("s%03d", i)
+			reply := make(chan bool, 1)
+			ask(t.hub, reply, join{v, id, &summary{id: id, about: large, now: counters{events: 7}}, reply})
+			want = append(want, "joined "+id+" 7")
+		}
+		got := slices.DeleteFunc(t.reads(v), func(m string) bool { return m == "active_sessions" })
+		if slices.Sort(got); !slices.Equal(got, want) {
+			t.Errorf("got %d answers to %d joins", len(got), len(want))
+		}
 	})
 }
 
