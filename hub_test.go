@@ -910,6 +910,50 @@ func TestHubClaimForNothing(t *testing.T) {
 	})
 }
 
+// Several start a session at once: their claims raise the row's epoch, and come
+// to the hub in any order. The holder goes on, under the newest.
+func TestHubClaimsForNothing(t *testing.T) {
+	for _, epochs := range [][]int64{{2, 3}, {3, 2}, {4}, {3, 4, 2}} {
+		t.Run(fmt.Sprint(epochs), func(t *testing.T) {
+			inHub(t, nil, func(t *hubTest) {
+				c := t.tracker("s")
+				t.publish(c, "s", 1, 1)
+				for _, epoch := range epochs {
+					if at := t.attach(t.conn(false), "s", claim{epoch: epoch}); at.outcome != heldByOther {
+						t.Errorf("epoch %d: got outcome %d, want held", epoch, at.outcome)
+					}
+				}
+				time.Sleep(5 * time.Second)
+				work := t.due()
+				if want := slices.Max(epochs); work[0].epoch != want {
+					t.Errorf("got epoch %d, want the row's, %d", work[0].epoch, want)
+				}
+				t.settle(stored, work...)
+				t.heard(c, "ack s 1")
+			})
+		})
+	}
+	t.Run("beside a commit", func(t *testing.T) {
+		inHub(t, nil, func(t *hubTest) {
+			c := t.tracker("s")
+			t.publish(c, "s", 1, 1)
+			time.Sleep(5 * time.Second)
+			work := t.due() // stored, which those who claim see before the hub hears of it
+			if at := t.attach(t.conn(false), "s", claim{epoch: 3, counters: work[0].after}); at.outcome != heldByOther {
+				t.Errorf("got outcome %d, want held", at.outcome)
+			}
+			t.settle(stored, work...)
+			t.publish(c, "s", 1, 2)
+			time.Sleep(5 * time.Second)
+			if work = t.due(); work[0].epoch != 3 {
+				t.Errorf("got epoch %d, want the row's, 3", work[0].epoch)
+			}
+			t.settle(stored, work...)
+			t.heard(c, "ack s 2")
+		})
+	})
+}
+
 // Another server has the session: the tracker is told, viewers are not.
 func TestHubOvertaken(t *testing.T) {
 	inHub(t, nil, func(t *hubTest) {

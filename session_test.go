@@ -422,6 +422,41 @@ func TestSessionContinued(t *testing.T) {
 	sameEvents(t, "REST", s.restEvents("s", 2), want)
 }
 
+// Of several that start one session at once, one gets it and keeps it.
+func TestStartedAtOnce(t *testing.T) {
+	t.Parallel()
+	s := startInside(t)
+	for round := range 12 {
+		id := fmt.Sprintf("s%d", round)
+		conns := make([]*testConn, 8)
+		for i := range conns {
+			conns[i] = s.dialTracker()
+		}
+		var starting sync.WaitGroup
+		got := make([]bool, len(conns))
+		for i, c := range conns {
+			starting.Go(func() {
+				sendMessage(c.Conn, "session_start", sessionID{id})
+				sendMessage(c.Conn, "no_such_type", nil) // answered when it has started
+				m, _ := receiveMessage(t.Context(), c.Conn)
+				got[i] = m.Type == "error"
+			})
+		}
+		starting.Wait()
+		winner := slices.Index(got, true)
+		if winner < 0 || slices.Contains(got[winner+1:], true) {
+			t.Fatalf("%s: who got it: %v, want one", id, got)
+		}
+		conns[winner].record(1, 1)
+		for _, c := range conns {
+			c.CloseNow()
+		}
+		if n := querySQL[int](t, s.database, "select event_count from sessions where session_id = $1", id); n != 1 {
+			t.Errorf("%s: %d events are stored, want 1", id, n)
+		}
+	}
+}
+
 // A session that was begun with the resume field is continued only by its token.
 func TestSessionResumedByToken(t *testing.T) {
 	t.Parallel()
