@@ -1430,6 +1430,51 @@ func TestSessionFull(t *testing.T) {
 	}
 }
 
+// An index of many tiny events takes more memory than their text: there is room
+// for it before it is made.
+func TestTinyEvents(t *testing.T) {
+	t.Parallel()
+	const buffer, count = 1 << 20, 43000 // a little less than 128 KiB of text, 1 MB of index
+	s := startInside(t, fmt.Sprintf("MAX_BUFFER_BYTES=%d", buffer), "BATCH_INTERVAL=100")
+	msg := []byte(`{"type":"events_batch","data":{"seq":1,"events":[` + strings.Repeat("{},", count-1) + `{}]}}`)
+	frame := string(maskedText(msg))
+	parsed, err := parseFrame(msg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	room := newBatch("s0", parsed, 1).room
+	var conns []*rawConn
+	for i := range 4 {
+		c := rawWebSocket(t, s, "tracker")
+		c.write(string(maskedText(fmt.Appendf(nil, `{"type":"session_start","data":{"sessionId":"s%d"}}`, i))))
+		conns = append(conns, c)
+	}
+	waitUntil(t, "all record", func() bool { return s.memory().live == len(conns) })
+	for _, c := range conns {
+		c.write(frame[:len(frame)-1])
+	}
+	waitUntil(t, "all is read but the last bytes", func() bool { return s.used() >= int64(len(conns)*(len(msg)-1)) })
+	for _, c := range conns {
+		c.write(frame[len(frame)-1:])
+	}
+	most := int64(0)
+	waitUntil(t, "all is stored", func() bool {
+		for range 100 { // of the 10 ms between two looks at the rest
+			most = max(most, s.used())
+			time.Sleep(50 * time.Microsecond)
+		}
+		return s.memory().events == int64(len(conns)*count) && s.memory().oldest == 0
+	})
+	if limit := buffer + room + 2*int64(len(frame)); most > limit {
+		t.Errorf("%d KB of room were in use, want at most MAX_BUFFER_BYTES and a message, %d KB", most>>10, limit>>10)
+	}
+}
+
+// used is the room that is taken of MAX_BUFFER_BYTES.
+func (s *insideServer) used() int64 {
+	return int64(s.server.cfg.maxBufferBytes) - s.server.budget.left()
+}
+
 // A message that trickles in, or stops in the middle, has its time.
 func TestMessageTimeout(t *testing.T) {
 	t.Parallel()
