@@ -648,6 +648,38 @@ func TestMetadataIsRecorded(t *testing.T) {
 	}
 }
 
+// Metadata takes room for as long as its session is in memory; a new description
+// takes the old one's place.
+func TestMetadataTakesRoom(t *testing.T) {
+	t.Parallel()
+	s := startInside(t, "SESSION_GRACE_PERIOD=0")
+	ready := func(c *testConn, id string, size int) {
+		c.send("session_start", map[string]string{"sessionId": id, "resume": "", "text": strings.Repeat("x", size)})
+		c.expect("session_ready")
+	}
+	uses := func(when string, size int64) {
+		t.Helper()
+		waitWithin(t, 10*time.Second, when+" takes its room", func() bool { // the message gives its own back a little later
+			used := s.used()
+			return size <= used && used < size+size/4+4096
+		})
+	}
+	a, b := s.dialTracker(), s.dialTracker()
+	ready(a, "a", 20000)
+	uses("one session", 20000)
+	ready(a, "a", 60000)
+	uses("more metadata", 60000)
+	ready(b, "b", 30000)
+	uses("another session", 90000)
+	ready(a, "a", 10000)
+	uses("less metadata", 40000)
+	a.send("session_end", sessionID{})
+	uses("what is left", 30000)
+	b.CloseNow()
+	a.CloseNow()
+	s.nothingLeft()
+}
+
 func TestSessionsPerMinute(t *testing.T) {
 	t.Parallel()
 	s := startInside(t, "MAX_SESSIONS_PER_MINUTE=3")
