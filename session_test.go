@@ -1292,6 +1292,49 @@ func (c *testConn) expectOneOf(kinds ...string) wireText {
 	}
 }
 
+// Viewers watch what is in memory also while there is no room left and PostgreSQL
+// does not answer.
+func TestViewerWithoutRoom(t *testing.T) {
+	t.Parallel()
+	proxy, through := proxyToDatabase(t, testDatabase(t), nil)
+	s := startInside(t, "DATABASE_URL="+through, "MAX_BUFFER_BYTES=1048576", "MAX_MESSAGE_BYTES=500000")
+	full := s.recording("full")
+	proxy.freeze()
+	defer proxy.thaw()
+	event := json.RawMessage(`{"text":"` + strings.Repeat("x", 100000) + `"}`)
+	go func() { // ends when all is sent, or with the connection
+		for seq := 1; seq <= 40; seq++ {
+			if sendText(full.Conn, batchOf(seq, []json.RawMessage{event})) != nil {
+				return
+			}
+		}
+	}()
+	waitUntil(t, "there is no room left", func() bool {
+		s.server.budget.mu.Lock()
+		defer s.server.budget.mu.Unlock()
+		return len(s.server.budget.waiting) > 0
+	})
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+	defer cancel()
+	viewer := s.viewer()
+	viewer.send("viewer_join_session", sessionID{"full"})
+	viewer.send("get_session_events", map[string]any{"sessionId": "full", "fromIndex": 0, "limit": 3})
+	for joined, page := false, -1; !joined || page < 0; { // in any order, perhaps with live events
+		m, err := receiveMessage(ctx, viewer.Conn)
+		if err != nil {
+			t.Fatalf("has joined: %v, has a page: %v; then %v", joined, page >= 0, err)
+		}
+		switch m.Type {
+		case "session_joined":
+			joined = true
+		case "session_events":
+			if page = len(m.Data.Events); page != 3 {
+				t.Errorf("got a page of %d events, want 3", page)
+			}
+		}
+	}
+}
+
 // ---- bad input ----
 
 // What is refused gets an error with a code; the connection stays, and so does
