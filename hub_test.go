@@ -1404,6 +1404,41 @@ func TestHubEvict(t *testing.T) {
 	})
 }
 
+// Who watches a session that is deleted hears all of another under its id.
+func TestHubRecordedAgain(t *testing.T) {
+	evicted := func(t *hubTest) { t.do(evict{"s", make(chan struct{}, 1)}) }
+	for name, remove := range map[string]func(*hubTest, *conn){
+		"live": func(t *hubTest, _ *conn) { evicted(t) },
+		"deleted in PostgreSQL": func(t *hubTest, _ *conn) {
+			time.Sleep(5 * time.Second)
+			t.settle(deleted, t.due()...)
+		},
+		"not in memory": func(t *hubTest, c *conn) {
+			t.do(finish{c})
+			t.settle(stored, t.due()...)
+			evicted(t)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			inHub(t, nil, func(t *hubTest) {
+				c, v := t.tracker("s"), t.viewer()
+				t.join(v, "s")
+				t.publish(c, "s", 5, 1)
+				remove(t, c)
+				t.messages(v)
+				again := t.conn(false)
+				t.attach(again, "s", claim{epoch: 1000})
+				t.publish(again, "s", 3, 1)
+				t.publish(again, "s", 4, 2)
+				got := t.messages(v)
+				if want := []string{"live s 0+3", "live s 3+4"}; !slices.Equal(got[max(0, len(got)-2):], want) {
+					t.Errorf("was sent %q, want %q at last", got, want)
+				}
+			})
+		})
+	}
+}
+
 // ---- snapshots, lists, the end ----
 
 // A tracker is asked for a full snapshot when the newest is old or missing, and
