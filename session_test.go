@@ -1654,6 +1654,28 @@ func TestHeartbeatsWhileWaiting(t *testing.T) {
 	s.nothingLeft()
 }
 
+// A tracker does not wait for the database without end: its peer may have gone,
+// which nobody sees meanwhile.
+func TestClaimTimeout(t *testing.T) {
+	t.Parallel()
+	proxy, through := proxyToDatabase(t, testDatabase(t), nil)
+	s := startInside(t, "DATABASE_URL="+through, "MESSAGE_TIMEOUT=500")
+	proxy.freeze()
+	defer proxy.thaw()
+	stays, goes := s.dialTracker(), s.dialTracker()
+	for _, c := range []*testConn{stays, goes} {
+		c.send("session_start", `{"sessionId":"s","resume":""}`)
+	}
+	waitUntil(t, "both are there", func() bool { return s.memory().trackers == 2 })
+	goes.CloseNow()
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+	defer cancel()
+	if m, err := receiveMessage(ctx, stays.Conn); websocket.CloseStatus(err) != websocket.StatusTryAgainLater {
+		t.Errorf("got %s, %v, want close code 1013", m.Type, err)
+	}
+	waitWithin(t, 5*time.Second, "the connections have ended", func() bool { return s.memory().trackers == 0 })
+}
+
 // A session that is deleted while it records: its tracker hears why.
 func TestDeletedWhileRecording(t *testing.T) {
 	t.Parallel()
