@@ -12,6 +12,7 @@ import (
 	"maps"
 	"net/http"
 	"regexp"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -1542,6 +1543,31 @@ func TestTinyEvents(t *testing.T) {
 	})
 	if limit := buffer + room + 2*int64(len(frame)); most > limit {
 		t.Errorf("%d KB of room were in use, want at most MAX_BUFFER_BYTES and a message, %d KB", most>>10, limit>>10)
+	}
+}
+
+// A small message that never ends keeps no large buffer, which its room would not
+// cover. No other test runs beside this one: it looks at the memory of all.
+func TestLargeBuffersAreFree(t *testing.T) {
+	s := startInside(t)
+	heap := func() int64 {
+		var m runtime.MemStats
+		runtime.GC() // twice: what a pool has outlives the first
+		runtime.GC()
+		runtime.ReadMemStats(&m)
+		return int64(m.HeapAlloc)
+	}
+	const rounds, size = 12, 1 << 20
+	large, text := s.dialTracker(), `{"type":"no_such_type","data":{"text":"`+strings.Repeat("x", size)+`"}}`
+	before := heap()
+	for i := range rounds {
+		large.sendRaw(text)
+		large.expect("error") // its buffer is free
+		rawWebSocket(t, s, "tracker").write(string(announce(1000)) + "a part of it")
+		waitUntil(t, "a part is read", func() bool { return s.used() == int64((i+1)*firstRead) })
+	}
+	if grown := heap() - before; grown > rounds*size/4 {
+		t.Errorf("%d parts of messages take %d KB", rounds, grown>>10)
 	}
 }
 
