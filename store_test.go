@@ -965,6 +965,32 @@ func TestStoreTouch(t *testing.T) {
 	}
 }
 
+// A session that was taken for an orphan, while its server could not reach the
+// database, is live again as soon as that touches it; under its own epoch only.
+func TestStoreTouchBringsBack(t *testing.T) {
+	st := newStoreTest(t)
+	epoch := st.begin("s").epoch
+	st.exec("update sessions set updated_at = now() - interval '1 hour'")
+	for _, server := range []struct {
+		name   string
+		live   map[string]int64
+		active bool
+	}{
+		{"another", map[string]int64{}, false},
+		{"one that had it before", map[string]int64{"s": epoch - 1}, false},
+		{"one that has it later", map[string]int64{"s": epoch + 1}, false},
+		{"its own", map[string]int64{"s": epoch}, true},
+		{"another, again", map[string]int64{}, true},
+	} {
+		if err := st.touch(t.Context(), server.live); err != nil {
+			t.Fatal(err)
+		}
+		if row, err := st.session(t.Context(), "s"); err != nil || row.isActive != server.active || (row.endedAt == nil) != server.active {
+			t.Errorf("%s touched it: active %v, ended at %v, error %v, want active %v", server.name, row.isActive, row.endedAt, err, server.active)
+		}
+	}
+}
+
 // While sessions are cleaned up, writers go on: none waits long.
 func TestStoreWriterBesideCleanup(t *testing.T) {
 	st := newStoreTest(t)
