@@ -110,14 +110,18 @@ async function track(t, id, data = {}) {
   const page = await browser.newPage();
   t.after(() => page.close());
   await page.goto(site);
-  await page.evaluate(([host, start]) => new Promise((done) => {
+  await page.evaluate((host) => new Promise((done) => {
     window.socket = new WebSocket(`ws://${host}/ws?type=tracker`);
     window.say = (type, body) => window.socket.send(JSON.stringify({ type, data: body }));
-    window.socket.onopen = () => done(window.say("session_start", start));
-  }), [h.host, { sessionId: id, userId: "live user", url: "https://shop.example/live", viewport: { width: 800, height: 600 }, ...data }]);
-  await until(async () => (await h.json("/sessions/active")).sessions.some((s) => s.sessionId === id), "the session to start");
+    window.socket.onopen = done;
+  }), h.host);
   const say = (type, body) => page.evaluate(([type, body]) => window.say(type, body), [type, body]);
-  return { say, send: (events) => say("events_batch", { events }), end: () => say("session_end", { sessionId: id }) };
+  const begin = async () => {
+    await say("session_start", { sessionId: id, userId: "live user", url: "https://shop.example/live", viewport: { width: 800, height: 600 }, ...data });
+    await until(async () => (await h.json("/sessions/active")).sessions.some((s) => s.sessionId === id), "the session to start");
+  };
+  await begin();
+  return { say, begin, send: (events) => say("events_batch", { events }), end: () => say("session_end", { sessionId: id }) };
 }
 
 test("an empty list leads to the demo and shows the tag to embed", async (t) => {
@@ -427,6 +431,47 @@ test("a live session: back in time, back to live, and then it is history", async
   await page.waitForFunction(() => window.player.state === "ended");
   await page.click("#play");
   await shows(page, "#clock", "1", 4000);
+});
+
+test("a session that comes back after its end is followed again", async (t) => {
+  const start = Date.now();
+  let tracker = await track(t, "comes-back");
+  await tracker.send(snapshot(start, 0));
+  const page = await open(t, "/view/comes-back");
+  await shows(page, "#clock", "0");
+  const follows = async (second) => {
+    await tracker.send([change(start, second)]);
+    await shows(page, "#clock", String(second), 4000);
+    assert.deepEqual([await text(page, "#badge"), await page.getAttribute("#live", "aria-pressed"), await text(page, "#note")], ["Live", "true", ""]);
+  };
+  await h.restart();
+  await says(page, "#note", /has ended/);
+  await page.waitForFunction(() => window.player.state === "ended");
+  tracker = await track(t, "comes-back");
+  await follows(1);
+
+  let answer; // what is asked at the end is answered when the session is back
+  const late = new Promise((done) => { answer = done; });
+  await page.route("**/sessions/comes-back", async (route) => {
+    const response = await route.fetch(), json = { ...await response.json(), isActive: false };
+    await late;
+    await route.fulfill({ response, json });
+  });
+  await tracker.end();
+  await says(page, "#note", /has ended/);
+  await tracker.begin();
+  await says(page, "#badge", /Live/);
+  const answered = page.waitForResponse("**/sessions/comes-back");
+  answer();
+  await (await answered).finished();
+  await follows(2);
+
+  await tracker.end();
+  await says(page, "#note", /has ended/);
+  await page.keyboard.press("ArrowLeft"); // who looks at the past is left there
+  await tracker.begin();
+  await says(page, "#badge", /Live/);
+  assert.equal(await page.getAttribute("#live", "aria-pressed"), "false");
 });
 
 test("a live session without a snapshot waits for it, in words", async (t) => {
