@@ -485,6 +485,29 @@ test("a live session without a snapshot waits for it, in words", async (t) => {
   assert.equal(await text(page, "#message"), "");
 });
 
+test("a first snapshot that came while the connection was lost is shown", async (t) => {
+  const start = Date.now();
+  const tracker = await track(t, "missed-snapshot");
+  await tracker.send([change(start, 0)]);
+  const page = await open(t);
+  const wires = [];
+  let there;
+  const stored = new Promise((done) => { there = done; });
+  await page.routeWebSocket(/\/ws/, async (ws) => {
+    if (wires.push(ws) > 1) await stored;
+    ws.connectToServer();
+  });
+  await page.goto(`${h.url}/view/missed-snapshot`);
+  await says(page, "#message", /Waiting/);
+  await wires[0].close({ code: 4999 });
+  await tracker.send(snapshot(start, 1));
+  await until(async () => (await h.json("/sessions/missed-snapshot")).snapshotIndex === 2, "the snapshot");
+  there();
+  await shows(page, "#clock", "1", 4000);
+  await tracker.send([change(start, 2)]);
+  await shows(page, "#clock", "2", 4000);
+});
+
 test("a lost connection is told, and mended", async (t) => {
   const tracker = await track(t, "cut-off");
   const start = Date.now();
