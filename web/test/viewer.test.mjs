@@ -508,6 +508,23 @@ test("a first snapshot that came while the connection was lost is shown", async 
   await shows(page, "#clock", "2", 4000);
 });
 
+test("a session without any event says so; its first one is shown, whatever time was asked for", async (t) => {
+  const start = Date.now();
+  const tracker = await track(t, "nothing");
+  const page = await open(t, "/view/nothing?t=0");
+  await says(page, "#message", /Waiting/, 3000);
+  await tracker.end();
+  await says(page, "#message", /Nothing was recorded/, 3000);
+  await page.reload();
+  await says(page, "#message", /Nothing was recorded/, 3000);
+  await tracker.begin();
+  await page.reload();
+  await says(page, "#message", /Waiting/, 3000);
+  await tracker.send([...snapshot(start, 0), change(start, 1)]);
+  await shows(page, "#clock", "1", 4000);
+  assert.equal(await text(page, "#message"), "");
+});
+
 test("a lost connection is told, and mended", async (t) => {
   const tracker = await track(t, "cut-off");
   const start = Date.now();
