@@ -307,6 +307,37 @@ test("a deep link and seeking load only what they need", async (t) => {
   assert.ok(chunks.length <= 7 && Math.min(...minutes(second)) === 0, `loaded minutes ${minutes(second)} from 1:00:00 on`);
 });
 
+test("what cannot be loaded leaves what is shown, to go on with", async (t) => {
+  await store("partly-away", clockChunks(Date.now() - 3600_000, 8));
+  const page = await open(t);
+  let away = true;
+  await page.route(/\/chunks\/362\b/, (route) => (away ? route.fulfill({ status: 404 }) : route.continue())); // the seventh minute
+  const scanned = page.waitForResponse(/\/chunks\/362\b/); // for its marks
+  await page.goto(`${h.url}/view/partly-away`);
+  await page.waitForFunction(() => window.player?.state === "playing");
+  await scanned;
+  await sleep(100);
+  assert.equal(await text(page, "#note"), "");
+  const seek = () => page.evaluate(() => {
+    const slider = document.getElementById("seek");
+    slider.value = 400_000; // its snapshot is in the minute before
+    slider.dispatchEvent(new Event("change"));
+  });
+  await seek();
+  await says(page, "#note", /There is no such session/);
+  await seek();
+  await page.waitForFunction(() => window.player.state === "paused");
+  assert.equal(await text(page, "#play"), "Play");
+  assert.equal(await page.locator("#stage .scene").count(), 1);
+  const before = Number(await recorded(page, "#clock"));
+  await page.click("#play");
+  await shows(page, "#clock", String(before + 2), 4000);
+  away = false;
+  await seek();
+  await shows(page, "#clock", "400");
+  assert.equal(await page.locator("#stage .scene").count(), 1);
+});
+
 test("playing a large session holds a window of it", async (t) => {
   // 40 MB in 40 s, with one full snapshot only, at its beginning.
   const start = Date.now() - 3600_000;
