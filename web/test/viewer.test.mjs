@@ -556,6 +556,19 @@ test("a session without any event says so; its first one is shown, whatever time
   assert.equal(await text(page, "#message"), "");
 });
 
+test("live replay goes on when the recorded computer’s clock is set back", async (t) => {
+  const start = Date.now();
+  const tracker = await track(t, "clock-back");
+  await tracker.send([...snapshot(start, 120), change(start, 125)]);
+  const page = await open(t, "/view/clock-back");
+  await shows(page, "#clock", "125");
+  for (let i = 1; i <= 25; i++) { // more batches than their lags are remembered
+    await tracker.send([change(start, i / 10)]);
+    await sleep(60);
+  }
+  await shows(page, "#clock", "2.5", 3000);
+});
+
 test("a lost connection is told, and mended", async (t) => {
   const tracker = await track(t, "cut-off");
   const start = Date.now();
