@@ -569,6 +569,20 @@ test("live replay goes on when the recorded computer’s clock is set back", asy
   await shows(page, "#clock", "2.5", 3000);
 });
 
+test("a live session that could not be deleted is shown further", async (t) => {
+  const start = Date.now();
+  const tracker = await track(t, "undeleted");
+  await tracker.send(snapshot(start, 0));
+  const page = await open(t, "/view/undeleted");
+  await shows(page, "#clock", "0");
+  await page.route("**/sessions/undeleted", (route) => (route.request().method() === "DELETE" ? route.fulfill({ status: 503 }) : route.continue()));
+  page.once("dialog", (d) => d.accept());
+  await page.click("#delete");
+  await says(page, "#note", /It was not deleted/);
+  await tracker.send([change(start, 1)]);
+  await shows(page, "#clock", "1", 4000);
+});
+
 test("a lost connection is told, and mended", async (t) => {
   const tracker = await track(t, "cut-off");
   const start = Date.now();
