@@ -145,6 +145,15 @@ test("live sessions appear first and by themselves, and become recorded ones", a
   assert.equal(await page.locator("#live tr").count(), 0);
 });
 
+test("a narrow list does not scroll sideways", async (t) => {
+  await track(t, "narrow-live");
+  await store("narrow-past", [snapshot(Date.now(), 0)]);
+  const page = await open(t, "/", { viewport: { width: 390, height: 800 } });
+  await page.waitForSelector("#live a");
+  await page.waitForSelector("#past a");
+  assert.equal(await page.evaluate(() => document.documentElement.scrollWidth), 390);
+});
+
 test("10,000 sessions are listed in pages", async (t) => {
   await h.sql(`insert into sessions (session_id, user_id, url, metadata, is_active, created_at, ended_at, event_count, first_event_time, last_event_time)
     select 'many-' || n, 'user ' || n, 'https://shop.example/' || n, json_build_object('url', 'https://shop.example/' || n), false,
