@@ -501,6 +501,30 @@ test("errors, identify, and a page's own navigation", async (t) => {
   assert.deepEqual(about.metadata.traits, { plan: "large" });
 });
 
+test("traits that JSON cannot hold change nothing", async (t) => {
+  const page = await visit(t, embed("/traits", "<p>traits", "data-user=ann"));
+  const id = await established(page);
+  await page.evaluate(() => {
+    const circular = {};
+    circular.self = circular;
+    window.sessionReplay.identify("bob", { plan: "small", circular });
+    window.sessionReplay.identify("bob", { plan: "small", number: 10n });
+  });
+  assert.equal(page.wrong.length, 2);
+  await mark(page, 3);
+  const reconnected = page.waitForEvent("websocket");
+  await page.evaluate(() => window.dispatchEvent(new Event("offline")));
+  await reconnected;
+  await mark(page, 3);
+  await arrived(page, id);
+  const { userId, metadata } = await h.json(`/sessions/${id}`);
+  assert.deepEqual([userId, metadata.traits ?? {}], ["ann", {}]);
+
+  const later = await visit(t, embed("/traits2", "<p>traits", "data-autostart=false"));
+  await later.evaluate(() => { window.sessionReplay.identify("bob", { number: 10n }); window.sessionReplay.start(); });
+  await established(later);
+});
+
 test("what the server may say", async (t) => {
   const page = await visit(t);
   let wire;
