@@ -106,8 +106,8 @@ export class Player {
     if (turn !== this.turn) return null;
     if (!start) return this.setState(this.recording.isActive ? 'waiting' : 'empty');
     const scene = new Scene(this.stage, this.recording.info.metadata?.viewport, () => this.broken());
-    this.mark(scene.add(start));
     try {
+      this.mark(scene.add(start));
       while (scene.end <= time) {
         const piece = await this.recording.read(scene.next);
         if (turn !== this.turn) return scene.destroy();

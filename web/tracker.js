@@ -662,7 +662,10 @@ function start(given) {
   const join = (selector, more) => (more ? `${selector}, ${more}` : selector);
   maskSelector = join("[data-replay-mask], textarea, [contenteditable]:not([contenteditable=false i])", options.maskText);
   blockSelector = join("[data-replay-block]", options.blockSelector);
-  document.querySelector(`${maskSelector}, ${blockSelector}`); // throws if one is malformed: then nothing is recorded
+  // These throw if a selector is malformed, or JSON cannot hold what is said of
+  // the user: then nothing is recorded.
+  document.querySelector(`${maskSelector}, ${blockSelector}`);
+  toText([options.user, options.traits]);
   if (!sampled()) return;
   if (document.prerendering) return document.addEventListener("prerenderingchange", safe(() => start(given)), { once: true });
   wanted = true;

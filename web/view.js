@@ -28,7 +28,6 @@ function waiting(ms) { note(ms ? inWaiting(ms) : 'Connected again.'); }
 
 function failed(err) {
   const gone = err instanceof HttpError && err.status === 404;
-  if (gone) feed?.close();
   const text = gone ? 'There is no such session. It may have been deleted. ' : `This cannot be loaded: ${err.message}. `;
   if (player?.scene) note(text);
   else message(text, el('a', { href: '/', textContent: 'All sessions' }));
@@ -210,13 +209,11 @@ function key(e) {
 
 async function remove() {
   if (!confirm('Delete this session? It cannot be brought back.')) return;
-  feed?.close();
   try {
     await request(recording.path, { method: 'DELETE' });
     location.assign('/');
   } catch (err) {
     note(`It was not deleted: ${err.message}`);
-    if (recording.isActive) watch();
   }
 }
 
