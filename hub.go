@@ -973,7 +973,7 @@ func (h *hubState) settle(f *flush) {
 
 // committed keeps what is stored as the session's tail and acks it.
 func (h *hubState) committed(s *session, f *flush) {
-	s.durable, s.flush = f.after, nil
+	s.durable, s.flush, s.doubted = f.after, nil, false
 	for _, r := range f.reports {
 		h.budget.give(r.room)
 	}
