@@ -48,11 +48,11 @@ function describe() {
   $.title.title = words(meta.url);
   const size = meta.viewport ? `${words(meta.viewport.width)} × ${words(meta.viewport.height)}` : undefined;
   const known = {
-    User: info.userId, Page: meta.url, 'Came from': meta.referrer, Started: when(recording.start ?? info.createdAt),
+    User: info.userId, Page: meta.url, 'First page': meta.entryUrl, 'Came from': meta.referrer, Started: when(recording.start ?? info.createdAt),
     Duration: clock(length()), Events: count(recording.total), Window: size, 'Time zone': meta.timeZone,
     Browser: meta.userAgent, Session: id,
   };
-  const told = ['sessionId', 'userId', 'url', 'referrer', 'startTime', 'viewport', 'timeZone', 'userAgent'];
+  const told = ['sessionId', 'userId', 'url', 'entryUrl', 'referrer', 'startTime', 'viewport', 'timeZone', 'userAgent'];
   const others = Object.entries(meta).filter(([name]) => !told.includes(name)).slice(0, 50);
   const rows = [...Object.entries(known), ...others].filter(([, v]) => v !== undefined && v !== null && v !== '');
   for (const [name, value] of rows) fact(name, words(value));
