@@ -1115,7 +1115,7 @@ func (s *server) catch(where string) {
 // Back pressure.
 
 // budget is MAX_BUFFER_BYTES: the room that everything received and not yet
-// committed, and the tails, may take. Readers take room before they read and
+// committed, the tails, and sessions with their metadata may take. Readers take room before they read and
 // wait when there is none; the hub gives it back.
 type budget struct {
 	mu         sync.Mutex
