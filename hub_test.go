@@ -973,6 +973,26 @@ func TestHubOvertaken(t *testing.T) {
 	})
 }
 
+// A flush that is stored in the end was no other server's: the next refusal is
+// the first one again, and what is in memory is told.
+func TestHubOvertakenForNothing(t *testing.T) {
+	inHub(t, nil, func(t *hubTest) {
+		c := t.tracker("s")
+		for seq := range int64(2) {
+			t.publish(c, "s", 1, seq+1)
+			time.Sleep(5 * time.Second)
+			t.settle(overtaken, t.due()...)
+			t.heard(c)
+			time.Sleep(time.Second)
+			t.settle(stored, t.due()...)
+			t.heard(c, fmt.Sprintf("ack s %d", seq+1))
+			if !t.find("s", 0, 9).ok {
+				t.Error("it is not in memory")
+			}
+		}
+	})
+}
+
 // Viewers that have seen events which were lost with another server's claim see
 // none of them twice when the tracker sends them again.
 func TestHubNoEventTwice(t *testing.T) {

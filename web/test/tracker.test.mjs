@@ -524,7 +524,9 @@ test("traits that JSON cannot hold change nothing", async (t) => {
   assert.deepEqual([userId, metadata.traits ?? {}], ["ann", {}]);
 
   const later = await visit(t, embed("/traits2", "<p>traits", "data-autostart=false"));
-  await later.evaluate(() => { window.sessionReplay.identify("bob", { number: 10n }); window.sessionReplay.start(); });
+  await later.evaluate(() => { window.sessionReplay.identify("bob", { number: 10n }); window.sessionReplay.start({ traits: { number: 10n } }); });
+  assert.deepEqual([later.wrong.length, await later.evaluate(() => window.sessionReplay.sessionId ?? null)], [2, null], "start() says so too");
+  await later.evaluate(() => window.sessionReplay.start({ traits: { number: 10 } }));
   await established(later);
 });
 

@@ -631,6 +631,17 @@ test("a session that is deleted while it plays is played as far as it is here", 
   await shows(page, "#clock", "179");
 });
 
+test("a session that is recorded anew under the id of a deleted one is not taken for it", async (t) => {
+  const first = Date.now() - 3600_000;
+  await store("again", [[...snapshot(first, 0), change(first, 7)]]);
+  const page = await open(t, "/view/again?t=7"); // its chunk stays in the browser's cache
+  await shows(page, "#clock", "7");
+  await h.sql("delete from sessions where session_id = 'again'");
+  await store("again", [[...snapshot(first, 0), change(first, 8)]]);
+  await page.goto(`${h.url}/view/again?t=8`);
+  await shows(page, "#clock", "8");
+});
+
 test("signing in and out", async (t) => {
   await h.restart({ ACCESS_TOKEN: "correct horse" });
   await store("behind-the-door", [snapshot(Date.now(), 0)]);
