@@ -5,6 +5,9 @@
 PREFIX   = /usr/local
 UNITDIR  = $(if $(DESTDIR),/lib/systemd/system,/etc/systemd/system)
 FUZZTIME = 1m
+# The toolchain that go.mod names comes through the module proxy where the
+# installed Go is older.
+export GOTOOLCHAIN = auto
 VERSION := $(shell git describe --tags --always --dirty 2>/dev/null)
 STAMP    = $(if $(VERSION),-ldflags '-X main.stamped=$(VERSION)',-buildvcs=false)
 

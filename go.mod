@@ -1,6 +1,8 @@
 module session-replay
 
-go 1.26
+go 1.27
+
+toolchain go1.27.1
 
 require (
 	github.com/jackc/pgx/v5 v5.12.0

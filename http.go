@@ -17,7 +17,6 @@ import (
 	"net/http"
 	"net/url"
 	"path"
-	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -706,9 +705,6 @@ func newAsset(name string, body []byte) asset {
 	return asset{body, zipped.Bytes(), types[path.Ext(name)] + "; charset=utf-8", `"` + hex.EncodeToString(sum[:8]) + `"`}
 }
 
-// comments are the lines of a script that visitors need not download.
-var comments = regexp.MustCompile(`(?m)^\s*//.*\n`)
-
 // assets are the embedded files by their base names, and whether the recorder is
 // among them. The tracker is put together here: rrweb's recorder and ours, in a
 // function of their own, so that the recorder's bundle finds neither the page's
@@ -726,7 +722,8 @@ var assets = sync.OnceValues(func() (map[string]asset, bool) {
 	script := []byte(`console.warn("session-replay: the recorder was not bundled: run 'make web' and build again");`)
 	if bundled {
 		script = []byte("(function(){var module={exports:{}},exports=module.exports,define;" + string(recorder.body) +
-			"\n;var rrwebRecord=module.exports;" + comments.ReplaceAllString(string(files["tracker.js"].body), "") + "})();")
+			"\n;var rrwebRecord=module.exports;(()=>{\"use strict\";" + string(files["tracker-privacy.js"].body) +
+			string(files["tracker-picture.js"].body) + string(files["tracker.js"].body) + "})()})();")
 	}
 	files["tracker.js"] = newAsset("tracker.js", script)
 	return files, bundled
