@@ -3,24 +3,22 @@ package main
 import (
 	"bufio"
 	"bytes"
-	"compress/gzip"
 	"context"
-	"crypto/sha256"
-	"embed"
-	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io/fs"
 	"log/slog"
+	"maps"
 	"net"
 	"net/http"
 	"net/url"
-	"path"
+	"runtime"
+	rt "runtime/metrics"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"nhooyr.io/websocket"
@@ -683,117 +681,68 @@ func (s *server) handleStats(w http.ResponseWriter, r *http.Request) {
 	})
 }
 
-// The browser's side.
-
-//go:embed web/*.html web/*.js web/*.css web/dist
-var web embed.FS
-
-// asset is an embedded file, ready to be served.
-type asset struct {
-	body, zipped []byte
-	contentType  string
-	etag         string
+// metric is a line of /metrics. Those of one name, with different labels, stand
+// together.
+type metric struct {
+	name, help, kind string
+	value            float64
 }
 
-func newAsset(name string, body []byte) asset {
-	sum := sha256.Sum256(body)
-	types := map[string]string{".html": "text/html", ".js": "text/javascript", ".css": "text/css"}
-	var zipped bytes.Buffer
-	z, _ := gzip.NewWriterLevel(&zipped, gzip.BestCompression)
-	z.Write(body)
-	z.Close()
-	return asset{body, zipped.Bytes(), types[path.Ext(name)] + "; charset=utf-8", `"` + hex.EncodeToString(sum[:8]) + `"`}
+func (s *server) metricsNow() []metric {
+	st, m := s.stats(), s.metrics
+	memory := []rt.Sample{{Name: "/memory/classes/heap/objects:bytes"}, {Name: "/memory/classes/total:bytes"}}
+	rt.Read(memory)
+	n := func(c *atomic.Int64) float64 { return float64(c.Load()) }
+	const counter, gauge = "counter", "gauge"
+	all := []metric{
+		{`session_replay_connections{type="tracker"}`, "WebSockets that are open.", gauge, float64(st.trackers)},
+		{`session_replay_connections{type="viewer"}`, "", gauge, float64(st.viewers)},
+		{"session_replay_sessions_live", "Sessions that are being recorded.", gauge, float64(st.live)},
+		{"session_replay_sessions_in_memory", "Those, and ended ones that are not wholly stored.", gauge, float64(st.sessions)},
+		{"session_replay_sessions_started_total", "Sessions begun or continued.", counter, n(&m.sessionsStarted)},
+		{"session_replay_sessions_deleted_total", "Sessions deleted for their age or MAX_STORAGE_BYTES.", counter, n(&m.sessionsDeleted)},
+		{"session_replay_sessions_refused_total", "Sessions given up because PostgreSQL refused their data.", counter, n(&m.refusedSessions)},
+		{"session_replay_events_received_total", "Events accepted.", counter, n(&m.eventsIn)},
+		{"session_replay_received_bytes_total", "JSON of these.", counter, n(&m.bytesIn)},
+		{"session_replay_events_stored_total", "Events committed.", counter, n(&m.eventsStored)},
+		{"session_replay_stored_bytes_total", "Chunks of these, compressed.", counter, n(&m.bytesStored)},
+		{"session_replay_acks_total", "Acks sent; one may stand for many batches.", counter, n(&m.acks)},
+		{"session_replay_oldest_pending_seconds", "Age of the oldest event not committed.", gauge, st.oldest.Seconds()},
+		{"session_replay_buffer_bytes", "Memory in use of MAX_BUFFER_BYTES.", gauge, float64(int64(s.cfg.maxBufferBytes) - s.budget.left())},
+		{"session_replay_buffer_limit_bytes", "MAX_BUFFER_BYTES.", gauge, float64(s.cfg.maxBufferBytes)},
+		{"session_replay_tail_bytes", "Memory in use for events that are committed.", gauge, float64(st.tailBytes)},
+		{"session_replay_viewers_lagged_total", "Times that a viewer was too slow.", counter, n(&m.viewersLagged)},
+		{"session_replay_database_errors_total", "Transactions and questions that failed.", counter, n(&m.databaseErrors)},
+		{"session_replay_log_write_errors_total", "Lines that did not reach a log file.", counter, float64(s.logs.writeErrors())},
+		{"go_goroutines", "Goroutines.", gauge, float64(runtime.NumGoroutine())},
+		{"go_memstats_alloc_bytes", "Memory of Go objects.", gauge, float64(memory[0].Value.Uint64())},
+		{"go_memstats_sys_bytes", "Memory taken from the system.", gauge, float64(memory[1].Value.Uint64())},
+		{"process_start_time_seconds", "Start, in seconds since 1970.", gauge, float64(s.started.Unix())},
+	}
+	refused := m.refused()
+	for _, reason := range slices.Sorted(maps.Keys(refused)) {
+		all = append(all, metric{`session_replay_refusals_total{reason="` + reason + `"}`, "Requests, messages and connections refused.", counter,
+			float64(refused[reason])})
+	}
+	return all
 }
 
-// assets are the embedded files by their base names, and whether the recorder is
-// among them. The tracker is put together here: rrweb's recorder and ours, in a
-// function of their own, so that the recorder's bundle finds neither the page's
-// globals nor its module loader.
-var assets = sync.OnceValues(func() (map[string]asset, bool) {
-	files := map[string]asset{}
-	fs.WalkDir(web, "web", func(name string, d fs.DirEntry, err error) error {
-		if err == nil && !d.IsDir() && path.Ext(name) != ".txt" {
-			body, _ := web.ReadFile(name)
-			files[path.Base(name)] = newAsset(name, body)
+// handleMetrics answers in Prometheus' text format 0.0.4,
+// https://prometheus.io/docs/instrumenting/exposition_formats/.
+func (s *server) handleMetrics(w http.ResponseWriter, r *http.Request) {
+	var out bytes.Buffer
+	before := ""
+	for _, m := range s.metricsNow() {
+		if name, _, _ := strings.Cut(m.name, "{"); name != before {
+			fmt.Fprintf(&out, "# HELP %s %s\n# TYPE %[1]s %[3]s\n", name, m.help, m.kind)
+			before = name
 		}
-		return err
-	})
-	recorder, bundled := files["rrweb-record.js"]
-	script := []byte(`console.warn("session-replay: the recorder was not bundled: run 'make web' and build again");`)
-	if bundled {
-		script = []byte("(function(){var module={exports:{}},exports=module.exports,define;" + string(recorder.body) +
-			"\n;var rrwebRecord=module.exports;(()=>{\"use strict\";" + string(files["tracker-privacy.js"].body) +
-			string(files["tracker-picture.js"].body) + string(files["tracker.js"].body) + "})()})();")
+		fmt.Fprintf(&out, "%s %v\n", m.name, m.value)
 	}
-	files["tracker.js"] = newAsset("tracker.js", script)
-	return files, bundled
-})
-
-func (s *server) serve(w http.ResponseWriter, r *http.Request, name, cache string) {
-	a, ok := s.files[name]
-	if !ok {
-		s.fail(w, r, http.StatusNotFound, "no such file", nil)
-		return
-	}
-	h := w.Header()
-	h.Set("Content-Type", a.contentType)
-	h.Set("Cache-Control", cache)
-	h.Set("ETag", a.etag)
-	h.Add("Vary", "Accept-Encoding")
-	if r.Header.Get("If-None-Match") == a.etag {
-		w.WriteHeader(http.StatusNotModified)
-		return
-	}
-	body := a.body
-	if strings.Contains(r.Header.Get("Accept-Encoding"), "gzip") {
-		h.Set("Content-Encoding", "gzip")
-		body = a.zipped
-	}
-	h.Set("Content-Length", strconv.Itoa(len(body)))
-	w.Write(body)
-}
-
-const (
-	// viewerPolicy keeps what was recorded, which may be hostile, from running
-	// scripts, sending requests and reaching the viewer's session.
-	viewerPolicy = "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src data:; " +
-		"font-src data:; connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
-	demoPolicy = "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; " +
-		"connect-src 'self' ws: wss:; form-action 'self'; base-uri 'none'"
-)
-
-func (s *server) page(w http.ResponseWriter, r *http.Request, name, policy string) {
-	w.Header().Set("Content-Security-Policy", policy)
-	w.Header().Set("Referrer-Policy", "no-referrer")
-	s.serve(w, r, name, "no-cache")
-}
-
-func (s *server) handleRoot(w http.ResponseWriter, r *http.Request) {
-	if isBrowser(r) {
-		s.page(w, r, "index.html", viewerPolicy)
-		return
-	}
-	s.write(w, http.StatusOK, map[string]any{
-		"name": "session-replay", "version": version(),
-		"endpoints": map[string]string{"websocket": "/ws", "health": "/health", "stats": "/stats", "activeSessions": "/sessions/active",
-			"sessionEvents": "/sessions/:sessionId/events", "cleanup": "/sessions/cleanup"},
-		"documentation": "README.md", "signedIn": s.access.signedIn(r),
-	})
-}
-
-func (s *server) handleView(w http.ResponseWriter, r *http.Request) {
-	s.page(w, r, "view.html", viewerPolicy)
-}
-func (s *server) handleDemo(w http.ResponseWriter, r *http.Request) {
-	s.page(w, r, "demo.html", demoPolicy)
-}
-
-func (s *server) handleAsset(w http.ResponseWriter, r *http.Request) {
-	s.serve(w, r, r.PathValue("file"), "no-cache")
-}
-
-func (s *server) handleTracker(w http.ResponseWriter, r *http.Request) {
-	w.Header().Set("Access-Control-Allow-Origin", "*")
-	w.Header().Set("Cross-Origin-Resource-Policy", "cross-origin")
-	s.serve(w, r, "tracker.js", "public, max-age=3600")
+	s.metrics.mu.Lock()
+	s.metrics.seconds.write(&out, "session_replay_batch_seconds", "Time to compress and commit a batch, or to fail.")
+	s.metrics.size.write(&out, "session_replay_batch_bytes", "JSON in a batch.")
+	s.metrics.mu.Unlock()
+	w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+	w.Write(out.Bytes())
 }
