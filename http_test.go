@@ -149,15 +149,15 @@ func TestRESTRefusals(t *testing.T) {
 		{"DELETE /sessions/cleanup?maxAgeHours=", 200, ""},
 		{"GET /ws?type=nobody", 400, ""},
 		{"GET /ws", 426, ""},
-		{"POST /health", 405, "GET"},
-		{"POST /sessions/old", 405, "GET, DELETE"},
-		{"PUT /sessions/old/events", 405, "GET"},
-		{"POST /sessions/cleanup", 405, "GET, DELETE"},
-		{"PATCH /", 405, "GET"},
+		{"POST /health", 405, "GET, HEAD"},
+		{"POST /sessions/old", 405, "DELETE, GET, HEAD"},
+		{"PUT /sessions/old/events", 405, "GET, HEAD"},
+		{"POST /sessions/cleanup", 405, "DELETE, GET, HEAD"},
+		{"PATCH /", 405, "GET, HEAD"},
 		{"GET /signin", 405, "POST"},
-		{"HACK /sessions", 405, "GET"},
-		{"DELETE /sessions/old/events", 405, "GET"},
-		{"OPTIONS /sessions", 405, "GET"},
+		{"HACK /sessions", 405, "GET, HEAD"},
+		{"DELETE /sessions/old/events", 405, "GET, HEAD"},
+		{"OPTIONS /sessions", 405, "GET, HEAD"},
 	}
 	for _, tt := range tests {
 		method, path, _ := strings.Cut(tt.request, " ")
@@ -603,9 +603,9 @@ func TestRESTAssets(t *testing.T) {
 func TestRESTPanic(t *testing.T) {
 	dir := t.TempDir()
 	logs := openLogs(logConfig{dir: dir}, io.Discard, io.Discard, false)
-	s := &server{logs: logs, log: logs.app}
-	w := httptest.NewRecorder()
-	s.recovered(http.HandlerFunc(func(http.ResponseWriter, *http.Request) { panic("of the test") })).ServeHTTP(w, httptest.NewRequest("GET", "/", nil))
+	s := &server{logs: logs, log: logs.app, access: newAccess(accessConfig{}, "127.0.0.1", "80", logs.app)}
+	w, r := httptest.NewRecorder(), httptest.NewRequest("GET", "/health", nil)
+	s.routes().ServeHTTP(w, r) // a server without a hub
 	if w.Code != 500 || w.Body.String() != `{"error":"internal error"}` {
 		t.Errorf("got %d %s, want 500 and an error", w.Code, w.Body)
 	}
@@ -614,7 +614,7 @@ func TestRESTPanic(t *testing.T) {
 	if len(files) != 1 {
 		t.Fatalf("got the exceptions logs %v, want one", files)
 	}
-	if text, err := os.ReadFile(files[0]); err != nil || !strings.Contains(string(text), "of the test") || !strings.Contains(string(text), "http_test.go") {
+	if text, err := os.ReadFile(files[0]); err != nil || !strings.Contains(string(text), "nil pointer") || !strings.Contains(string(text), "handleHealth") {
 		t.Errorf("got %q, %v, want the panic and where it was", text, err)
 	}
 }

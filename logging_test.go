@@ -204,27 +204,7 @@ func TestLogMidnight(t *testing.T) {
 		}
 		wantLogs(t, dir, "application-"+first+".log", "error-"+first+".log",
 			"application-"+second+".log", "error-"+second+".log", "exceptions-"+second+".log",
-			"application-"+third+".log")
-	})
-}
-
-// TestLogMidnightWrite writes right after midnight, before anything else can
-// have noticed the new day.
-func TestLogMidnightWrite(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		dir := t.TempDir()
-		l := &logs{logConfig: logConfig{dir: dir}, stderr: io.Discard}
-		log := slog.New(l.handler(applicationLog, slog.LevelInfo))
-		var want []string
-		for range 2 {
-			log.Info("line")
-			want = append(want, "application-"+logDay()+".log")
-			nextLogDay()
-		}
-		wantLogs(t, dir, want...)
-		for _, f := range l.files {
-			f.close()
-		}
+			"application-"+third+".log", "exceptions-"+third+".log")
 	})
 }
 
@@ -272,7 +252,7 @@ func TestLogNumbersGoOnAfterZipped(t *testing.T) {
 		"2026-01-02": "application-2026-01-02.11.log",
 		"2026-01-03": "application-2026-01-03.77.log",
 	} {
-		if got, err := l.newest(applicationLog, day, 10); got != want || err != nil {
+		if got, _, err := l.newest(applicationLog, day, 10); got != want || err != nil {
 			t.Errorf("newest: got %q, %v, want %q", got, err, want)
 		}
 	}
@@ -346,21 +326,6 @@ func TestLogRetention(t *testing.T) {
 	}
 }
 
-// TestLogRetentionOverDays lets time pass instead of making old files.
-func TestLogRetentionOverDays(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		dir := t.TempDir()
-		l, _, _ := testLogs(t, logConfig{dir: dir, maxAge: 24 * time.Hour})
-		var days []string
-		for range 4 {
-			l.app.Info("line")
-			days = append(days, logDay())
-			nextLogDay()
-		}
-		wantLogs(t, dir, "application-"+days[3]+".log", "exceptions-"+logDay()+".log")
-	})
-}
-
 func unzipLog(t *testing.T, elem ...string) string {
 	t.Helper()
 	r, err := gzip.NewReader(strings.NewReader(readLog(t, elem...)))
@@ -410,38 +375,6 @@ func TestLogZipped(t *testing.T) {
 			t.Errorf("write errors: got %d, want 0", got)
 		}
 	})
-}
-
-// TestLogZipStops closes the logs while a file is being zipped.
-func TestLogZipStops(t *testing.T) {
-	dir := t.TempDir()
-	name := "application-2001-01-01.log"
-	f, err := os.Create(filepath.Join(dir, name))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := errors.Join(f.Truncate(16<<30), f.Close()); err != nil { // a hole: minutes to zip
-		t.Fatal(err)
-	}
-	l, _, stderr := testLogs(t, logConfig{dir: dir, zipped: true})
-	start := time.Now()
-	for len(logNames(t, dir)) < 3 { // with the exceptions file and the zipped one
-		if time.Since(start) > 30*time.Second {
-			t.Fatal("got no zipped file")
-		}
-		time.Sleep(time.Millisecond)
-	}
-	start = time.Now()
-	if err := l.Close(); err != nil {
-		t.Fatal(err)
-	}
-	if took := time.Since(start); took > 5*time.Second {
-		t.Errorf("close took %v", took)
-	}
-	wantLogs(t, dir, name)
-	if stderr.Len() > 0 {
-		t.Errorf("stderr: got %q, want nothing", stderr)
-	}
 }
 
 func wantLogWarnings(t *testing.T, stderr *bytes.Buffer, want int) {
@@ -531,27 +464,6 @@ func TestLogFullDisk(t *testing.T) {
 	})
 }
 
-// TestLogRest shows that a file that fails is not tried again for every line.
-func TestLogRest(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		dir := filepath.Join(t.TempDir(), "logs")
-		putLog(t, filepath.Dir(dir), "logs", "in the way")
-		l, _, _ := testLogs(t, logConfig{dir: dir})
-		l.app.Info("lost")
-		if err := os.Remove(dir); err != nil {
-			t.Fatal(err)
-		}
-		time.Sleep(time.Second)
-		l.app.Info("lost too")
-		if _, err := os.Stat(dir); !errors.Is(err, os.ErrNotExist) {
-			t.Errorf("directory: got %v, want that it was not tried again", err)
-		}
-		nextLogMinute()
-		l.app.Info("kept")
-		wantLogMessages(t, filepath.Join(dir, "application-"+logDay()+".log"), "kept")
-	})
-}
-
 func TestLogRemovedWhileWritten(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		dir := filepath.Join(t.TempDir(), "logs")
@@ -576,26 +488,6 @@ func TestLogRemovedWhileWritten(t *testing.T) {
 			t.Errorf("stderr: got %q, want nothing", stderr)
 		}
 	})
-}
-
-func TestLogCutLine(t *testing.T) {
-	dir := t.TempDir()
-	for name, content := range map[string]string{"cut": `{"msg":"o`, "whole": "{\"msg\":\"one\"}\n", "empty": ""} {
-		putLog(t, dir, name, content)
-		f, err := os.OpenFile(filepath.Join(dir, name), os.O_RDWR|os.O_APPEND, 0)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if _, err := endLine(f); err != nil {
-			t.Fatal(err)
-		}
-		f.Close()
-	}
-	for name, want := range map[string]string{"cut": "{\"msg\":\"o\n", "whole": "{\"msg\":\"one\"}\n", "empty": ""} {
-		if got := readLog(t, dir, name); got != want {
-			t.Errorf("%s: got %q, want %q", name, got, want)
-		}
-	}
 }
 
 // TestLogConcurrent writes from many goroutines over many files: each line is
@@ -671,34 +563,6 @@ func TestLogCrash(t *testing.T) {
 	} {
 		if n := strings.Count(got, text); n < want {
 			t.Errorf("exceptions file: got %q %d times, want %d:\n%s", text, n, want, got)
-		}
-	}
-}
-
-func TestParseLogSize(t *testing.T) {
-	for s, want := range map[string]int64{
-		"20m": 20 << 20, "500k": 500 << 10, "1g": 1 << 30, "1G": 1 << 30, "1048577": 1048577, "8589934591g": 8589934591 << 30,
-		"": 0, "0": 0, "0m": 0, "m": 0, "-1m": 0, "+1m": 0, "1.5m": 0, "20mb": 0, "20mk": 0, "20 m": 0, "1t": 0, "0x10": 0, "1_000": 0,
-		"8589934592g": 0, "9223372036854775808": 0, "99999999999999999999k": 0,
-	} {
-		if got, err := parseLogSize(s); got != want || (err == nil) != (want > 0) {
-			t.Errorf("parseLogSize(%q): got %d, %v, want %d", s, got, err, want)
-		}
-	}
-}
-
-func TestParseLogFiles(t *testing.T) {
-	const day = 24 * time.Hour
-	for s, want := range map[string]struct {
-		age   time.Duration
-		count int
-	}{
-		"14d": {14 * day, 0}, "1D": {day, 0}, "65535d": {65535 * day, 0}, "14": {0, 14},
-		"": {}, "0": {}, "0d": {}, "d": {}, "-1": {}, "-1d": {}, "+1": {}, "1.5d": {}, "14 d": {}, "2w": {}, "65536": {}, "99999999999999999999d": {},
-	} {
-		age, count, err := parseLogFiles(s)
-		if age != want.age || count != want.count || (err == nil) != (age > 0 || count > 0) {
-			t.Errorf("parseLogFiles(%q): got %v, %d, %v, want %v, %d", s, age, count, err, want.age, want.count)
 		}
 	}
 }
