@@ -8,6 +8,7 @@ import (
 	"math"
 	"net"
 	"os"
+	"strings"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -22,7 +23,7 @@ func check(ctx context.Context, cfg config, stdout io.Writer) error {
 	report := func(what, found string, err error) {
 		mark := "✓"
 		if err != nil {
-			mark, found = "✗", err.Error()
+			mark, found = "✗", strings.Join(strings.Fields(err.Error()), " ") // on one line
 			failed++
 		}
 		fmt.Fprintf(stdout, "%s %-10s  %s\n", mark, what, found)

@@ -289,6 +289,9 @@ func TestCheck(t *testing.T) {
 				}
 			}
 		}
+		if marks, lines := len(tt.works)+len(tt.not), regexp.MustCompile(`(?m)^[✓✗].*$`).FindAllString(out.String(), -1); len(lines) < marks || strings.Count(out.String(), "\n") != len(lines)+3 {
+			t.Errorf("%q: got %d lines, want one for each thing", tt.env, len(lines))
+		}
 		if text := out.String() + errs.String() + fmt.Sprint(err); !strings.Contains(text, tt.mentions) || t.Failed() {
 			t.Errorf("%q: got, without %q:\n%s", tt.env, tt.mentions, text)
 		} else if regexp.MustCompile("the-password|" + regexp.QuoteMeta(testToken) + "|" + testKey).MatchString(text) {

@@ -15,6 +15,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -165,11 +166,7 @@ func (s *server) stop(srv *http.Server) error {
 	s.notify("STOPPING=1")
 	ctx, cancel := context.WithTimeout(context.Background(), shutdownTime)
 	defer cancel()
-	httpEnds := make(chan struct{})
-	go func() { // ends with ctx at the latest
-		srv.Shutdown(ctx)
-		close(httpEnds)
-	}()
+	go srv.Shutdown(ctx) // ends with ctx at the latest
 	s.goodbye(ctx)
 	s.hub.send(drain{})
 	select {
@@ -178,10 +175,9 @@ func (s *server) stop(srv *http.Server) error {
 	case <-ctx.Done():
 		return errors.New("stopped before everything was stored: the database did not take it in time")
 	}
-	select {
-	case <-httpEnds:
-	case <-time.After(time.Second):
-	}
+	answering, cancel := context.WithTimeout(ctx, time.Second)
+	defer cancel()
+	srv.Shutdown(answering)
 	srv.Close()
 	return nil
 }
@@ -220,8 +216,7 @@ func (c *certificate) load() error {
 // systemd starts the server anew.
 func (s *server) handleSignals(ctx context.Context) {
 	hangup := make(chan os.Signal, 1)
-	signal.Notify(hangup, syscall.SIGHUP) // otherwise SIGHUP would end the process
-	defer signal.Stop(hangup)
+	signal.Notify(hangup, syscall.SIGHUP) // to the end: without it SIGHUP ends the process
 	var watchdog <-chan time.Time
 	if s.cfg.watchdog > 0 {
 		watchdog = time.Tick(s.cfg.watchdog / 2)
@@ -326,14 +321,10 @@ func (s *server) cleanUp(ctx context.Context) {
 
 // version is what the binary knows of how it was built.
 func version() string {
-	info, ok := debug.ReadBuildInfo()
-	if !ok {
-		return "unknown"
+	if info, ok := debug.ReadBuildInfo(); ok {
+		return cmp.Or(stamped, info.Main.Version)
 	}
-	if stamped != "" {
-		return stamped
-	}
-	return info.Main.Version
+	return cmp.Or(stamped, "unknown")
 }
 
 // stamped is set by the linker (-X main.stamped=…).

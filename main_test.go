@@ -6,9 +6,16 @@ package main
 import (
 	"bytes"
 	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
 	"encoding/json"
+	"encoding/pem"
 	"errors"
 	"fmt"
+	"math/big"
 	"net"
 	"net/http"
 	"os"
@@ -656,5 +663,136 @@ func TestShutdownWithoutDatabase(t *testing.T) {
 	err := s.stop()
 	if took := time.Since(began); err == nil || errors.Is(err, context.Canceled) || took > 25*time.Second {
 		t.Errorf("stop: got error %v after %v, want one that says what was not stored, within 20 s", err, took)
+	}
+}
+
+// ---- operation ----
+
+// testCertificate writes a certificate for 127.0.0.1 and its key.
+func testCertificate(t testing.TB, certFile, keyFile string, serial int64) {
+	t.Helper()
+	private, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	template := &x509.Certificate{SerialNumber: big.NewInt(serial), NotAfter: time.Now().Add(time.Hour), IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}}
+	cert, err := x509.CreateCertificate(rand.Reader, template, template, private.Public(), private)
+	if err != nil {
+		t.Fatal(err)
+	}
+	secret, err := x509.MarshalPKCS8PrivateKey(private)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, block := range map[string]*pem.Block{certFile: {Type: "CERTIFICATE", Bytes: cert}, keyFile: {Type: "PRIVATE KEY", Bytes: secret}} {
+		if err := os.WriteFile(name, pem.EncodeToMemory(block), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+func TestTLS(t *testing.T) {
+	dir := t.TempDir()
+	cert, key := filepath.Join(dir, "cert.pem"), filepath.Join(dir, "key.pem")
+	testCertificate(t, cert, key, 1)
+	s := newServer(t, "TLS_CERT="+cert, "TLS_KEY="+key, "ACCESS_TOKEN="+testToken)
+	s.url = "https://127.0.0.1:" + s.port
+	serial := func() int64 {
+		conn, err := tls.Dial("tcp", "127.0.0.1:"+s.port, &tls.Config{InsecureSkipVerify: true})
+		if err != nil {
+			return 0
+		}
+		defer conn.Close()
+		return conn.ConnectionState().PeerCertificates[0].SerialNumber.Int64()
+	}
+	s.start()
+	waitUntil(t, "the server speaks TLS", func() bool { return serial() == 1 })
+	if !strings.Contains(s.output.String(), "url=https://127.0.0.1:") {
+		t.Errorf("it does not say so: %s", s.output.String())
+	}
+	if c := s.as(header("Accept", "text/html"), "GET", "/?token=the%2Baccess/token%3Dof+a+test").Cookies()[0]; !c.Secure {
+		t.Errorf("cookie %v, want Secure", c)
+	}
+	plainPage := header("Origin", "http://127.0.0.1:"+s.port)
+	if resp := s.as(bearer.and("", plainPage), "GET", "/sessions"); resp.StatusCode != 403 {
+		t.Errorf("its page without TLS: got %d, want 403", resp.StatusCode)
+	}
+	os.WriteFile(cert, []byte("broken"), 0o600)
+	s.cmd.Process.Signal(syscall.SIGHUP)
+	waitUntil(t, "the broken one is refused", func() bool { return strings.Contains(s.log(rejectionsLog), "certificate not read again") })
+	if got := serial(); got != 1 {
+		t.Errorf("then the certificate is number %d, want the old one", got)
+	}
+	testCertificate(t, cert, key, 2)
+	s.cmd.Process.Signal(syscall.SIGHUP)
+	waitUntil(t, "the new certificate is served", func() bool { return serial() == 2 })
+	if code, _ := s.term(); code != 0 {
+		t.Errorf("exit code %d", code)
+	}
+	s.tellsNothing(testToken, "the%2Baccess")
+}
+
+// systemd is what the server tells at NOTIFY_SOCKET.
+func systemd(t testing.TB) (socket string, told func() string) {
+	t.Helper()
+	socket = filepath.Join(t.TempDir(), "notify")
+	conn, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: socket, Net: "unixgram"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	return socket, func() string {
+		t.Helper()
+		text := make([]byte, 1000)
+		conn.SetReadDeadline(time.Now().Add(patience))
+		n, err := conn.Read(text)
+		if err != nil {
+			t.Fatalf("systemd hears nothing: %v", err)
+		}
+		return string(text[:n])
+	}
+}
+
+func TestSystemd(t *testing.T) {
+	socket, told := systemd(t)
+	s := newServer(t, "NOTIFY_SOCKET="+socket, "WATCHDOG_USEC=200000", "DATABASE_URL=postgres://127.0.0.1:1/none")
+	s.start() // also without its database
+	for i, want := range []string{"READY=1", "WATCHDOG=1", "WATCHDOG=1", "WATCHDOG=1"} {
+		if got := told(); got != want {
+			t.Errorf("message %d: got %q, want %q", i, got, want)
+		}
+	}
+	s.cmd.Process.Signal(syscall.SIGHUP) // nothing to reload, nothing to end
+	if got := told(); got != "WATCHDOG=1" || !s.running() {
+		t.Errorf("after SIGHUP: got %q, running %v", got, s.running())
+	}
+	if code, _ := s.term(); code != 0 {
+		t.Errorf("exit code %d", code)
+	}
+	last := ""
+	for last != "STOPPING=1" {
+		if last = told(); last != "WATCHDOG=1" && last != "STOPPING=1" {
+			t.Fatalf("got %q", last)
+		}
+	}
+}
+
+// While the hub does not answer the watchdog is not told, and systemd ends the
+// server.
+func TestWatchdog(t *testing.T) {
+	socket, told := systemd(t)
+	s := &server{hub: newHub(hubConfig{batchInterval: time.Second}, &budget{}, newMetrics())}
+	s.cfg.notifySocket, s.cfg.watchdog = socket, 2*time.Millisecond
+	ctx, stop := context.WithCancel(t.Context())
+	defer stop()
+	go s.handleSignals(ctx) // ends with the test
+	time.Sleep(100 * time.Millisecond)
+	s.notify("nothing so far")
+	if got := told(); got != "nothing so far" {
+		t.Errorf("a hub that does not run: systemd is told %q", got)
+	}
+	go s.hub.run(ctx) // ends with the test
+	if got := told(); got != "WATCHDOG=1" {
+		t.Errorf("a hub that runs: systemd is told %q", got)
 	}
 }
