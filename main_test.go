@@ -15,6 +15,7 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"io"
 	"math/big"
 	"net"
 	"net/http"
@@ -781,7 +782,9 @@ func TestSystemd(t *testing.T) {
 // server.
 func TestWatchdog(t *testing.T) {
 	socket, told := systemd(t)
-	s := &server{hub: newHub(hubConfig{batchInterval: time.Second}, &budget{}, newMetrics())}
+	logs := openLogs(logConfig{dir: t.TempDir()}, io.Discard, io.Discard, false)
+	defer logs.Close()
+	s := &server{hub: newHub(hubConfig{batchInterval: time.Second}, &budget{}, newMetrics()), logs: logs}
 	s.cfg.notifySocket, s.cfg.watchdog = socket, 2*time.Millisecond
 	ctx, stop := context.WithCancel(t.Context())
 	defer stop()
