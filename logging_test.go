@@ -198,15 +198,15 @@ func TestLogSize(t *testing.T) {
 		both := line + " " + line
 		l.want(name+".log: "+both, name+".1.log: "+both, name+".2.log: "+line, name+".3.log: "+long, name+".4.log: last", "exceptions-"+today()+".log")
 		l.Close()
-		for i, newest := range []string{".9.log", ".10.log.gz"} {
-			l.put(name+newest, strings.Repeat("z", 190))
+		for i, newest := range []string{".9.log", ".10.log.gz"} { // full, and zipped
+			l.put(name+newest, strings.Repeat("z", 190/(1+9*i)))
 			l = testLogs(t, c)
 			l.app.Info("after " + newest)
 			l.Close()
 			if next := fmt.Sprintf("%s.%d.log", name, 10+i); len(l.messages(next)) != 1 {
 				t.Errorf("after %s: got no line in %s", newest, next)
 			}
-			os.Remove(filepath.Join(l.dir, name+".10.log"))
+			os.Remove(filepath.Join(l.dir, name+".10.log")) // as if it had been zipped
 		}
 	})
 }
