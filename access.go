@@ -87,7 +87,8 @@ func (a *access) admit(who audience, r *http.Request) *denial {
 	case who == sockets && r.URL.Query().Get("type") != "viewer":
 		return a.admitTracker(r)
 	case a.open && !a.isKnownHost(strings.ToLower(r.Host)):
-		return &denial{http.StatusMisdirectedRequest, "host", "unknown host: name it in PUBLIC_HOSTS or set ACCESS_TOKEN", 0}
+		return &denial{http.StatusMisdirectedRequest, "host",
+			"unknown host: name it in PUBLIC_HOSTS or set ACCESS_TOKEN", 0}
 	case !a.isKnownPage(r):
 		return &denial{http.StatusForbidden, "origin", "pages of other sites may not do this: see VIEWER_ORIGINS", 0}
 	case a.open, who == visitors, a.signedIn(r):
@@ -204,7 +205,8 @@ func (a *access) address(r *http.Request) netip.Addr {
 			addr = client
 		} else {
 			a.unnamed.Do(func() {
-				a.log.Warn("X-Forwarded-For names no address, limits count the proxy's", "proxy", addr.String(), "err", err)
+				a.log.Warn("X-Forwarded-For names no address, limits count the proxy's", "proxy", addr.String(),
+					"err", err)
 			})
 		}
 	}

@@ -50,7 +50,10 @@ func query1(name, value string) caller {
 }
 
 func withCookie(value string) caller {
-	return caller{"cookie", func(r *http.Request) { r.AddCookie(&http.Cookie{Name: "session-replay-" + r.URL.Port(), Value: value}) }}
+	return caller{"cookie", func(r *http.Request) {
+		r.AddCookie(&http.Cookie{Name: "session-replay-" + r.URL.Port(),
+			Value: value})
+	}}
 }
 
 // as sends one request as a caller does, and follows no redirect.
@@ -61,7 +64,8 @@ func (s *serverProcess) as(c caller, method, path string) *http.Response {
 		s.t.Fatal(err)
 	}
 	if strings.HasPrefix(path, "/ws") {
-		for name, value := range map[string]string{"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": "MDEyMzQ1Njc4OWFiY2RlZg=="} {
+		for name, value := range map[string]string{"Connection": "Upgrade", "Upgrade": "websocket",
+			"Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": "MDEyMzQ1Njc4OWFiY2RlZg=="} {
 			r.Header.Set(name, value)
 		}
 	}
@@ -191,7 +195,8 @@ var (
 )
 
 func TestAccessClosed(t *testing.T) {
-	s := startServer(t, "ACCESS_TOKEN="+testToken, "INGEST_KEY="+testKey, "VIEWER_ORIGINS=https://viewer.example, https://also.example:8443",
+	s := startServer(t, "ACCESS_TOKEN="+testToken, "INGEST_KEY="+testKey,
+		"VIEWER_ORIGINS=https://viewer.example, https://also.example:8443",
 		"TRACKER_ORIGINS=https://shop.example", "PUBLIC_HOSTS=replay.example", "TRUST_PROXY=true", "LOG_LEVEL=debug")
 	cookie := withCookie(s.signIn(testToken))
 	// 0: let in
@@ -221,7 +226,8 @@ func TestAccessClosed(t *testing.T) {
 		{cookie.and("own page", ownPage), 0, 0, 0, 401, 0},
 		{cookie.and("own page behind TLS", ownTLS), 0, 0, 0, 401, 0},
 		{cookie.and("own public name", public), 0, 0, 0, 401, 0},
-		{cookie.and("TLS, page without", ownPage).and("", header("X-Forwarded-Proto", "https")), 403, 403, 403, 401, 403},
+		{cookie.and("TLS, page without", ownPage).and("", header("X-Forwarded-Proto", "https")), 403, 403, 403, 401,
+			403},
 		{cookie.and("from evil", evil), 403, 403, 403, 401, 403},
 		{cookie.and("from another port", ownPort), 403, 403, 403, 401, 403},
 		{cookie.and("without an origin of its own", nullPage), 403, 403, 403, 401, 403},
@@ -275,7 +281,8 @@ func TestAccessOpen(t *testing.T) {
 		{host("0.0.0.0"), 421, 421, 421, 0, 421},
 	})
 	resp := s.as(nobody, "POST", "/signin")
-	if resp := s.as(header("Accept", "text/html"), "GET", "/view/a?token=any&t=9"); resp.StatusCode != 303 || resp.Header.Get("Location") != "/view/a?t=9" {
+	if resp := s.as(header("Accept", "text/html"), "GET", "/view/a?token=any&t=9"); resp.StatusCode != 303 ||
+		resp.Header.Get("Location") != "/view/a?t=9" {
 		t.Errorf("a link with a token that is not needed: got %d, %v", resp.StatusCode, resp.Header)
 	}
 	if resp.StatusCode != http.StatusBadRequest || len(resp.Cookies()) != 0 {
@@ -286,7 +293,8 @@ func TestAccessOpen(t *testing.T) {
 // A token alone: anyone may record.
 func TestAccessTokenWithoutKey(t *testing.T) {
 	s := startServer(t, "ACCESS_TOKEN="+testToken, "METRICS_OPEN=true")
-	for path, want := range map[string]int{"/stats": 401, "/ws?type=viewer": 401, "/ws?type=tracker": 101, "/metrics": 200} {
+	for path, want := range map[string]int{"/stats": 401, "/ws?type=viewer": 401, "/ws?type=tracker": 101,
+		"/metrics": 200} {
 		for _, who := range []caller{nobody, withCookie("wrong"), header("Authorization", "Bearer wrong")} {
 			if got := s.as(who, "GET", path).StatusCode; got != want {
 				t.Errorf("%s as %s: got %d, want %d", path, who.name, got, want)
@@ -329,7 +337,8 @@ func (s *serverProcess) expect(v verdict, name, path string, ok int, kind string
 		s.t.Errorf("%s as %s: refused with %.200q", name, v.caller.name, body)
 	}
 	if name == "GET /health" {
-		if in := v.of("view", 200) == 200; in != strings.Contains(body, "totalEvents") || !strings.Contains(body, `"status":"healthy"`) {
+		if in := v.of("view", 200) == 200; in != strings.Contains(body, "totalEvents") ||
+			!strings.Contains(body, `"status":"healthy"`) {
 			s.t.Errorf("health as %s: got %s", v.caller.name, body)
 		}
 	}
@@ -343,7 +352,8 @@ func TestAccessBrowser(t *testing.T) {
 	for _, path := range []string{"/", "/view/s"} {
 		resp := s.as(html, "GET", path)
 		if body := bodyOf(t, resp); resp.StatusCode != 401 || !strings.Contains(body, "/assets/signin.js") ||
-			resp.Header.Get("Content-Security-Policy") != viewerPolicy || resp.Header.Get("Cache-Control") != "no-store" {
+			resp.Header.Get("Content-Security-Policy") != viewerPolicy ||
+			resp.Header.Get("Cache-Control") != "no-store" {
 			t.Errorf("%s before signing in: got %d, %v, %.100s", path, resp.StatusCode, resp.Header, body)
 		}
 	}
@@ -355,10 +365,12 @@ func TestAccessBrowser(t *testing.T) {
 	if got := s.as(html.and("", ownFetch), "GET", "/").Header.Get("Refresh"); got != "" {
 		t.Errorf("Refresh after a link from here: got %q, want none", got)
 	}
-	for path, want := range map[string]string{"/?": "/", "/view/a:b?t=90&": "/view/a:b?t=90", "/view/a%2Fb?": "/view/a%2Fb", "/view/%2F%2Fevil.example?": "/view/%2F%2Fevil.example"} {
+	for path, want := range map[string]string{"/?": "/", "/view/a:b?t=90&": "/view/a:b?t=90",
+		"/view/a%2Fb?": "/view/a%2Fb", "/view/%2F%2Fevil.example?": "/view/%2F%2Fevil.example"} {
 		resp := s.as(html, "GET", path+"token=the%2Baccess/token%3Dof+a+test")
 		if resp.StatusCode != 303 || resp.Header.Get("Location") != want || len(resp.Cookies()) != 1 {
-			t.Errorf("link to %s: got %d to %q with %v, want %q", path, resp.StatusCode, resp.Header.Get("Location"), resp.Cookies(), want)
+			t.Errorf("link to %s: got %d to %q with %v, want %q", path, resp.StatusCode, resp.Header.Get("Location"),
+				resp.Cookies(), want)
 		}
 		if body := bodyOf(t, resp); strings.Contains(body, "token") {
 			t.Errorf("link to %s: the redirect repeats the token: %s", path, body)
@@ -398,20 +410,23 @@ func TestAccessCookie(t *testing.T) {
 		secure bool
 	}{{html, false}, {html.and("TLS before the proxy", tls), true}} {
 		c := s.as(how.who, "GET", "/?token=the%2Baccess/token%3Dof+a+test").Cookies()[0]
-		if !c.HttpOnly || c.SameSite != http.SameSiteStrictMode || c.Path != "/" || c.Domain != "" || c.Secure != how.secure || c.MaxAge <= 0 ||
+		if !c.HttpOnly || c.SameSite != http.SameSiteStrictMode || c.Path != "/" || c.Domain != "" ||
+			c.Secure != how.secure || c.MaxAge <= 0 ||
 			len(c.Value) < 32 || strings.Contains(c.Value, testToken) {
 			t.Errorf("%s: cookie %v", how.who.name, c)
 		}
 	}
 	cookie := withCookie(s.signIn(testToken))
 	if resp := s.as(cookie, "GET", "/ws?type=tracker"); resp.StatusCode != 401 || len(resp.Cookies()) != 0 {
-		t.Errorf("a page that records without the key: got %d, %v, want whoever is signed in to stay so", resp.StatusCode, resp.Cookies())
+		t.Errorf("a page that records without the key: got %d, %v, want whoever is signed in to stay so",
+			resp.StatusCode, resp.Cookies())
 	}
 	resp := s.as(cookie, "POST", "/signout")
 	if c := resp.Cookies(); resp.StatusCode != 204 || len(c) != 1 || c[0].MaxAge >= 0 {
 		t.Errorf("sign-out: got %d, %v", resp.StatusCode, c)
 	}
-	for body, want := range map[string]int{`{"token":"wrong"}`: 401, `{"token":""}`: 401, `{}`: 401, `{"token":7}`: 400, `x`: 400, ``: 400,
+	for body, want := range map[string]int{`{"token":"wrong"}`: 401, `{"token":""}`: 401, `{}`: 401,
+		`{"token":7}`: 400, `x`: 400, ``: 400,
 		`{"token":"` + strings.Repeat("x", 5000) + `"}`: 400} {
 		resp, err := http.Post(s.url+"/signin", "application/json", strings.NewReader(body))
 		if err != nil {
@@ -432,15 +447,19 @@ func TestAccessShared(t *testing.T) {
 	const allow = "Access-Control-Allow-Origin"
 	preflight := header("Access-Control-Request-Method", "DELETE")
 	resp := s.as(listed.and("", preflight), "OPTIONS", "/sessions/a")
-	if resp.StatusCode != 204 || resp.Header.Get(allow) != "https://viewer.example" || resp.Header.Get("Access-Control-Allow-Headers") != "Authorization" ||
-		!strings.Contains(resp.Header.Get("Access-Control-Allow-Methods"), "DELETE") || resp.Header.Get("Access-Control-Allow-Credentials") != "" {
+	if resp.StatusCode != 204 || resp.Header.Get(allow) != "https://viewer.example" ||
+		resp.Header.Get("Access-Control-Allow-Headers") != "Authorization" ||
+		!strings.Contains(resp.Header.Get("Access-Control-Allow-Methods"), "DELETE") ||
+		resp.Header.Get("Access-Control-Allow-Credentials") != "" {
 		t.Errorf("preflight of a listed page: got %d, %v", resp.StatusCode, resp.Header)
 	}
-	if resp := s.as(evil.and("", preflight), "OPTIONS", "/sessions/a"); resp.StatusCode != 405 || resp.Header.Get(allow) != "" {
+	if resp := s.as(evil.and("", preflight), "OPTIONS", "/sessions/a"); resp.StatusCode != 405 ||
+		resp.Header.Get(allow) != "" {
 		t.Errorf("preflight of another page: got %d, %v", resp.StatusCode, resp.Header)
 	}
 	for _, who := range []caller{bearer.and("", listed), listed} { // also to read that it is refused
-		if resp := s.as(who, "GET", "/sessions"); resp.Header.Get(allow) != "https://viewer.example" || !slices.Contains(resp.Header["Vary"], "Origin") {
+		if resp := s.as(who, "GET", "/sessions"); resp.Header.Get(allow) != "https://viewer.example" ||
+			!slices.Contains(resp.Header["Vary"], "Origin") {
 			t.Errorf("%s: got headers %v", who.name, resp.Header)
 		}
 	}
@@ -457,14 +476,16 @@ func TestAccessShared(t *testing.T) {
 // listening to a network.)
 func TestAccessMadeToken(t *testing.T) {
 	s := startServer(t, "HOST=LOCALHOST")
-	link := regexp.MustCompile(`(?m)^http://LOCALHOST:\d+(/\?token=([A-Z2-7]{20,}))$`).FindAllStringSubmatch(s.output.String(), -1)
+	linkLine := regexp.MustCompile(`(?m)^http://LOCALHOST:\d+(/\?token=([A-Z2-7]{20,}))$`)
+	link := linkLine.FindAllStringSubmatch(s.output.String(), -1)
 	if len(link) != 1 {
 		t.Fatalf("got links %q, want one, in %s", link, s.output.String())
 	}
 	if status, _ := s.get("/sessions"); status != 401 {
 		t.Errorf("without the token: got %d", status)
 	}
-	if resp := s.as(header("Accept", "text/html"), "GET", link[0][1]); resp.StatusCode != 303 || len(resp.Cookies()) != 1 {
+	if resp := s.as(header("Accept", "text/html"), "GET", link[0][1]); resp.StatusCode != 303 ||
+		len(resp.Cookies()) != 1 {
 		t.Errorf("by the link: got %d, %v", resp.StatusCode, resp.Cookies())
 	}
 	for _, kind := range []string{applicationLog, errorLog, exceptionsLog, rejectionsLog} {
@@ -536,7 +557,8 @@ func (s *serverProcess) refusedWith(reason string) {
 func TestLimitConnections(t *testing.T) {
 	s := startServer(t, "MAX_CONNECTIONS=5", "MAX_CONNECTIONS_PER_ADDRESS=2", "TRUST_PROXY=true")
 	dial := func(addr string) (*websocket.Conn, int) {
-		conn, resp, err := websocket.Dial(testContext(t), s.ws("tracker"), &websocket.DialOptions{HTTPHeader: http.Header{"X-Forwarded-For": {addr}}})
+		conn, resp, err := websocket.Dial(testContext(t), s.ws("tracker"),
+			&websocket.DialOptions{HTTPHeader: http.Header{"X-Forwarded-For": {addr}}})
 		if err == nil {
 			t.Cleanup(func() { conn.CloseNow() })
 			return conn, 0
@@ -575,12 +597,14 @@ func TestLimitConnections(t *testing.T) {
 
 // What is refused to a client is counted by its reason.
 func TestLimitsAreCounted(t *testing.T) {
-	s := startServer(t, "MAX_MESSAGE_BYTES=20000", "MAX_SESSIONS_PER_MINUTE=2", "MAX_SESSION_BYTES=5000", "MAX_HEADER_BYTES=8192", "READ_HEADER_TIMEOUT=300")
+	s := startServer(t, "MAX_MESSAGE_BYTES=20000", "MAX_SESSIONS_PER_MINUTE=2", "MAX_SESSION_BYTES=5000",
+		"MAX_HEADER_BYTES=8192", "READ_HEADER_TIMEOUT=300")
 	event := `{"type":3,"data":"` + strings.Repeat("x", 6000) + `"}`
 	for reason, messages := range map[string][]string{
-		"message_bytes":     {"error", `"` + strings.Repeat("x", 20000) + `"`},
-		"too_many_sessions": {"session_start", "{}", "session_end", "{}", "session_start", "{}", "session_end", "{}", "session_start", "{}"},
-		"session_bytes":     {"session_start", "{}", "events_batch", `{"events":[` + event + `]}`},
+		"message_bytes": {"error", `"` + strings.Repeat("x", 20000) + `"`},
+		"too_many_sessions": {"session_start", "{}", "session_end", "{}", "session_start", "{}", "session_end", "{}",
+			"session_start", "{}"},
+		"session_bytes": {"session_start", "{}", "events_batch", `{"events":[` + event + `]}`},
 	} {
 		c := dialServer(t, s.ws("tracker"))
 		for i := 0; i < len(messages); i += 2 {
@@ -617,7 +641,8 @@ func TestLimitStorage(t *testing.T) {
 		c.expect("events_ack")
 		c.send("session_end", "{}")
 		waitUntil(t, "the session has ended", func() bool {
-			return querySQL[int](t, s.database, "select count(*) from sessions where session_id = $1 and is_active", fmt.Sprintf("old-%d", i)) == 0
+			return querySQL[int](t, s.database, "select count(*) from sessions where session_id = $1 and is_active",
+				fmt.Sprintf("old-%d", i)) == 0
 		})
 	}
 	waitUntil(t, "the oldest are deleted", func() bool {

@@ -46,46 +46,68 @@ func TestSettings(t *testing.T) {
 	}{
 		{"HOST", func(c config) any { return c.host }, "127.0.0.1", map[string]any{"127.0.0.2": "127.0.0.2"}},
 		{"PORT", func(c config) any { return c.port }, "8080", map[string]any{"0": "0", "65535": "65535"}},
-		{"DATABASE_URL", func(c config) any { return c.database.ConnConfig.Host }, "localhost", map[string]any{"postgres://u:p@elsewhere:1/n": "elsewhere"}},
-		{"DB_HOST", func(c config) any { return c.database.ConnConfig.Host }, "localhost", map[string]any{"db.example": "db.example", "/run/postgresql": "/run/postgresql"}},
+		{"DATABASE_URL", func(c config) any { return c.database.ConnConfig.Host }, "localhost",
+			map[string]any{"postgres://u:p@elsewhere:1/n": "elsewhere"}},
+		{"DB_HOST", func(c config) any { return c.database.ConnConfig.Host }, "localhost",
+			map[string]any{"db.example": "db.example", "/run/postgresql": "/run/postgresql"}},
 		{"DB_PORT", func(c config) any { return int(c.database.ConnConfig.Port) }, 5432, map[string]any{"101": 101}},
-		{"DB_NAME", func(c config) any { return c.database.ConnConfig.Database }, "session_replay", map[string]any{"some name": "some name"}},
-		{"DB_USER", func(c config) any { return c.database.ConnConfig.User }, "postgres", map[string]any{"us er": "us er"}},
-		{"DB_PASSWORD", func(c config) any { return c.database.ConnConfig.Password }, "postgres", map[string]any{"p@/?#:% \"'\\": "p@/?#:% \"'\\"}},
+		{"DB_NAME", func(c config) any { return c.database.ConnConfig.Database }, "session_replay",
+			map[string]any{"some name": "some name"}},
+		{"DB_USER", func(c config) any { return c.database.ConnConfig.User }, "postgres",
+			map[string]any{"us er": "us er"}},
+		{"DB_PASSWORD", func(c config) any { return c.database.ConnConfig.Password }, "postgres",
+			map[string]any{"p@/?#:% \"'\\": "p@/?#:% \"'\\"}},
 		{"DB_MAX_CONNECTIONS", func(c config) any { return int(c.database.MaxConns) }, 20, map[string]any{"98": 98}},
-		{"DB_IDLE_TIMEOUT", func(c config) any { return c.database.MaxConnIdleTime }, 30 * time.Second, map[string]any{"99": 99 * time.Millisecond}},
-		{"DB_CONNECTION_TIMEOUT", func(c config) any { return c.database.ConnConfig.ConnectTimeout }, 2 * time.Second, map[string]any{"3s": 3 * time.Second}},
+		{"DB_IDLE_TIMEOUT", func(c config) any { return c.database.MaxConnIdleTime }, 30 * time.Second,
+			map[string]any{"99": 99 * time.Millisecond}},
+		{"DB_CONNECTION_TIMEOUT", func(c config) any { return c.database.ConnConfig.ConnectTimeout }, 2 * time.Second,
+			map[string]any{"3s": 3 * time.Second}},
 		{"BATCH_SIZE", func(c config) any { return c.batchSize }, 50, map[string]any{"82": 82}},
 		{"BATCH_INTERVAL", func(c config) any { return c.batchInterval }, 5 * time.Second, map[string]any{
-			"83": 83 * time.Millisecond, "500ms": 500 * time.Millisecond, "7s": 7 * time.Second, "2 min": 2 * time.Minute, "3m": 3 * time.Minute, "1H": time.Hour}},
+			"83": 83 * time.Millisecond, "500ms": 500 * time.Millisecond, "7s": 7 * time.Second,
+			"2 min": 2 * time.Minute, "3m": 3 * time.Minute, "1H": time.Hour}},
 		{"MAX_EVENTS_PER_SESSION", func(c config) any { return c.maxEvents }, 20000, map[string]any{"84": 84}},
-		{"SESSION_CLEANUP_INTERVAL", func(c config) any { return c.cleanupInterval }, 5 * time.Minute, map[string]any{"300000": 5 * time.Minute}},
-		{"SESSION_GRACE_PERIOD", func(c config) any { return c.grace }, 15 * time.Second, map[string]any{"0": time.Duration(0), "1 minutes": time.Minute}},
-		{"HEARTBEAT_INTERVAL", func(c config) any { return c.heartbeat }, 30 * time.Second, map[string]any{"87": 87 * time.Millisecond}},
-		{"MESSAGE_TIMEOUT", func(c config) any { return c.messageTimeout }, time.Minute, map[string]any{"88": 88 * time.Millisecond}},
-		{"READ_HEADER_TIMEOUT", func(c config) any { return c.readHeaderTimeout }, 10 * time.Second, map[string]any{"89": 89 * time.Millisecond}},
-		{"RETENTION_HOURS", func(c config) any { return c.retention }, 30 * day, map[string]any{"90": 90 * time.Hour, "30d": 30 * day, "12h": 12 * time.Hour, "2 days": 2 * day}},
-		{"MAX_MESSAGE_BYTES", func(c config) any { return c.maxMessageBytes }, 33554432, map[string]any{"9100": 9100, "5KB": 5120, "1GB": 1 << 30}},
-		{"MAX_BUFFER_BYTES", func(c config) any { return c.maxBufferBytes }, 268435456, map[string]any{"92000000": 92000000, "64 mb": 64 << 20, "1t": 1 << 40}},
+		{"SESSION_CLEANUP_INTERVAL", func(c config) any { return c.cleanupInterval }, 5 * time.Minute,
+			map[string]any{"300000": 5 * time.Minute}},
+		{"SESSION_GRACE_PERIOD", func(c config) any { return c.grace }, 15 * time.Second,
+			map[string]any{"0": time.Duration(0), "1 minutes": time.Minute}},
+		{"HEARTBEAT_INTERVAL", func(c config) any { return c.heartbeat }, 30 * time.Second,
+			map[string]any{"87": 87 * time.Millisecond}},
+		{"MESSAGE_TIMEOUT", func(c config) any { return c.messageTimeout }, time.Minute,
+			map[string]any{"88": 88 * time.Millisecond}},
+		{"READ_HEADER_TIMEOUT", func(c config) any { return c.readHeaderTimeout }, 10 * time.Second,
+			map[string]any{"89": 89 * time.Millisecond}},
+		{"RETENTION_HOURS", func(c config) any { return c.retention }, 30 * day,
+			map[string]any{"90": 90 * time.Hour, "30d": 30 * day, "12h": 12 * time.Hour, "2 days": 2 * day}},
+		{"MAX_MESSAGE_BYTES", func(c config) any { return c.maxMessageBytes }, 33554432,
+			map[string]any{"9100": 9100, "5KB": 5120, "1GB": 1 << 30}},
+		{"MAX_BUFFER_BYTES", func(c config) any { return c.maxBufferBytes }, 268435456,
+			map[string]any{"92000000": 92000000, "64 mb": 64 << 20, "1t": 1 << 40}},
 		{"MAX_HEADER_BYTES", func(c config) any { return c.maxHeaderBytes }, 16384, map[string]any{"9400": 9400}},
-		{"MAX_SESSION_BYTES", func(c config) any { return c.maxSessionBytes }, 1073741824, map[string]any{"95": 95, "95 bytes": 95}},
+		{"MAX_SESSION_BYTES", func(c config) any { return c.maxSessionBytes }, 1073741824,
+			map[string]any{"95": 95, "95 bytes": 95}},
 		{"MAX_STORAGE_BYTES", func(c config) any { return c.maxStorageBytes }, 0, map[string]any{"50G": 50 << 30}},
 		{"MAX_CONNECTIONS", func(c config) any { return c.maxConnections }, 10000, map[string]any{"93": 93}},
 		{"MAX_CONNECTIONS_PER_ADDRESS", func(c config) any { return c.maxPerAddress }, 200, map[string]any{"94": 94}},
 		{"MAX_SESSIONS_PER_MINUTE", func(c config) any { return c.maxSessionsPerMinute }, 30, map[string]any{"97": 97}},
 		{"LOG_LEVEL", func(c config) any { return c.log.level.String() }, "INFO", map[string]any{"warn": "WARN"}},
 		{"LOG_DIR", func(c config) any { return c.log.dir }, "logs", map[string]any{"/somewhere": "/somewhere"}},
-		{"LOG_MAX_SIZE", func(c config) any { return c.log.maxSize }, int64(20 << 20), map[string]any{"102k": int64(102 << 10), "1g": int64(1 << 30), "1048577": int64(1048577)}},
-		{"LOG_MAX_FILES", func(c config) any { return fmt.Sprint(c.log.maxAge, c.log.maxCount) }, "336h0m0s 0", map[string]any{"103": "0s 103", "1D": "24h0m0s 0"}},
+		{"LOG_MAX_SIZE", func(c config) any { return c.log.maxSize }, int64(20 << 20),
+			map[string]any{"102k": int64(102 << 10), "1g": int64(1 << 30), "1048577": int64(1048577)}},
+		{"LOG_MAX_FILES", func(c config) any { return fmt.Sprint(c.log.maxAge, c.log.maxCount) }, "336h0m0s 0",
+			map[string]any{"103": "0s 103", "1D": "24h0m0s 0"}},
 		{"LOG_ZIPPED", func(c config) any { return c.log.zipped }, false, map[string]any{"true": true}},
 		{"TRUST_PROXY", func(c config) any { return c.trustProxy }, false, map[string]any{"1": true}},
 		{"METRICS_OPEN", func(c config) any { return c.metricsOpen }, false, map[string]any{"true": true}},
-		{"ACCESS_TOKEN", func(c config) any { return c.token }, "", map[string]any{"sixteen letters.": "sixteen letters."}},
+		{"ACCESS_TOKEN", func(c config) any { return c.token }, "",
+			map[string]any{"sixteen letters.": "sixteen letters."}},
 		{"INGEST_KEY", func(c config) any { return c.key }, "", map[string]any{"k": "k"}},
 		{"TRACKER_ORIGINS", func(c config) any { return fmt.Sprint(c.trackerOrigins) }, "[*]", map[string]any{
 			" HTTPS://Shop.example ,http://[::1]:99,": "[https://shop.example http://[::1]:99]", ",": "[]"}},
-		{"VIEWER_ORIGINS", func(c config) any { return fmt.Sprint(c.viewerOrigins) }, "[]", map[string]any{"https://v.example": "[https://v.example]"}},
-		{"PUBLIC_HOSTS", func(c config) any { return fmt.Sprint(c.publicHosts) }, "[]", map[string]any{"A.example:8443 , b.example": "[a.example:8443 b.example]"}},
+		{"VIEWER_ORIGINS", func(c config) any { return fmt.Sprint(c.viewerOrigins) }, "[]",
+			map[string]any{"https://v.example": "[https://v.example]"}},
+		{"PUBLIC_HOSTS", func(c config) any { return fmt.Sprint(c.publicHosts) }, "[]",
+			map[string]any{"A.example:8443 , b.example": "[a.example:8443 b.example]"}},
 	} {
 		if got := tt.value(mustLoad(t)); got != tt.preset {
 			t.Errorf("%s: got %v by default, want %v", tt.name, got, tt.preset)
@@ -104,24 +126,31 @@ func TestSettingsRefused(t *testing.T) {
 	cert, key := filepath.Join(dir, "cert.pem"), filepath.Join(dir, "key.pem")
 	testCertificate(t, cert, key, 1)
 	var bad []string
-	for _, name := range strings.Fields("PORT BATCH_SIZE BATCH_INTERVAL MAX_EVENTS_PER_SESSION SESSION_CLEANUP_INTERVAL SESSION_GRACE_PERIOD " +
-		"HEARTBEAT_INTERVAL MESSAGE_TIMEOUT READ_HEADER_TIMEOUT RETENTION_HOURS MAX_MESSAGE_BYTES MAX_BUFFER_BYTES MAX_CONNECTIONS " +
-		"MAX_CONNECTIONS_PER_ADDRESS MAX_HEADER_BYTES MAX_SESSION_BYTES MAX_STORAGE_BYTES MAX_SESSIONS_PER_MINUTE DB_MAX_CONNECTIONS " +
-		"DB_IDLE_TIMEOUT DB_CONNECTION_TIMEOUT DB_PORT LOG_MAX_SIZE LOG_MAX_FILES WATCHDOG_USEC") {
-		for _, value := range []string{"-1", "x", "1.5", "1e3", "5 parrots", "99999999999999999999", "9223372036854775807d", "9999999999999t", "NaN", "0x10", "10\nand more"} {
+	for _, name := range strings.Fields("PORT BATCH_SIZE BATCH_INTERVAL MAX_EVENTS_PER_SESSION SESSION_CLEANUP_INTERVAL " +
+		"SESSION_GRACE_PERIOD HEARTBEAT_INTERVAL MESSAGE_TIMEOUT READ_HEADER_TIMEOUT RETENTION_HOURS " +
+		"MAX_MESSAGE_BYTES MAX_BUFFER_BYTES MAX_CONNECTIONS MAX_CONNECTIONS_PER_ADDRESS MAX_HEADER_BYTES " +
+		"MAX_SESSION_BYTES MAX_STORAGE_BYTES MAX_SESSIONS_PER_MINUTE DB_MAX_CONNECTIONS DB_IDLE_TIMEOUT " +
+		"DB_CONNECTION_TIMEOUT DB_PORT LOG_MAX_SIZE LOG_MAX_FILES WATCHDOG_USEC") {
+		for _, value := range []string{"-1", "x", "1.5", "1e3", "5 parrots", "99999999999999999999",
+			"9223372036854775807d", "9999999999999t", "NaN", "0x10", "10\nand more"} {
 			bad = append(bad, name+"="+value)
 		}
 		if !strings.Contains("PORT SESSION_GRACE_PERIOD MAX_STORAGE_BYTES WATCHDOG_USEC", name) {
 			bad = append(bad, name+"=0")
 		}
 	}
-	bad = append(bad, "PORT=65536", "DB_PORT=65536", "BATCH_SIZE=5s", "BATCH_SIZE=5b", "BATCH_INTERVAL=5MB", "MAX_BUFFER_BYTES=5d", "MAX_BUFFER_BYTES=1023KB",
-		"RETENTION_HOURS=59m", "BATCH_INTERVAL=101 years", "LOG_LEVEL=loud", "LOG_MAX_FILES=1w", "LOG_ZIPPED=perhaps", "TRUST_PROXY=perhaps", "METRICS_OPEN=2",
+	bad = append(bad, "PORT=65536", "DB_PORT=65536", "BATCH_SIZE=5s", "BATCH_SIZE=5b", "BATCH_INTERVAL=5MB",
+		"MAX_BUFFER_BYTES=5d", "MAX_BUFFER_BYTES=1023KB",
+		"RETENTION_HOURS=59m", "BATCH_INTERVAL=101 years", "LOG_LEVEL=loud", "LOG_MAX_FILES=1w", "LOG_ZIPPED=perhaps",
+		"TRUST_PROXY=perhaps", "METRICS_OPEN=2",
 		"DATABASE_URL=postgres://user:secret@host:port/x", "DATABASE_URL=not a url secret",
 		"ACCESS_TOKEN=fifteen secret.", "INGEST_KEY=the same secret as ACCESS_TOKEN=the same secret as",
-		"TRACKER_ORIGINS=shop.example", "TRACKER_ORIGINS=https://shop.example/", "TRACKER_ORIGINS=https://a.example,*", "TRACKER_ORIGINS=ftp://a.example",
-		"TRACKER_ORIGINS=https://u:p@a.example", "VIEWER_ORIGINS=*", "VIEWER_ORIGINS=null", "VIEWER_ORIGINS=https://a.example https://b.example", "VIEWER_ORIGINS=https://",
-		"PUBLIC_HOSTS=https://a.example", "PUBLIC_HOSTS=a.example/x", "PUBLIC_HOSTS=a b", "PUBLIC_HOSTS=:80", "PUBLIC_HOSTS=u@a.example",
+		"TRACKER_ORIGINS=shop.example", "TRACKER_ORIGINS=https://shop.example/",
+		"TRACKER_ORIGINS=https://a.example,*", "TRACKER_ORIGINS=ftp://a.example",
+		"TRACKER_ORIGINS=https://u:p@a.example", "VIEWER_ORIGINS=*", "VIEWER_ORIGINS=null",
+		"VIEWER_ORIGINS=https://a.example https://b.example", "VIEWER_ORIGINS=https://",
+		"PUBLIC_HOSTS=https://a.example", "PUBLIC_HOSTS=a.example/x", "PUBLIC_HOSTS=a b", "PUBLIC_HOSTS=:80",
+		"PUBLIC_HOSTS=u@a.example",
 		"TLS_CERT="+cert, "TLS_KEY="+key, "TLS_CERT=/none TLS_KEY="+key, "TLS_CERT="+key+" TLS_KEY="+cert)
 	t.Chdir(t.TempDir()) // no .env of a developer's
 	for _, setting := range bad {
@@ -129,7 +158,8 @@ func TestSettingsRefused(t *testing.T) {
 		name, _, _ := strings.Cut(setting, "=")
 		var out bytes.Buffer
 		err := run(t.Context(), []string{"-check"}, envOf(pairs...), &out, &out)
-		if err == nil || !strings.Contains(err.Error(), name) || strings.ContainsAny(err.Error(), "\n") || out.Len() > 0 {
+		if err == nil || !strings.Contains(err.Error(), name) || strings.ContainsAny(err.Error(), "\n") ||
+			out.Len() > 0 {
 			t.Errorf("%s: got error %v and %q, want one line that names it", setting, err, &out)
 		} else if strings.Contains(err.Error(), "secret") {
 			t.Errorf("%s: the error tells a secret: %v", setting, err)
@@ -150,7 +180,8 @@ func TestSettingsRefused(t *testing.T) {
 // A systemd credential stands for a secret that is not set.
 func TestCredentials(t *testing.T) {
 	dir := t.TempDir()
-	for name, text := range map[string]string{"db_password": "p:w \n", "access_token": "from a credential\n", "ingest_key": " \n"} {
+	for name, text := range map[string]string{"db_password": "p:w \n", "access_token": "from a credential\n",
+		"ingest_key": " \n"} {
 		os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600)
 	}
 	for _, tt := range []struct {
@@ -159,7 +190,8 @@ func TestCredentials(t *testing.T) {
 	}{
 		{nil, "from a credential||p:w"},
 		{[]string{"DATABASE_URL=postgres://u@h/d"}, "from a credential||p:w"},
-		{[]string{"DATABASE_URL=postgres://u:own@h/d", "ACCESS_TOKEN=from the environment"}, "from the environment||own"},
+		{[]string{"DATABASE_URL=postgres://u:own@h/d", "ACCESS_TOKEN=from the environment"},
+			"from the environment||own"},
 	} {
 		c := mustLoad(t, append(tt.env, "CREDENTIALS_DIRECTORY="+dir)...)
 		if got := c.token + "|" + c.key + "|" + c.database.ConnConfig.Password; got != tt.want {
@@ -194,7 +226,8 @@ func TestSettingsDocumented(t *testing.T) {
 	os.WriteFile(file, regexp.MustCompile(`(?m)^#([A-Z_]+=)`).ReplaceAll(example, []byte("$1")), 0o600)
 	shown, err := readConfig(envOf(), file)
 	if err != nil || !reflect.DeepEqual(settingsOf(shown), settingsOf(mustLoad(t))) {
-		t.Errorf("the values in .env.example are not the defaults: %v\ngot  %v\nwant %v", err, settingsOf(shown), settingsOf(mustLoad(t)))
+		t.Errorf("the values in .env.example are not the defaults: %v\ngot  %v\nwant %v", err, settingsOf(shown),
+			settingsOf(mustLoad(t)))
 	}
 }
 
@@ -202,7 +235,8 @@ func TestSettingsDocumented(t *testing.T) {
 func settingsOf(c config) any {
 	pool, conn := c.database, c.database.ConnConfig
 	c.database = nil
-	return []any{c, conn.Host, conn.Port, conn.Database, conn.User, conn.Password, conn.ConnectTimeout, pool.MaxConns, pool.MaxConnIdleTime}
+	return []any{c, conn.Host, conn.Port, conn.Database, conn.User, conn.Password, conn.ConnectTimeout, pool.MaxConns,
+		pool.MaxConnIdleTime}
 }
 
 func TestDotEnv(t *testing.T) {
@@ -217,7 +251,7 @@ func TestDotEnv(t *testing.T) {
 		"PORT=1\nnonsense\n":                file + ":2: not a line of the form NAME=value",
 		"PORT=1\nexport\n":                  file + ":2: not a line of the form NAME=value",
 		"BATCH_INTERVALL=1":                 file + `: "BATCH_INTERVALL" is not a setting; did you mean BATCH_INTERVAL?`,
-		"SESSION_RETENTION_HOURS=1":         file + `: "SESSION_RETENTION_HOURS" is not a setting; did you mean RETENTION_HOURS?`,
+		"KEEP_RETENTION_HOURS=1":            file + `: "KEEP_RETENTION_HOURS" is not a setting; did you mean RETENTION_HOURS?`,
 		"DB_PASS=x":                         file + `: "DB_PASS" is not a setting; did you mean DB_PASSWORD?`,
 		"DATABASE_URI=x":                    file + `: "DATABASE_URI" is not a setting; did you mean DATABASE_URL?`,
 		"host=x":                            file + `: "host" is not a setting; did you mean HOST?`,
@@ -240,7 +274,8 @@ func TestDotEnv(t *testing.T) {
 }
 
 func TestInWords(t *testing.T) {
-	for d, want := range map[time.Duration]string{30 * 24 * time.Hour: "30 days", 36 * time.Hour: "36 hours", 24 * time.Hour: "24 hours",
+	for d, want := range map[time.Duration]string{30 * 24 * time.Hour: "30 days", 36 * time.Hour: "36 hours",
+		24 * time.Hour:   "24 hours",
 		90 * time.Second: "90 seconds", time.Millisecond: "1 ms", 0: "0 ms", 15 * time.Minute: "15 minutes"} {
 		if got := inWords(int64(d), times); got != want {
 			t.Errorf("%v: got %q, want %q", d, got, want)
@@ -258,7 +293,8 @@ func TestCheck(t *testing.T) {
 	}
 	defer taken.Close()
 	_, port, _ := net.SplitHostPort(taken.Addr().String())
-	readOnly := database + map[bool]string{true: "&", false: "?"}[strings.Contains(database, "?")] + "default_transaction_read_only=on"
+	readOnly := database + map[bool]string{true: "&", false: "?"}[strings.Contains(database,
+		"?")] + "default_transaction_read_only=on"
 	t.Chdir(t.TempDir()) // no .env of a developer's
 	file := filepath.Join(t.TempDir(), "file")
 	os.WriteFile(file, nil, 0o600)
@@ -269,14 +305,19 @@ func TestCheck(t *testing.T) {
 		not      []string // what has a ✗
 		mentions string
 	}{
-		{[]string{"PORT=0"}, []string{"listens", "LOG_DIR", "database", "PostgreSQL", "clocks", "writes", "pooler"}, nil, "30 days"},
-		{[]string{"PORT=" + port, "LOG_DIR=" + file}, []string{"database", "writes"}, []string{"listens", "LOG_DIR"}, "address already in use"},
-		{[]string{"HOST=no.such.host.invalid", "LOG_DIR=" + file + "/below"}, []string{"database"}, []string{"listens", "LOG_DIR"}, "no such host"},
-		{[]string{"DATABASE_URL=postgres://u:the-password@127.0.0.1:1/none"}, []string{"LOG_DIR"}, []string{"database"}, "connection refused"},
+		{[]string{"PORT=0"}, []string{"listens", "LOG_DIR", "database", "PostgreSQL", "clocks", "writes", "pooler"},
+			nil, "30 days"},
+		{[]string{"PORT=" + port, "LOG_DIR=" + file}, []string{"database", "writes"}, []string{"listens", "LOG_DIR"},
+			"address already in use"},
+		{[]string{"HOST=no.such.host.invalid", "LOG_DIR=" + file + "/below"}, []string{"database"},
+			[]string{"listens", "LOG_DIR"}, "no such host"},
+		{[]string{"DATABASE_URL=postgres://u:the-password@127.0.0.1:1/none"}, []string{"LOG_DIR"},
+			[]string{"database"}, "connection refused"},
 		{[]string{"DATABASE_URL=" + readOnly}, []string{"database", "clocks"}, []string{"writes"}, "read-only"},
 	} {
 		dir := t.TempDir()
-		env := append(append([]string{"HOST=127.0.0.1", "PORT=" + freePort(t), "DATABASE_URL=" + database, "LOG_DIR=" + filepath.Join(dir, "logs")}, secrets...), tt.env...)
+		env := append(append([]string{"HOST=127.0.0.1", "PORT=" + freePort(t), "DATABASE_URL=" + database,
+			"LOG_DIR=" + filepath.Join(dir, "logs")}, secrets...), tt.env...)
 		var out, errs bytes.Buffer
 		err := run(t.Context(), []string{"-check"}, envOf(env...), &out, &errs)
 		if (err != nil) != (len(tt.not) > 0) {
@@ -289,7 +330,8 @@ func TestCheck(t *testing.T) {
 				}
 			}
 		}
-		if marks, lines := len(tt.works)+len(tt.not), regexp.MustCompile(`(?m)^[✓✗].*$`).FindAllString(out.String(), -1); len(lines) < marks || strings.Count(out.String(), "\n") != len(lines)+3 {
+		if marks, lines := len(tt.works)+len(tt.not), regexp.MustCompile(`(?m)^[✓✗].*$`).FindAllString(out.String(),
+			-1); len(lines) < marks || strings.Count(out.String(), "\n") != len(lines)+3 {
 			t.Errorf("%q: got %d lines, want one for each thing", tt.env, len(lines))
 		}
 		if text := out.String() + errs.String() + fmt.Sprint(err); !strings.Contains(text, tt.mentions) || t.Failed() {
@@ -315,7 +357,8 @@ func TestArguments(t *testing.T) {
 	} {
 		var out bytes.Buffer
 		err := run(t.Context(), []string{tt.argument}, envOf(), &out, &out)
-		if (err == nil) != (tt.err == "") || err != nil && !strings.Contains(err.Error(), tt.err) || !strings.Contains(out.String(), tt.want) {
+		if (err == nil) != (tt.err == "") || err != nil && !strings.Contains(err.Error(), tt.err) ||
+			!strings.Contains(out.String(), tt.want) {
 			t.Errorf("%s: got %q, error %v, want %q, %q", tt.argument, &out, err, tt.want, tt.err)
 		}
 	}

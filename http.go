@@ -303,8 +303,9 @@ func (s *server) handleRoot(w http.ResponseWriter, r *http.Request) {
 	}
 	s.write(w, http.StatusOK, map[string]any{
 		"name": "session-replay", "version": version(),
-		"endpoints": map[string]string{"websocket": "/ws", "health": "/health", "stats": "/stats", "activeSessions": "/sessions/active",
-			"sessionEvents": "/sessions/:sessionId/events", "cleanup": "/sessions/cleanup"},
+		"endpoints": map[string]string{"websocket": "/ws", "health": "/health", "stats": "/stats",
+			"activeSessions": "/sessions/active",
+			"sessionEvents":  "/sessions/:sessionId/events", "cleanup": "/sessions/cleanup"},
 		"documentation": "README.md", "signedIn": s.access.signedIn(r),
 	})
 }

@@ -168,7 +168,8 @@ func TestLogDays(t *testing.T) {
 			}
 			l.app.Info(message)
 		}
-		l.want("application-"+days[1]+".log: two", "application-"+days[2]+".log: three", "application-"+days[3]+".log: four",
+		l.want("application-"+days[1]+".log: two", "application-"+days[2]+".log: three",
+			"application-"+days[3]+".log: four",
 			"exceptions-"+days[3]+".log")
 		// Right after midnight, before the files are looked after.
 		y, m, d := time.Now().Date()
@@ -196,7 +197,8 @@ func TestLogSize(t *testing.T) {
 			l.app.Info(message)
 		}
 		both := line + " " + line
-		l.want(name+".log: "+both, name+".1.log: "+both, name+".2.log: "+line, name+".3.log: "+long, name+".4.log: last", "exceptions-"+today()+".log")
+		l.want(name+".log: "+both, name+".1.log: "+both, name+".2.log: "+line, name+".3.log: "+long,
+			name+".4.log: last", "exceptions-"+today()+".log")
 		l.Close()
 		for i, newest := range []string{".9.log", ".10.log.gz"} { // full, and zipped
 			l.put(name+newest, strings.Repeat("z", 190/(1+9*i)))
@@ -213,8 +215,10 @@ func TestLogSize(t *testing.T) {
 
 // Old files go; what is not a log file of ours stays.
 func TestLogRetention(t *testing.T) {
-	others := []string{"application.log", "application-1990-01-01.txt", "myapplication-1990-01-01.log", "application-1990-01-01.log.bak",
-		"application-1990-01-01.01.log", "application-1990-1-1.log", "access-1990-01-01.log", "application-1990-01-01.log.gz.tmp"}
+	others := []string{"application.log", "application-1990-01-01.txt", "myapplication-1990-01-01.log",
+		"application-1990-01-01.log.bak",
+		"application-1990-01-01.01.log", "application-1990-1-1.log", "access-1990-01-01.log",
+		"application-1990-01-01.log.gz.tmp"}
 	for _, tt := range []struct {
 		config logConfig
 		want   string // days back, with .1 for the second file of the day
@@ -252,7 +256,8 @@ func TestLogRetention(t *testing.T) {
 
 func TestLogZipped(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		l, day := &logTest{T: t, logs: &logs{logConfig: logConfig{dir: t.TempDir(), maxSize: 100, zipped: true}}}, today()
+		l, day := &logTest{T: t, logs: &logs{logConfig: logConfig{dir: t.TempDir(), maxSize: 100, zipped: true}}},
+			today()
 		// An earlier process was killed while it zipped; its error file is the
 		// newest of today, so that it may still be written.
 		l.put("application-1999-12-30.log", "whole\n")
@@ -264,12 +269,15 @@ func TestLogZipped(t *testing.T) {
 			l.app.Info(n + line)
 		}
 		l.nextMinute()
-		l.want("application-1999-12-30.log.gz: whole", "application-"+day+".log.gz: 1"+line, "application-"+day+".1.log.gz: 2"+line,
+		l.want("application-1999-12-30.log.gz: whole", "application-"+day+".log.gz: 1"+line,
+			"application-"+day+".1.log.gz: 2"+line,
 			"application-"+day+".2.log: 3"+line, "error-"+day+".log: before", "exceptions-"+day+".log")
 		l.app.Info("4")
 		next := l.nextDay()
-		l.want("application-1999-12-30.log.gz: whole", "application-"+day+".log.gz: 1"+line, "application-"+day+".1.log.gz: 2"+line,
-			"application-"+day+".2.log.gz: 3"+line, "application-"+day+".3.log.gz: 4", "error-"+day+".log.gz: before", "exceptions-"+next+".log")
+		l.want("application-1999-12-30.log.gz: whole", "application-"+day+".log.gz: 1"+line,
+			"application-"+day+".1.log.gz: 2"+line,
+			"application-"+day+".2.log.gz: 3"+line, "application-"+day+".3.log.gz: 4", "error-"+day+".log.gz: before",
+			"exceptions-"+next+".log")
 		if got := l.writeErrors(); got != 0 {
 			t.Errorf("write errors: got %d, want 0", got)
 		}
@@ -284,7 +292,11 @@ func TestLogTrouble(t *testing.T) {
 		errors int64 // of 10 lines: of one kind or of both
 	}{
 		"a file in the way": {func(dir, file string) error { return os.WriteFile(dir, nil, 0o600) }, 20},
-		"a full disk":       {func(dir, file string) error { os.Mkdir(dir, 0o750); return os.Symlink("/dev/full", file) }, 10},
+		"a full disk": {func(dir, file string) error {
+			os.Mkdir(dir, 0o750)
+			return os.Symlink("/dev/full",
+				file)
+		}, 10},
 	} {
 		synctest.Test(t, func(t *testing.T) {
 			dir := filepath.Join(t.TempDir(), "logs")
@@ -297,10 +309,13 @@ func TestLogTrouble(t *testing.T) {
 				l.app.Error("line")
 				l.nextMinute()
 			}
-			if got := l.writeErrors(); got < tt.errors || strings.Count(l.stderr.String(), "\n") != 1 || strings.Count(l.stdout.String(), "\n") != 10 {
-				t.Errorf("%s: got %d write errors, stderr %q, stdout %q, want at least %d, one line, 10", name, got, &l.stderr, &l.stdout, tt.errors)
+			if got := l.writeErrors(); got < tt.errors || strings.Count(l.stderr.String(), "\n") != 1 ||
+				strings.Count(l.stdout.String(), "\n") != 10 {
+				t.Errorf("%s: got %d write errors, stderr %q, stdout %q, want at least %d, one line, 10", name, got,
+					&l.stderr, &l.stdout, tt.errors)
 			}
-			if err := errors.Join(os.Remove(file), os.RemoveAll(dir)); err != nil && !errors.Is(err, os.ErrNotExist) && tt.errors == 10 {
+			if err := errors.Join(os.Remove(file), os.RemoveAll(dir)); err != nil &&
+				!errors.Is(err, os.ErrNotExist) && tt.errors == 10 {
 				t.Fatal(err)
 			}
 			l.app.Info("again")
@@ -323,7 +338,11 @@ func TestLogMoved(t *testing.T) {
 	for name, move := range map[string]func(dir, file string) error{
 		"moved":       func(dir, file string) error { return os.Rename(file, file+".bak") },
 		"all removed": func(dir, file string) error { return os.RemoveAll(dir) },
-		"replaced":    func(dir, file string) error { os.Rename(file, file+".bak"); return os.WriteFile(file, nil, 0o640) },
+		"replaced": func(dir, file string) error {
+			os.Rename(file, file+".bak")
+			return os.WriteFile(file, nil,
+				0o640)
+		},
 	} {
 		synctest.Test(t, func(t *testing.T) {
 			l := testLogs(t, logConfig{dir: filepath.Join(t.TempDir(), "logs")})
@@ -394,7 +413,8 @@ func TestLogCrash(t *testing.T) {
 		t.Fatalf("got the files %v", files)
 	}
 	text, _ := os.ReadFile(files[0])
-	for _, want := range []string{"{\"time\":", "\npanic: nobody recovers this\n", "logging_test.go", "created by session-replay."} {
+	for _, want := range []string{"{\"time\":", "\npanic: nobody recovers this\n", "logging_test.go",
+		"created by session-replay."} {
 		if !strings.Contains("\n"+string(text), want) {
 			t.Errorf("exceptions file: got no %q in:\n%s", want, text)
 		}

@@ -676,7 +676,8 @@ func testCertificate(t testing.TB, certFile, keyFile string, serial int64) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	template := &x509.Certificate{SerialNumber: big.NewInt(serial), NotAfter: time.Now().Add(time.Hour), IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}}
+	template := &x509.Certificate{SerialNumber: big.NewInt(serial), NotAfter: time.Now().Add(time.Hour),
+		IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}}
 	cert, err := x509.CreateCertificate(rand.Reader, template, template, private.Public(), private)
 	if err != nil {
 		t.Fatal(err)
@@ -685,7 +686,8 @@ func testCertificate(t testing.TB, certFile, keyFile string, serial int64) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for name, block := range map[string]*pem.Block{certFile: {Type: "CERTIFICATE", Bytes: cert}, keyFile: {Type: "PRIVATE KEY", Bytes: secret}} {
+	for name, block := range map[string]*pem.Block{certFile: {Type: "CERTIFICATE", Bytes: cert},
+		keyFile: {Type: "PRIVATE KEY", Bytes: secret}} {
 		if err := os.WriteFile(name, pem.EncodeToMemory(block), 0o600); err != nil {
 			t.Fatal(err)
 		}
@@ -711,7 +713,8 @@ func TestTLS(t *testing.T) {
 	if !strings.Contains(s.output.String(), "url=https://127.0.0.1:") {
 		t.Errorf("it does not say so: %s", s.output.String())
 	}
-	if c := s.as(header("Accept", "text/html"), "GET", "/?token=the%2Baccess/token%3Dof+a+test").Cookies()[0]; !c.Secure {
+	if c := s.as(header("Accept", "text/html"), "GET",
+		"/?token=the%2Baccess/token%3Dof+a+test").Cookies()[0]; !c.Secure {
 		t.Errorf("cookie %v, want Secure", c)
 	}
 	plainPage := header("Origin", "http://127.0.0.1:"+s.port)
@@ -720,7 +723,10 @@ func TestTLS(t *testing.T) {
 	}
 	os.WriteFile(cert, []byte("broken"), 0o600)
 	s.cmd.Process.Signal(syscall.SIGHUP)
-	waitUntil(t, "the broken one is refused", func() bool { return strings.Contains(s.log(rejectionsLog), "certificate not read again") })
+	waitUntil(t, "the broken one is refused", func() bool {
+		return strings.Contains(s.log(rejectionsLog),
+			"certificate not read again")
+	})
 	if got := serial(); got != 1 {
 		t.Errorf("then the certificate is number %d, want the old one", got)
 	}

@@ -78,9 +78,12 @@ func TestMetrics(t *testing.T) {
 	}
 	got := parseMetrics(t, string(body))
 	for name, want := range map[string]float64{
-		`connections{type="tracker"}`: 1, `connections{type="viewer"}`: 1, "sessions_live": 1, "sessions_in_memory": 1, "sessions_started_total": 1,
-		"events_received_total": 200, "events_stored_total": 200, "oldest_pending_seconds": 0, "database_errors_total": 0, "log_write_errors_total": 0,
-		"viewers_lagged_total": 0, "sessions_refused_total": 0, "sessions_deleted_total": 0, "buffer_limit_bytes": 256 << 20,
+		`connections{type="tracker"}`: 1, `connections{type="viewer"}`: 1, "sessions_live": 1,
+		"sessions_in_memory": 1, "sessions_started_total": 1,
+		"events_received_total": 200, "events_stored_total": 200, "oldest_pending_seconds": 0,
+		"database_errors_total": 0, "log_write_errors_total": 0,
+		"viewers_lagged_total": 0, "sessions_refused_total": 0, "sessions_deleted_total": 0,
+		"buffer_limit_bytes":                       256 << 20,
 		`refusals_total{reason="invalid_message"}`: 2,
 	} {
 		if value, ok := got["session_replay_"+name]; !ok || value != want {
@@ -92,18 +95,23 @@ func TestMetrics(t *testing.T) {
 		size += len(testEvent(tr.session, i)) + 1
 	}
 	for name, between := range map[string][2]float64{
-		"received_bytes_total": {float64(size - 21), float64(size)}, "stored_bytes_total": {1000, float64(size)}, "acks_total": {1, 20},
-		"buffer_bytes": {float64(size) - 200, float64(size) * 1.5}, "tail_bytes": {float64(size) - 200, float64(size) * 1.5},
-		"batch_seconds_count": {1, 20}, "batch_seconds_sum": {1e-6, 60}, "batch_bytes_count": {1, 20}, "batch_bytes_sum": {float64(size) - 200, float64(size) * 1.1},
+		"received_bytes_total": {float64(size - 21), float64(size)}, "stored_bytes_total": {1000, float64(size)},
+		"acks_total":          {1, 20},
+		"buffer_bytes":        {float64(size) - 200, float64(size) * 1.5},
+		"tail_bytes":          {float64(size) - 200, float64(size) * 1.5},
+		"batch_seconds_count": {1, 20}, "batch_seconds_sum": {1e-6, 60}, "batch_bytes_count": {1, 20},
+		"batch_bytes_sum": {float64(size) - 200, float64(size) * 1.1},
 	} {
 		if value := got["session_replay_"+name]; value < between[0] || value > between[1] {
 			t.Errorf("%s: got %v, want %v", name, value, between)
 		}
 	}
 	if more := got["session_replay_buffer_bytes"] - got["session_replay_tail_bytes"]; more < 512 || more > 2000 {
-		t.Errorf("with all stored the buffer is %v bytes larger than the tail, want what one session takes itself", more)
+		t.Errorf("with all stored the buffer is %v bytes larger than the tail, want what one session takes itself",
+			more)
 	}
-	for name, least := range map[string]float64{"go_goroutines": 5, "go_memstats_alloc_bytes": 1e5, "go_memstats_sys_bytes": 1e6, "process_start_time_seconds": 1.7e9} {
+	for name, least := range map[string]float64{"go_goroutines": 5, "go_memstats_alloc_bytes": 1e5,
+		"go_memstats_sys_bytes": 1e6, "process_start_time_seconds": 1.7e9} {
 		if got[name] < least {
 			t.Errorf("%s: got %v, want at least %v", name, got[name], least)
 		}

@@ -31,7 +31,8 @@ func newAsset(name string, body []byte) asset {
 	z, _ := gzip.NewWriterLevel(&zipped, gzip.BestCompression)
 	z.Write(body)
 	z.Close()
-	return asset{body, zipped.Bytes(), types[path.Ext(name)] + "; charset=utf-8", `"` + hex.EncodeToString(sum[:8]) + `"`}
+	return asset{body, zipped.Bytes(), types[path.Ext(name)] + "; charset=utf-8",
+		`"` + hex.EncodeToString(sum[:8]) + `"`}
 }
 
 // assets are the embedded files by their base names, and whether the recorder is
