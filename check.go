@@ -17,8 +17,7 @@ import (
 // check tries what the start would do, and prints a line for each thing: ✓ or ✗
 // with the reason. Nothing stays behind, and no secret is printed.
 func check(ctx context.Context, cfg config, stdout io.Writer) error {
-	fmt.Fprintf(stdout, "  may view    %s\n  may record  %s\n", cfg.whoMayView(), cfg.whoMayRecord())
-	fmt.Fprintf(stdout, "  keeps       sessions for %s after their end\n", inWords(int64(cfg.retention), times))
+	describe(stdout, cfg)
 	failed := 0
 	report := func(what, found string, err error) {
 		mark := "✓"
@@ -37,27 +36,24 @@ func check(ctx context.Context, cfg config, stdout io.Writer) error {
 	return nil
 }
 
-func (c config) whoMayView() string {
-	a := newAccess(c.accessConfig, c.host, c.port, nil)
-	who := "who has ACCESS_TOKEN"
+// describe says who may do what, without the secrets.
+func describe(w io.Writer, cfg config) {
+	a, viewing, recording := newAccess(cfg.accessConfig, cfg.host, cfg.port, nil), "who has ACCESS_TOKEN", "anyone"
 	switch {
 	case a.open:
-		who = "anyone on this machine (no ACCESS_TOKEN)"
+		viewing = "anyone on this machine (no ACCESS_TOKEN)"
 	case a.generated:
-		who = "who has the token that the start makes and prints (no ACCESS_TOKEN)"
+		viewing = "who has the token that the start makes and prints (no ACCESS_TOKEN)"
 	}
-	return fmt.Sprintf("%s; own pages and those of %v; PUBLIC_HOSTS %v, TRUST_PROXY %t",
-		who, c.viewerOrigins, c.publicHosts, c.trustProxy)
+	if a.key != "" {
+		recording = "who has INGEST_KEY"
+	}
+	fmt.Fprintf(w, "  may view    %s; own pages and those of %v; PUBLIC_HOSTS %v\n", viewing, a.viewerOrigins, a.publicHosts)
+	fmt.Fprintf(w, "  may record  %s; pages of %v\n", recording, a.trackerOrigins)
+	fmt.Fprintf(w, "  keeps       sessions for %s after their end\n", inWords(int64(cfg.retention), times))
 }
 
-func (c config) whoMayRecord() string {
-	who := "anyone"
-	if c.key != "" {
-		who = "who has INGEST_KEY"
-	}
-	return fmt.Sprintf("%s; pages of %v", who, c.trackerOrigins)
-}
-
+// tryListen needs a HOST that has an address here, and a free PORT.
 func tryListen(cfg config) error {
 	listener, err := net.Listen("tcp", net.JoinHostPort(cfg.host, cfg.port))
 	if err != nil {
@@ -66,6 +62,8 @@ func tryListen(cfg config) error {
 	return listener.Close()
 }
 
+// tryDirectory leaves no directory that was not there: it would belong to whoever
+// runs the check, and the server could not write to it.
 func tryDirectory(dir string) error {
 	if _, err := os.Stat(dir); errors.Is(err, os.ErrNotExist) {
 		defer os.Remove(dir)
@@ -96,7 +94,7 @@ func checkDatabase(ctx context.Context, cfg config, report func(what, found stri
 	err = conn.QueryRow(ctx, ask, pgx.QueryExecModeExec).Scan(&version, &process, &now)
 	ahead := time.Until(now).Round(time.Millisecond)
 	report("PostgreSQL", fmt.Sprintf("%d (12 to 18 are known)", version), err)
-	if math.Abs(ahead.Hours()) >= 1 {
+	if math.Abs(ahead.Hours()) >= 1 { // ages are counted by the database's clock
 		err = errors.New("the clocks of the database and of this machine differ by more than an hour")
 	}
 	report("clocks", fmt.Sprintf("here %s; the database's is %v ahead", time.Now().Format(time.RFC3339), ahead), err)

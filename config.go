@@ -20,7 +20,8 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
-// config is all settings, read once at the start.
+// config is all settings, read once at the start. What each is for stands in
+// .env.example.
 type config struct {
 	host, port string
 	database   *pgxpool.Config
@@ -45,7 +46,8 @@ type config struct {
 	maxSessionsPerMinute                            int
 }
 
-// loadConfig reads the settings. Its error names the first that is wrong.
+// loadConfig reads the settings, each with its name, its default and the least
+// and most that make sense. The error names the first setting that is wrong.
 func loadConfig(getenv func(string) string) (config, error) {
 	const ms = time.Millisecond
 	r := settings{getenv: getenv}
@@ -77,6 +79,7 @@ func loadConfig(getenv func(string) string) (config, error) {
 	return c, r.err
 }
 
+// access refuses what would look protected and is not.
 func (r *settings) access() accessConfig {
 	c := accessConfig{
 		token: r.secret("ACCESS_TOKEN"), key: r.secret("INGEST_KEY"),
@@ -99,6 +102,8 @@ func (r *settings) access() accessConfig {
 	return c
 }
 
+// certificate loads TLS_CERT and TLS_KEY, so that a wrong one stops the start; nil
+// without TLS.
 func (r *settings) certificate() *certificate {
 	c := &certificate{cert: r.getenv("TLS_CERT"), key: r.getenv("TLS_KEY")}
 	if c.cert == "" && c.key == "" {
@@ -155,6 +160,7 @@ type settings struct {
 	err    error
 }
 
+// refuse notes what is wrong with a value, which it may quote unless it is secret.
 func (r *settings) refuse(name, format string, args ...any) {
 	if r.err == nil {
 		r.err = fmt.Errorf(name+": "+format, args...)
@@ -163,7 +169,7 @@ func (r *settings) refuse(name, format string, args ...any) {
 
 func (r *settings) text(name, preset string) string { return cmp.Or(r.getenv(name), preset) }
 
-// unit may follow a number, by its name or the beginning of that.
+// unit may follow a number, by its name or the beginning of it: 5s, 5 sec, 5 seconds.
 type unit struct {
 	size int64
 	name string
@@ -185,8 +191,8 @@ func inWords(n int64, units []unit) string {
 	return strconv.FormatInt(n, 10)
 }
 
-// quantity reads a number with one of the units, or without: then it counts in
-// plain, or is wrong where plain is 0.
+// quantity reads a number with a unit. A plain number counts in plain, as it did
+// before settings had units; where plain is 0 it is refused.
 func (r *settings) quantity(name, preset string, units []unit, plain, least, most int64) int64 {
 	v := r.text(name, preset)
 	digits := strings.TrimRightFunc(v, unicode.IsLetter)
@@ -243,7 +249,7 @@ func (r *settings) secret(name string) string {
 	return strings.TrimSpace(string(content))
 }
 
-// list reads what stands between commas.
+// list reads values between commas; empty ones are left out.
 func (r *settings) list(name string, parse func(string) (string, error)) (all []string) {
 	for v := range strings.SplitSeq(r.getenv(name), ",") {
 		if v = strings.TrimSpace(v); v == "" {
@@ -302,7 +308,7 @@ func readConfig(getenv func(string) string, file string) (config, error) {
 	return c, err
 }
 
-// unquoteValue takes the quotes off a value, or the comment behind it.
+// unquoteValue takes off the quotes around a value, or else the comment behind it.
 func unquoteValue(v string) string {
 	if n := len(v); n >= 2 && (v[0] == '"' || v[0] == '\'') && v[n-1] == v[0] {
 		return v[1 : n-1]
@@ -311,7 +317,8 @@ func unquoteValue(v string) string {
 	return strings.TrimSpace(v)
 }
 
-// nearest gives the known name that shares most with another at both ends.
+// nearest gives the known name that shares most letters with a mistaken one, from
+// its beginning and from its end: what typing errors and forgotten words leave.
 func nearest(name string, known map[string]bool) (best string) {
 	most := math.MinInt
 	for _, other := range slices.Sorted(maps.Keys(known)) {

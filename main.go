@@ -89,7 +89,7 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 	if s.access.generated {
 		fmt.Fprintf(stdout, "ACCESS_TOKEN is not set and HOST is open to a network; "+
 			"until the next start, viewers come by this link:\n%s/?token=%s\n", cfg.url(cfg.host, cfg.port),
-				s.access.token)
+			s.access.token)
 	}
 	return s.run(ctx)
 }
