@@ -35,7 +35,7 @@ import (
 )
 
 const (
-	writers      = 3                // one compresses while others wait for their commits
+	beatEvery    = 2 * time.Second  // that this server is there
 	shutdownTime = 18 * time.Second // for everything; systemd and others wait about 20
 )
 
@@ -100,10 +100,11 @@ func assemble(cfg config, logs *logs) (*server, error) {
 	}
 	m := newMetrics()
 	b := newBudget(int64(cfg.maxBufferBytes))
-	s := &server{cfg: cfg, store: st, budget: b, metrics: m, logs: logs, log: logs.app, started: time.Now(),
-		access: newAccess(cfg.accessConfig, cfg.host, cfg.port)}
-	s.hub = newHub(hubConfig{batchSize: cfg.batchSize, batchInterval: cfg.batchInterval, grace: cfg.grace, maxEvents: int64(cfg.maxEvents),
-		maxTailBytes: int64(cfg.maxBufferBytes) / 4, maxSessionBytes: int64(cfg.maxSessionBytes)}, b, m)
+	h := newHub(hubConfig{batchSize: cfg.batchSize, batchInterval: cfg.batchInterval, grace: cfg.grace, maxEvents: int64(cfg.maxEvents),
+		maxTailBytes: int64(cfg.maxBufferBytes) / 4, maxAboutBytes: int64(cfg.maxBufferBytes) / 8,
+		maxSessionBytes: int64(cfg.maxSessionBytes)}, b, m)
+	s := &server{core: core{cfg: cfg, hub: h, store: st, budget: b, outgoing: newBudget(int64(cfg.maxBufferBytes) / 4),
+		metrics: m, logs: logs, log: logs.app}, started: time.Now(), access: newAccess(cfg.accessConfig, cfg.host, cfg.port)}
 	for range writers {
 		s.writers = append(s.writers, &writer{hub: s.hub, store: st, metrics: m, log: logs.rejected})
 	}
@@ -167,7 +168,7 @@ func (s *server) stop(srv *http.Server) error {
 		srv.Shutdown(ctx)
 		close(httpEnds)
 	}()
-	s.goodbye(ctx)
+	s.closeAll(ctx)
 	s.hub.send(drain{})
 	select {
 	case <-s.hub.done:
@@ -245,8 +246,7 @@ func (s *server) attend(ctx context.Context) {
 	}
 }
 
-// works asks the hub, and looks whether a writer has hung for longer than any
-// transaction may take.
+// works asks the hub.
 func (s *server) works(patience time.Duration) error {
 	answered := make(chan struct{})
 	go func() { // ends with the hub's answer
@@ -257,11 +257,6 @@ func (s *server) works(patience time.Duration) error {
 	case <-answered:
 	case <-time.After(patience):
 		return errors.New("the hub does not answer")
-	}
-	for _, w := range s.writers {
-		if since := w.since.Load(); since > 0 && time.Since(time.Unix(since, 0)) > 2*commitTimeout {
-			return errors.New("a writer hangs")
-		}
 	}
 	return nil
 }
@@ -297,7 +292,7 @@ func (s *server) keepHouse(ctx context.Context) {
 		}
 	}
 	s.log.Info("database ready")
-	go s.every(ctx, touchEvery, s.touch) // ends with ctx; a long cleanup does not keep it waiting
+	go s.every(ctx, beatEvery, s.beat) // ends with ctx; a long cleanup does not keep it waiting
 	s.every(ctx, s.cfg.cleanupInterval, s.cleanUp)
 }
 
@@ -315,18 +310,14 @@ func (s *server) every(ctx context.Context, interval time.Duration, do func(cont
 	}
 }
 
-func (s *server) touch(ctx context.Context) {
-	live := map[string]int64{}
-	for id, l := range s.live() {
-		live[id] = l.epoch
-	}
-	if err := s.store.touch(ctx, live); err != nil && ctx.Err() == nil {
-		s.logs.rejected.Warn("live sessions not marked", "err", err)
+func (s *server) beat(ctx context.Context) {
+	if err := s.store.beat(ctx); err != nil && ctx.Err() == nil {
+		s.logs.rejected.Warn("the database was not told that this server is there", "err", err)
 	}
 }
 
 func (s *server) cleanUp(ctx context.Context) {
-	n, err := s.store.removeEnded(ctx, time.Now().Add(-s.cfg.retention))
+	n, err := s.store.removeEnded(ctx, s.cfg.retention)
 	if err == nil && s.cfg.maxStorageBytes > 0 {
 		var more int64
 		more, err = s.store.removeToFit(ctx, int64(s.cfg.maxStorageBytes))
