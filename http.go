@@ -6,10 +6,10 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"log/slog"
 	"maps"
 	"net"
 	"net/http"
+	"net/netip"
 	"net/url"
 	"runtime"
 	"runtime/debug"
@@ -27,15 +27,9 @@ import (
 // server answers HTTP and WebSocket requests. It owns the connections' readers
 // and writers; its parts are safe for concurrent use.
 type server struct {
-	cfg     config
-	hub     *hub
-	store   *store
-	budget  *budget
-	metrics *metrics
+	core
 	writers []*writer
 	access  *access
-	logs    *logs
-	log     *slog.Logger
 	started time.Time
 	files   map[string]asset
 
@@ -334,23 +328,8 @@ func (s *server) handleTracker(w http.ResponseWriter, r *http.Request) {
 // it lasts; smaller ones serve a tracker, which is sent little, as well.
 type hijacker struct {
 	http.ResponseWriter
-	small  bool
-	conn   net.Conn
-	status int    // what Accept answers
-	reason string // if it is a refusal
-}
-
-// WriteHeader and Write keep back what Accept says of a handshake that it does
-// not like: it is answered like all else that is refused.
-func (h *hijacker) WriteHeader(status int) {
-	if h.status = status; status == http.StatusSwitchingProtocols {
-		h.ResponseWriter.WriteHeader(status)
-	}
-}
-
-func (h *hijacker) Write(text []byte) (int, error) {
-	h.reason += string(text)
-	return len(text), nil
+	small bool
+	conn  net.Conn
 }
 
 func (h *hijacker) Hijack() (net.Conn, *bufio.ReadWriter, error) {
@@ -376,86 +355,50 @@ func (s *server) handleWebSocket(w http.ResponseWriter, r *http.Request) {
 	h := &hijacker{ResponseWriter: w, small: kind != "viewer"}
 	ws, err := websocket.Accept(h, r, &websocket.AcceptOptions{InsecureSkipVerify: true, CompressionMode: websocket.CompressionDisabled})
 	if err != nil {
-		s.access.leave(addr)
-		if h.status >= http.StatusBadRequest {
-			s.fail(w, r, h.status, strings.TrimSpace(h.reason), nil)
-		}
+		s.access.leave(addr) // Accept has answered
 		return
 	}
-	ws.SetReadLimit(-1) // conn.read has its own
-	c := &conn{srv: s, ws: ws, net: h.conn, addr: addr, viewer: kind == "viewer"}
+	ws.SetReadLimit(-1)                                     // conn.read has its own
+	go s.serveWebSocket(ws, h.conn, addr, kind == "viewer") // ends with the connection
+}
+
+// serveWebSocket is a connection from its handshake to its end.
+func (s *server) serveWebSocket(ws *websocket.Conn, nc net.Conn, addr netip.Addr, isViewer bool) {
+	defer s.access.leave(addr)
+	c := &conn{core: &s.core, ws: ws, net: nc, urgent: isViewer}
 	c.ctx, c.cancel = context.WithCancel(s.ctx)
-	c.limit = time.AfterFunc(time.Hour, func() {
-		s.metrics.refuse("message_time")
-		c.shut(closePolicy, "the message took too long")
-	})
-	c.limit.Stop()
-	c.pulse = time.AfterFunc(time.Hour, c.heartbeat)
+	if isViewer {
+		c.maxMessage, c.out = maxViewerMessage, newOutbox(viewerOutbox, s.outgoing)
+		c.handle = (&viewer{&s.core, c.ctx, c.out}).handle
+	} else {
+		c.maxMessage, c.out = s.cfg.maxMessageBytes, newOutbox(trackerOutbox, nil)
+		c.handle = (&tracker{core: &s.core, ctx: c.ctx, out: c.out}).handle
+	}
+	c.open()
 	s.open.Store(c, nil)
-	go c.serve()
+	defer s.open.Delete(c)
+	defer c.close()
+	if !s.hub.send(enter{c.out, isViewer}) {
+		c.out.closeAfterSending(closeGoingAway, "the server stops")
+	}
+	defer s.hub.send(leave{c.out})
+	c.serve()
 }
 
-// forget is called when a connection has ended.
-func (s *server) forget(c *conn) {
-	s.open.Delete(c)
-	s.access.leave(c.addr)
-}
-
-// goodbye tells every connection that the server stops, also those that are
+// closeAll tells every connection that the server stops, also those that are
 // about to open, and waits until all have ended or ctx has.
-func (s *server) goodbye(ctx context.Context) {
+func (s *server) closeAll(ctx context.Context) {
 	s.budget.open()
 	for s.access.close() > 0 && ctx.Err() == nil {
 		s.open.Range(func(c, _ any) bool {
-			c.(*conn).shut(closeGoingAway, "the server stops")
+			c.(*conn).out.closeAfterSending(closeGoingAway, "the server stops")
 			return true
 		})
 		time.Sleep(5 * time.Millisecond)
 	}
 }
 
-// Pages of events.
-
-// events calls emit with the events of a session from one number on, at most
-// limit, until emit says false; those not yet committed too. What is in memory
-// is asked for first: everything before it was committed by then.
-func (s *server) events(ctx context.Context, id string, from, limit int64, emit func([]byte) bool) (summary, error) {
-	reply := make(chan found, 1)
-	f, ok := ask(s.hub, reply, find{id, from, from + limit, reply})
-	if !ok {
-		return summary{}, net.ErrClosed
-	}
-	if !f.ok {
-		row, err := s.store.session(ctx, id)
-		if err != nil {
-			return summary{}, err
-		}
-		f.session = row.summary
-	}
-	to := min(from+limit, f.session.now.events)
-	inMemory := to
-	if len(f.batches) > 0 {
-		inMemory = min(to, f.batches[0].first)
-	}
-	more := true
-	if from < inMemory {
-		err := s.store.events(ctx, id, from, inMemory, func(event []byte) bool {
-			from++
-			more = emit(event)
-			return more
-		})
-		if err != nil || from < inMemory {
-			return f.session, err
-		}
-	}
-	for _, b := range f.batches {
-		for ; more && from < min(to, b.end()); from++ {
-			e := b.events[from-b.first]
-			more = emit(b.body[e.start:e.end])
-		}
-	}
-	return f.session, nil
-}
+// Recordings.
 
 const maxIndex = 1 << 53
 
@@ -466,51 +409,26 @@ func (s *server) handleEvents(w http.ResponseWriter, r *http.Request) error {
 	if err := errors.Join(err, err2); err != nil {
 		return err
 	}
-	out := &eventsWriter{w: w, id: id}
-	_, err = s.events(r.Context(), id, from, limit, out.add)
-	switch {
-	case err != nil && out.count == 0:
+	p, err := s.eventPage(r.Context(), id, from, limit)
+	if err != nil {
 		return err
-	case err != nil || out.err != nil:
-		panic(http.ErrAbortHandler) // the client sees that the answer is cut
 	}
-	out.finish(from)
+	w.Header().Set("Content-Type", "application/json; charset=utf-8")
+	w.Header().Set("Cache-Control", "no-store")
+	fmt.Fprintf(w, `{"sessionId":"%s","events":[`, id)
+	s.writeSlowly(w, p.events)
+	fmt.Fprintf(w, `],"fromIndex":%d,"count":%d}`, from, p.count)
 	return nil
 }
 
-// eventsWriter writes a page of events as they come.
-type eventsWriter struct {
-	w     http.ResponseWriter
-	id    string
-	count int64
-	err   error
-}
-
-func (o *eventsWriter) begin() {
-	o.w.Header().Set("Content-Type", "application/json; charset=utf-8")
-	o.w.Header().Set("Cache-Control", "no-store")
-	fmt.Fprintf(o.w, `{"sessionId":"%s","events":[`, o.id)
-}
-
-func (o *eventsWriter) add(event []byte) bool {
-	if o.count == 0 {
-		o.begin()
-	} else {
-		o.w.Write([]byte{','})
+// writeSlowly gives a client that reads at all the time that a large answer takes.
+func (s *server) writeSlowly(w http.ResponseWriter, body []byte) {
+	for piece := range slices.Chunk(body, writePiece) {
+		http.NewResponseController(w).SetWriteDeadline(time.Now().Add(time.Minute))
+		if _, err := w.Write(piece); err != nil {
+			return
+		}
 	}
-	o.count++
-	if len(event) > writePiece || o.count%100 == 0 {
-		http.NewResponseController(o.w).SetWriteDeadline(time.Now().Add(time.Minute))
-	}
-	_, o.err = o.w.Write(event)
-	return o.err == nil
-}
-
-func (o *eventsWriter) finish(from int64) {
-	if o.count == 0 {
-		o.begin()
-	}
-	fmt.Fprintf(o.w, `],"fromIndex":%d,"count":%d}`, from, o.count)
 }
 
 func (s *server) handleChunk(w http.ResponseWriter, r *http.Request) error {
@@ -528,7 +446,7 @@ func (s *server) handleChunk(w http.ResponseWriter, r *http.Request) error {
 	h.Set("Cache-Control", "private, max-age=31536000, immutable")
 	h.Add("Vary", "Accept-Encoding")
 	if !strings.Contains(r.Header.Get("Accept-Encoding"), "gzip") {
-		if data, err = gunzip(data, 4*len(data)); err != nil {
+		if data, err = unzip(data, 4*len(data)); err != nil {
 			s.fail(w, r, http.StatusInternalServerError, "the chunk is damaged", err)
 			return nil
 		}
@@ -536,7 +454,7 @@ func (s *server) handleChunk(w http.ResponseWriter, r *http.Request) error {
 		h.Set("Content-Encoding", "gzip")
 	}
 	h.Set("Content-Length", strconv.Itoa(len(data)))
-	w.Write(data)
+	s.writeSlowly(w, data)
 	return nil
 }
 
@@ -560,46 +478,33 @@ type sessionJSON struct {
 	SnapshotIndex *int64          `json:"snapshotIndex"`
 }
 
-// millis gives a timestamp as JSON has it: null when there is none.
-func millis(t int64) *int64 {
+// nullableMillis gives a timestamp as JSON has it: null for none.
+func nullableMillis(t int64) *int64 {
 	if t == 0 {
 		return nil
 	}
 	return &t
 }
 
-// toJSON takes a row, and what memory knows better of it.
-func toJSON(row storedSession, live map[string]summary) sessionJSON {
+// toJSON gives a row as lists show it.
+func toJSON(row storedSession) sessionJSON {
 	s := row.summary
-	if l, ok := live[s.id]; ok && l.now.events >= s.now.events { // it may be on another server by now
-		stored := s.now.stored
-		s = l
-		s.now.stored = stored
-	}
 	return sessionJSON{
-		sessionID: sessionID{s.id}, UserID: s.about.userID, Metadata: s.about.metadata, EventCount: s.now.events, ErrorCount: s.now.errors,
+		sessionID: sessionID{s.id}, UserID: s.about.userID, Metadata: s.about.brief, EventCount: s.now.events, ErrorCount: s.now.errors,
 		IsActive: s.isActive, CreatedAt: row.createdAt.UTC(), UpdatedAt: row.updatedAt.UTC(), EndedAt: row.endedAt,
-		StartTime: millis(s.now.firstTime), EndTime: millis(s.now.endTime), StoredBytes: s.now.stored, RawBytes: s.now.raw,
-		SnapshotIndex: index(s.now.snapshot),
+		StartTime: nullableMillis(s.now.firstTime), EndTime: nullableMillis(s.now.endTime), StoredBytes: s.now.stored, RawBytes: s.now.raw,
+		SnapshotIndex: nullableIndex(s.now.snapshot),
 	}
 }
 
-// live gives the sessions in memory by their ids.
-func (s *server) live() map[string]summary {
-	reply := make(chan []summary, 1)
-	all, _ := ask(s.hub, reply, active{reply})
-	byID := make(map[string]summary, len(all))
-	for _, l := range all {
-		byID[l.id] = l
-	}
-	return byID
-}
-
-func (s *server) toJSON(rows []storedSession) []sessionJSON {
-	live := s.live()
-	all := make([]sessionJSON, len(rows))
-	for i, row := range rows {
-		all[i] = toJSON(row, live)
+// listJSON gives the rows of a list, as many as a page has room for.
+func listJSON(rows []storedSession) []sessionJSON {
+	all, size := make([]sessionJSON, 0, len(rows)), 0
+	for _, row := range rows {
+		if size += row.listSize(); size > pageBytes && len(all) > 0 {
+			break
+		}
+		all = append(all, toJSON(row))
 	}
 	return all
 }
@@ -614,7 +519,7 @@ func (s *server) handleSessions(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	s.write(w, http.StatusOK, map[string]any{"sessions": s.toJSON(rows), "limit": limit, "offset": offset})
+	s.write(w, http.StatusOK, map[string]any{"sessions": listJSON(rows), "limit": limit, "offset": offset})
 	return nil
 }
 
@@ -623,7 +528,7 @@ func (s *server) handleActive(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	s.write(w, http.StatusOK, map[string]any{"sessions": s.toJSON(rows)})
+	s.write(w, http.StatusOK, map[string]any{"sessions": listJSON(rows)})
 	return nil
 }
 
@@ -647,12 +552,14 @@ func (s *server) handleSession(w http.ResponseWriter, r *http.Request) error {
 	}
 	seek := make([]chunkJSON, len(chunks))
 	for i, c := range chunks {
-		seek[i] = chunkJSON{c.first, c.count, millis(c.startTime), millis(c.endTime), index(c.snapshot), c.raw}
+		seek[i] = chunkJSON{c.first, c.count, nullableMillis(c.startTime), nullableMillis(c.endTime), nullableIndex(c.snapshot), c.raw}
 	}
+	one := toJSON(row)
+	one.Metadata = row.about.metadata
 	s.write(w, http.StatusOK, struct {
 		sessionJSON
 		Chunks []chunkJSON `json:"chunks"`
-	}{toJSON(row, s.live()), seek})
+	}{one, seek})
 	return nil
 }
 
@@ -689,7 +596,7 @@ func (s *server) handleCleanup(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	n, err := s.store.removeEnded(r.Context(), time.Now().Add(-time.Duration(hours)*time.Hour))
+	n, err := s.store.removeOld(r.Context(), time.Duration(hours)*time.Hour, 0)
 	if err != nil {
 		return err
 	}
@@ -701,8 +608,8 @@ func (s *server) handleCleanup(w http.ResponseWriter, r *http.Request) error {
 
 func (s *server) stats() hubStats {
 	reply := make(chan hubStats, 1)
-	st, _ := ask(s.hub, reply, look{reply})
-	return st
+	stats, _ := ask(s.hub, reply, statsQuery{reply})
+	return stats
 }
 
 func (s *server) uptime() int64 { return time.Since(s.started).Milliseconds() }

@@ -34,7 +34,7 @@ import (
 )
 
 const (
-	writers      = 3                // one compresses while others wait for their commits
+	beatEvery    = 2 * time.Second  // that this server is there
 	shutdownTime = 18 * time.Second // for everything; systemd and others wait about 20
 )
 
@@ -101,11 +101,10 @@ func assemble(cfg config, logs *logs) (*server, error) {
 	}
 	m := newMetrics()
 	b := newBudget(int64(cfg.maxBufferBytes))
-	s := &server{cfg: cfg, store: st, budget: b, metrics: m, logs: logs, log: logs.app, started: time.Now(),
+	h := newHub(cfg, b, m)
+	s := &server{core: core{cfg: cfg, hub: h, store: st, budget: b, outgoing: newBudget(int64(cfg.maxBufferBytes) / 4),
+		metrics: m, logs: logs, log: logs.app}, started: time.Now(),
 		access: newAccess(cfg.accessConfig, cfg.host, cfg.port, logs.app)}
-	s.hub = newHub(hubConfig{batchSize: cfg.batchSize, batchInterval: cfg.batchInterval, grace: cfg.grace,
-		maxEvents: int64(cfg.maxEvents), maxTailBytes: int64(cfg.maxBufferBytes) / 4,
-		maxSessionBytes: int64(cfg.maxSessionBytes)}, b, m)
 	for range writers {
 		s.writers = append(s.writers, &writer{hub: s.hub, store: st, metrics: m, log: logs.rejected})
 	}
@@ -168,7 +167,7 @@ func (s *server) stop(srv *http.Server) error {
 	ctx, cancel := context.WithTimeout(context.Background(), shutdownTime)
 	defer cancel()
 	go srv.Shutdown(ctx) // ends with ctx at the latest
-	s.goodbye(ctx)
+	s.closeAll(ctx)
 	s.hub.send(drain{})
 	select {
 	case <-s.hub.done:
@@ -277,7 +276,7 @@ func (s *server) housekeep(ctx context.Context) {
 		}
 	}
 	s.log.Info("database ready")
-	go s.every(ctx, touchEvery, s.touch) // ends with ctx; a long cleanup does not keep it waiting
+	go s.every(ctx, beatEvery, s.beat) // ends with ctx; a long cleanup does not keep it waiting
 	s.every(ctx, s.cfg.cleanupInterval, s.cleanUp)
 }
 
@@ -295,23 +294,14 @@ func (s *server) every(ctx context.Context, interval time.Duration, do func(cont
 	}
 }
 
-func (s *server) touch(ctx context.Context) {
-	live := map[string]int64{}
-	for id, l := range s.live() {
-		live[id] = l.epoch
-	}
-	if err := s.store.touch(ctx, live); err != nil && ctx.Err() == nil {
-		s.logs.rejected.Warn("live sessions not marked", "err", err)
+func (s *server) beat(ctx context.Context) {
+	if err := s.store.beat(ctx); err != nil && ctx.Err() == nil {
+		s.logs.rejected.Warn("the database was not told that this server is there", "err", err)
 	}
 }
 
 func (s *server) cleanUp(ctx context.Context) {
-	n, err := s.store.removeEnded(ctx, time.Now().Add(-s.cfg.retention))
-	if err == nil && s.cfg.maxStorageBytes > 0 {
-		var more int64
-		more, err = s.store.removeToFit(ctx, int64(s.cfg.maxStorageBytes))
-		n += more
-	}
+	n, err := s.store.removeOld(ctx, s.cfg.retention, int64(s.cfg.maxStorageBytes))
 	if err != nil && ctx.Err() == nil {
 		s.logs.rejected.Error("cleanup failed", "err", err)
 	}
