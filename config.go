@@ -317,20 +317,19 @@ func unquoteValue(v string) string {
 	return strings.TrimSpace(v)
 }
 
-// nearest gives the known name that shares most letters with a mistaken one, from
-// its beginning and from its end: what typing errors and forgotten words leave.
+// nearest gives the known name that shares most pairs of letters with a mistaken
+// one: typing errors and forgotten words leave them.
 func nearest(name string, known map[string]bool) (best string) {
 	most := math.MinInt
 	for _, other := range slices.Sorted(maps.Keys(known)) {
-		start, end, short := 0, 0, min(len(name), len(other))
-		for start < short && name[start] == other[start] {
-			start++
+		shared := -len(other)
+		for i := range len(name) - 1 {
+			if strings.Contains(other, strings.ToUpper(name[i:i+2])) {
+				shared += 2
+			}
 		}
-		for end < short-start && name[len(name)-1-end] == other[len(other)-1-end] {
-			end++
-		}
-		if same := 2*(start+end) - len(other); same > most {
-			most, best = same, other
+		if shared > most {
+			most, best = shared, other
 		}
 	}
 	return best

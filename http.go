@@ -60,11 +60,11 @@ func (s *server) table() []route {
 		{"GET /sessions/{id}/chunks/{index}", viewers, s.query(s.handleChunk)},
 		{"DELETE /sessions/cleanup", viewers, s.query(s.handleCleanup)},
 		{"DELETE /sessions/{id}", viewers, s.query(s.handleDelete)},
-		{"GET /view/{id}", browsers, s.handleView},
+		{"GET /view/{id}", browsers, s.page("view.html", viewerPolicy)},
 		{"POST /signin", visitors, s.handleSignIn},
 		{"POST /signout", visitors, s.handleSignOut},
-		{"GET /demo", anyone, s.handleDemo},
-		{"GET /demo/{page}", anyone, s.handleDemo},
+		{"GET /demo", anyone, s.page("demo.html", demoPolicy)},
+		{"GET /demo/{page}", anyone, s.page("demo.html", demoPolicy)},
 		{"GET /assets/{file}", anyone, s.handleAsset},
 		{"GET /tracker.js", anyone, s.handleTracker},
 	}
@@ -284,15 +284,17 @@ func (s *server) serve(w http.ResponseWriter, r *http.Request, name, cache strin
 	file.serve(w, r, cache)
 }
 
-func (s *server) page(w http.ResponseWriter, r *http.Request, name, policy string) {
-	w.Header().Set("Content-Security-Policy", policy)
-	w.Header().Set("Referrer-Policy", "no-referrer")
-	s.serve(w, r, name, "no-cache")
+func (s *server) page(name, policy string) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Content-Security-Policy", policy)
+		w.Header().Set("Referrer-Policy", "no-referrer")
+		s.serve(w, r, name, "no-cache")
+	}
 }
 
 func (s *server) handleRoot(w http.ResponseWriter, r *http.Request) {
 	if isBrowser(r) {
-		s.page(w, r, "index.html", viewerPolicy)
+		s.page("index.html", viewerPolicy)(w, r)
 		return
 	}
 	s.write(w, http.StatusOK, map[string]any{
@@ -302,13 +304,6 @@ func (s *server) handleRoot(w http.ResponseWriter, r *http.Request) {
 			"sessionEvents":  "/sessions/:sessionId/events", "cleanup": "/sessions/cleanup"},
 		"documentation": "README.md", "signedIn": s.access.signedIn(r),
 	})
-}
-
-func (s *server) handleView(w http.ResponseWriter, r *http.Request) {
-	s.page(w, r, "view.html", viewerPolicy)
-}
-func (s *server) handleDemo(w http.ResponseWriter, r *http.Request) {
-	s.page(w, r, "demo.html", demoPolicy)
 }
 
 func (s *server) handleAsset(w http.ResponseWriter, r *http.Request) {
