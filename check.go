@@ -48,7 +48,8 @@ func describe(w io.Writer, cfg config) {
 	if a.key != "" {
 		recording = "who has INGEST_KEY"
 	}
-	fmt.Fprintf(w, "  may view    %s; own pages and those of %v; PUBLIC_HOSTS %v\n", viewing, a.viewerOrigins, a.publicHosts)
+	fmt.Fprintf(w, "  may view    %s; own pages and those of %v; PUBLIC_HOSTS %v\n",
+		viewing, a.viewerOrigins, a.publicHosts)
 	fmt.Fprintf(w, "  may record  %s; pages of %v\n", recording, a.trackerOrigins)
 	fmt.Fprintf(w, "  keeps       sessions for %s after their end\n", inWords(int64(cfg.retention), times))
 }

@@ -6,17 +6,10 @@ package main
 import (
 	"bytes"
 	"context"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
-	"crypto/tls"
-	"crypto/x509"
 	"encoding/json"
-	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
-	"math/big"
 	"net"
 	"net/http"
 	"os"
@@ -426,37 +419,6 @@ func TestHugeSnapshot(t *testing.T) {
 
 // ---- start ----
 
-// As its users start it: one line on stderr and exit 1, or a server that has
-// read its .env file.
-func TestProcessSettings(t *testing.T) {
-	t.Parallel()
-	s := newServer(t, "MAX_CONNECTIONS=")
-	dotEnv := func(text string) {
-		if err := os.WriteFile(filepath.Join(s.dir, ".env"), []byte(text), 0o600); err != nil {
-			t.Fatal(err)
-		}
-	}
-	dotEnv("BATCH_INTERVAL=never\nMAX_CONNECTIONS=many\n") // the environment has another BATCH_INTERVAL, which wins
-	s.start()
-	<-s.exited
-	if code, out := s.cmd.ProcessState.ExitCode(), s.output.String(); code != 1 || strings.Count(out, "\n") != 1 || !strings.Contains(out, "MAX_CONNECTIONS") {
-		t.Errorf("got exit code %d and %q, want 1 and one line that names MAX_CONNECTIONS", code, out)
-	}
-	dotEnv("BATCH_INTERVAL=never\nMAX_CONNECTIONS=1\n")
-	s.start()
-	s.waitHealthy()
-	dialServer(t, s.ws("viewer"))
-	if _, err := dialWebSocket(t.Context(), s.ws("viewer")); err == nil {
-		t.Error("a second connection got in: MAX_CONNECTIONS=1 in .env was not read")
-	}
-	other := newServer(t, "PORT="+s.port)
-	other.start()
-	<-other.exited
-	if code, out := other.cmd.ProcessState.ExitCode(), other.output.String(); code != 1 || !strings.Contains(out, s.port) {
-		t.Errorf("a port in use: got exit code %d and %q, want 1 and an error that names the port", code, out)
-	}
-}
-
 // With PostgreSQL away the server starts, says so, and works when it comes.
 func TestStartWithoutDatabase(t *testing.T) {
 	t.Parallel()
@@ -672,76 +634,6 @@ func TestShutdownWithoutDatabase(t *testing.T) {
 }
 
 // ---- operation ----
-
-// testCertificate writes a certificate for 127.0.0.1 and its key.
-func testCertificate(t testing.TB, certFile, keyFile string, serial int64) {
-	t.Helper()
-	private, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	template := &x509.Certificate{SerialNumber: big.NewInt(serial), NotAfter: time.Now().Add(time.Hour),
-		IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}}
-	cert, err := x509.CreateCertificate(rand.Reader, template, template, private.Public(), private)
-	if err != nil {
-		t.Fatal(err)
-	}
-	secret, err := x509.MarshalPKCS8PrivateKey(private)
-	if err != nil {
-		t.Fatal(err)
-	}
-	for name, block := range map[string]*pem.Block{certFile: {Type: "CERTIFICATE", Bytes: cert},
-		keyFile: {Type: "PRIVATE KEY", Bytes: secret}} {
-		if err := os.WriteFile(name, pem.EncodeToMemory(block), 0o600); err != nil {
-			t.Fatal(err)
-		}
-	}
-}
-
-func TestTLS(t *testing.T) {
-	dir := t.TempDir()
-	cert, key := filepath.Join(dir, "cert.pem"), filepath.Join(dir, "key.pem")
-	testCertificate(t, cert, key, 1)
-	s := newServer(t, "TLS_CERT="+cert, "TLS_KEY="+key, "ACCESS_TOKEN="+testToken)
-	s.url = "https://127.0.0.1:" + s.port
-	serial := func() int64 {
-		conn, err := tls.Dial("tcp", "127.0.0.1:"+s.port, &tls.Config{InsecureSkipVerify: true})
-		if err != nil {
-			return 0
-		}
-		defer conn.Close()
-		return conn.ConnectionState().PeerCertificates[0].SerialNumber.Int64()
-	}
-	s.start()
-	waitUntil(t, "the server speaks TLS", func() bool { return serial() == 1 })
-	if !strings.Contains(s.output.String(), "url=https://127.0.0.1:") {
-		t.Errorf("it does not say so: %s", s.output.String())
-	}
-	if c := s.as(header("Accept", "text/html"), "GET",
-		"/?token=the%2Baccess/token%3Dof+a+test").Cookies()[0]; !c.Secure {
-		t.Errorf("cookie %v, want Secure", c)
-	}
-	plainPage := header("Origin", "http://127.0.0.1:"+s.port)
-	if resp := s.as(bearer.and("", plainPage), "GET", "/sessions"); resp.StatusCode != 403 {
-		t.Errorf("its page without TLS: got %d, want 403", resp.StatusCode)
-	}
-	os.WriteFile(cert, []byte("broken"), 0o600)
-	s.cmd.Process.Signal(syscall.SIGHUP)
-	waitUntil(t, "the broken one is refused", func() bool {
-		return strings.Contains(s.log(rejectionsLog),
-			"certificate not read again")
-	})
-	if got := serial(); got != 1 {
-		t.Errorf("then the certificate is number %d, want the old one", got)
-	}
-	testCertificate(t, cert, key, 2)
-	s.cmd.Process.Signal(syscall.SIGHUP)
-	waitUntil(t, "the new certificate is served", func() bool { return serial() == 2 })
-	if code, _ := s.term(); code != 0 {
-		t.Errorf("exit code %d", code)
-	}
-	s.tellsNothing(testToken, "the%2Baccess")
-}
 
 // systemd is what the server tells at NOTIFY_SOCKET.
 func systemd(t testing.TB) (socket string, told func() string) {
