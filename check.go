@@ -82,6 +82,8 @@ func tryDirectory(dir string) error {
 // checkDatabase connects twice: where both connections have one process of
 // PostgreSQL, a pooler lends it for a transaction at a time.
 func checkDatabase(ctx context.Context, cfg config, report func(what, found string, err error)) {
+	ctx, cancel := context.WithTimeout(ctx, 15*time.Second)
+	defer cancel()
 	c := cfg.database.ConnConfig
 	conn, err := pgx.ConnectConfig(ctx, c)
 	report("database", fmt.Sprintf("%s at %s, port %d, as %s", c.Database, c.Host, c.Port, c.User), err)
