@@ -38,7 +38,7 @@ const record = (page) => page.evaluate((all) => new Promise((done, fail) => {
 const h = await harness();
 try {
   const browser = await h.launch();
-  const page = await browser.newPage({ viewport: { width: 1120, height: 690 }, colorScheme: "light" });
+  const page = await browser.newPage({ viewport: { width: 1120, height: 690 }, deviceScaleFactor: 0.85, colorScheme: "light" });
   await page.goto(`${h.url}/health`);
   await record(page);
   await until(async () => !(await h.json(`/sessions/${ID}`)).isActive, "the session to end");
