@@ -268,7 +268,8 @@ func TestSettingsRefused(t *testing.T) {
 	}
 }
 
-// .env.example documents each setting with its default, and no others.
+// .env.example documents each setting with its default, and no others; so does
+// the README.
 func TestSettingsDocumented(t *testing.T) {
 	asked := map[string]bool{}
 	if _, err := loadConfig(func(name string) string { asked[name] = true; return "" }); err != nil {
@@ -278,6 +279,10 @@ func TestSettingsDocumented(t *testing.T) {
 		delete(asked, name) // set by systemd
 	}
 	example, err := os.ReadFile(".env.example")
+	if err != nil {
+		t.Fatal(err)
+	}
+	readme, err := os.ReadFile("README.md")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -291,6 +296,9 @@ func TestSettingsDocumented(t *testing.T) {
 	for name := range asked {
 		if _, ok := values[name]; !ok {
 			t.Errorf(".env.example does not have %s", name)
+		}
+		if !regexp.MustCompile(`\b` + name + `\b`).Match(readme) {
+			t.Errorf("the README does not have %s", name)
 		}
 	}
 	preset, _ := loadConfig(func(string) string { return "" })
