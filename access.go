@@ -14,6 +14,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"time"
 )
 
 // audience says for whom a route is. The zero value is the strictest.
@@ -56,11 +57,15 @@ type access struct {
 	sockets map[netip.Addr]int // open WebSockets by address
 	total   int                // of these
 	closed  bool               // the server stops: no more of them
+
+	starts      map[netip.Addr]int // sessions begun since startsSince, by address
+	startsSince time.Time
 }
 
 // newAccess makes a token where a missing one would open the server to a network.
 func newAccess(c accessConfig, host, port string, log *slog.Logger) *access {
-	a := &access{accessConfig: c, log: log, cookieName: "session-replay-" + port, sockets: map[netip.Addr]int{}}
+	a := &access{accessConfig: c, log: log, cookieName: "session-replay-" + port,
+		sockets: map[netip.Addr]int{}, starts: map[netip.Addr]int{}}
 	addr, _ := netip.ParseAddr(host)
 	a.open = c.token == "" && (host == "localhost" || addr.IsLoopback())
 	if a.generated = c.token == "" && !a.open; a.generated {
@@ -272,6 +277,19 @@ func (a *access) enter(addr netip.Addr) *denial {
 	a.total++
 	a.sockets[addr]++
 	return nil
+}
+
+// mayStart counts the sessions that an address begins, and reports whether they
+// are at most so many in a minute.
+func (a *access) mayStart(addr netip.Addr, most int) bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if now := time.Now(); now.Sub(a.startsSince) > time.Minute {
+		clear(a.starts)
+		a.startsSince = now
+	}
+	a.starts[addr]++
+	return a.starts[addr] <= most || addr.IsLoopback() && !a.trustProxy
 }
 
 // close lets no more WebSockets in, and gives how many are left.

@@ -598,19 +598,21 @@ func TestLimitConnections(t *testing.T) {
 // What is refused to a client is counted by its reason.
 func TestLimitsAreCounted(t *testing.T) {
 	s := startServer(t, "MAX_MESSAGE_BYTES=20000", "MAX_SESSIONS_PER_MINUTE=2", "MAX_SESSION_BYTES=5000",
-		"MAX_HEADER_BYTES=8192", "READ_HEADER_TIMEOUT=300")
+		"MAX_HEADER_BYTES=8192", "READ_HEADER_TIMEOUT=300", "TRUST_PROXY=true")
 	event := `{"type":3,"data":"` + strings.Repeat("x", 6000) + `"}`
-	for reason, messages := range map[string][]string{
-		"message_bytes": {"error", `"` + strings.Repeat("x", 20000) + `"`},
-		"too_many_sessions": {"session_start", "{}", "session_end", "{}", "session_start", "{}", "session_end", "{}",
-			"session_start", "{}"},
-		"session_bytes": {"session_start", "{}", "events_batch", `{"events":[` + event + `]}`},
+	for _, tt := range []struct {
+		reason   string
+		messages []string
+	}{
+		{"message_bytes", []string{"error", `"` + strings.Repeat("x", 20000) + `"`}},
+		{"session_bytes", []string{"session_start", "{}", "events_batch", `{"events":[` + event + `]}`}},
+		{"too_many_sessions", []string{"session_start", "{}", "session_end", "{}", "session_start", "{}"}},
 	} {
 		c := dialServer(t, s.ws("tracker"))
-		for i := 0; i < len(messages); i += 2 {
-			c.send(messages[i], messages[i+1])
+		for i := 0; i < len(tt.messages); i += 2 {
+			c.send(tt.messages[i], tt.messages[i+1])
 		}
-		s.refusedWith(reason)
+		s.refusedWith(tt.reason)
 	}
 	if resp := s.as(header("X-Long", strings.Repeat("x", 20000)), "GET", "/health"); resp.StatusCode != 431 {
 		t.Errorf("a header of 20 KB: got %d, want 431", resp.StatusCode)

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"math"
 	"net"
 	"os"
 	"strings"
@@ -97,8 +96,8 @@ func checkDatabase(ctx context.Context, cfg config, report func(what, found stri
 	err = conn.QueryRow(ctx, ask, pgx.QueryExecModeExec).Scan(&version, &process, &now)
 	ahead := time.Until(now).Round(time.Millisecond)
 	report("PostgreSQL", fmt.Sprintf("%d (12 to 18 are known)", version), err)
-	if math.Abs(ahead.Hours()) >= 1 { // ages are counted by the database's clock
-		err = errors.New("the clocks of the database and of this machine differ by more than an hour")
+	if ahead.Abs() > maxClockSkew {
+		err = errors.New("the clocks of the database and of this machine differ so much that nothing is deleted for its age")
 	}
 	report("clocks", fmt.Sprintf("here %s; the database's is %v ahead", time.Now().Format(time.RFC3339), ahead), err)
 	report("writes", "tables can be made and filled", trySchema(ctx, conn))

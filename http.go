@@ -32,6 +32,9 @@ type server struct {
 	access  *access
 	started time.Time
 	files   map[string]asset
+	reason  atomic.Pointer[string] // why the server is unhealthy, "" when it is not
+
+	reasonLogged time.Time // beat's own
 
 	ctx  context.Context // ends the connections when all else has failed
 	open sync.Map        // of *conn: those to be told when the server stops
@@ -227,10 +230,15 @@ func (s *server) write(w http.ResponseWriter, status int, v any) {
 	w.Write(encodeJSON(v))
 }
 
-// query makes a handler of one that asks the database and writes nothing when it
-// returns an error: the error is answered here.
+// query makes a handler of one that asks the database, for which there is room in
+// memory for a page. The handler writes nothing when it returns an error: that is
+// answered here.
 func (s *server) query(handle func(http.ResponseWriter, *http.Request) error) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
+		if s.outgoing.take(r.Context(), pageBytes) != nil {
+			return // the client has left
+		}
+		defer s.outgoing.give(pageBytes)
 		err := errNotFound
 		if !strings.Contains(r.Pattern, "{id}") || validID(r.PathValue("id")) {
 			err = handle(w, r)
@@ -363,11 +371,11 @@ func (s *server) serveWebSocket(ws *websocket.Conn, nc net.Conn, addr netip.Addr
 	c := &conn{core: &s.core, ws: ws, net: nc, urgent: isViewer}
 	c.ctx, c.cancel = context.WithCancel(s.ctx)
 	if isViewer {
-		c.maxMessage, c.out = maxViewerMessage, newOutbox(viewerOutbox, s.outgoing)
+		c.maxMessage, c.out = maxViewerMessage, newOutbox()
 		c.handle = (&viewer{&s.core, c.ctx, c.out}).handle
 	} else {
-		c.maxMessage, c.out = s.cfg.maxMessageBytes, newOutbox(trackerOutbox, nil)
-		c.handle = (&tracker{core: &s.core, ctx: c.ctx, out: c.out}).handle
+		c.maxMessage, c.out = s.cfg.maxMessageBytes, newOutbox()
+		c.handle = (&tracker{core: &s.core, ctx: c.ctx, out: c.out, mayStart: func() bool { return s.access.mayStart(addr, s.cfg.maxSessionsPerMinute) }}).handle
 	}
 	c.open()
 	s.open.Store(c, nil)
@@ -404,15 +412,14 @@ func (s *server) handleEvents(w http.ResponseWriter, r *http.Request) error {
 	if err := errors.Join(err, err2); err != nil {
 		return err
 	}
-	p, err := s.eventPage(r.Context(), id, from, limit)
+	p, err := s.eventPage(r.Context(), id, from, limit, `{"sessionId":"`+id+`","events":[`)
+	defer p.release()
 	if err != nil {
 		return err
 	}
 	w.Header().Set("Content-Type", "application/json; charset=utf-8")
 	w.Header().Set("Cache-Control", "no-store")
-	fmt.Fprintf(w, `{"sessionId":"%s","events":[`, id)
-	s.writeSlowly(w, p.events)
-	fmt.Fprintf(w, `],"fromIndex":%d,"count":%d}`, from, p.count)
+	s.writeSlowly(w, fmt.Appendf(p.text, `],"fromIndex":%d,"count":%d}`, from, p.count))
 	return nil
 }
 
@@ -611,25 +618,32 @@ func (s *server) uptime() int64 { return time.Since(s.started).Milliseconds() }
 
 // handleHealth tells everyone how the server is, and viewers what it does.
 func (s *server) handleHealth(w http.ResponseWriter, r *http.Request) {
-	status, code := "healthy", http.StatusOK
+	status, code, reason := "healthy", http.StatusOK, *s.reason.Load()
+	if reason != "" {
+		status, code = "unhealthy", http.StatusServiceUnavailable
+	}
 	if s.access.admit(viewers, r) != nil {
-		if s.store.ping(r.Context()) != nil {
-			status, code = "unhealthy", http.StatusServiceUnavailable
-		}
 		s.write(w, code, map[string]string{"status": status})
 		return
 	}
 	st := s.stats()
 	t, err := s.store.totals(r.Context())
-	if err != nil {
-		status, code = "unhealthy", http.StatusServiceUnavailable
+	if err != nil && reason == "" {
+		status, code, reason = "unhealthy", http.StatusServiceUnavailable, "the database does not answer: "+err.Error()
 	}
-	s.write(w, code, map[string]any{
+	answer := map[string]any{
 		"status": status, "timestamp": time.Now().UTC(), "uptime": s.uptime(),
 		"database":   map[string]int64{"totalSessions": t.sessions, "activeSessions": t.active, "totalEvents": t.events},
 		"sessions":   map[string]int64{"totalSessions": int64(st.sessions), "activeSessions": int64(st.live), "totalEvents": st.events},
 		"websockets": map[string]int{"totalClients": st.trackers + st.viewers, "viewers": st.viewers, "trackers": st.trackers},
-	})
+	}
+	if skew := time.Duration(s.store.skew.Load()); skew.Abs() > maxClockSkew && reason == "" {
+		reason = fmt.Sprintf("this machine's clock is %v ahead of the database's: nothing is deleted for its age", skew.Round(time.Second))
+	}
+	if reason != "" {
+		answer["reason"] = reason
+	}
+	s.write(w, code, answer)
 }
 
 func (s *server) handleStats(w http.ResponseWriter, r *http.Request) {

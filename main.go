@@ -35,6 +35,7 @@ import (
 
 const (
 	beatEvery    = 2 * time.Second  // that this server is there
+	maxWaiting   = time.Minute      // of an event for its commit, in health
 	shutdownTime = 18 * time.Second // for everything; systemd and others wait about 20
 )
 
@@ -102,9 +103,11 @@ func assemble(cfg config, logs *logs) (*server, error) {
 	m := newMetrics()
 	b := newBudget(int64(cfg.maxBufferBytes))
 	h := newHub(cfg, b, m)
-	s := &server{core: core{cfg: cfg, hub: h, store: st, budget: b, outgoing: newBudget(int64(cfg.maxBufferBytes) / 4),
+	s := &server{core: core{cfg: cfg, hub: h, store: st, budget: b, outgoing: newBudget(outgoingBytes(cfg)),
 		metrics: m, logs: logs, log: logs.app}, started: time.Now(),
 		access: newAccess(cfg.accessConfig, cfg.host, cfg.port, logs.app)}
+	starting := "the database has not answered yet"
+	s.reason.Store(&starting)
 	for range writers {
 		s.writers = append(s.writers, &writer{hub: s.hub, store: st, metrics: m, log: logs.rejected})
 	}
@@ -294,10 +297,37 @@ func (s *server) every(ctx context.Context, interval time.Duration, do func(cont
 	}
 }
 
+// beat tells the database that this server is there, and looks whether what is
+// sent to it can be stored: /health answers with what it finds, and the log says
+// it once a minute.
 func (s *server) beat(ctx context.Context) {
-	if err := s.store.beat(ctx); err != nil && ctx.Err() == nil {
-		s.logs.rejected.Warn("the database was not told that this server is there", "err", err)
+	reason := s.illness(s.store.beat(ctx))
+	if ctx.Err() != nil {
+		return
 	}
+	s.reason.Store(&reason)
+	if reason == "" {
+		s.reasonLogged = time.Time{}
+	} else if time.Since(s.reasonLogged) > time.Minute {
+		s.reasonLogged = time.Now()
+		s.logs.rejected.Error("unhealthy", "reason", reason)
+	}
+}
+
+// illness says why the server cannot store what it is sent; "" when it can.
+func (s *server) illness(beat error) string {
+	waiting, last := s.stats().oldest, s.store.last.Load()
+	switch {
+	case beat != nil:
+		return fmt.Sprintf("the database takes no writes: %v", beat)
+	case last != nil && isOperatorError(last.err) && time.Since(last.at) < time.Minute:
+		return fmt.Sprintf("the database refuses a statement: %v", last.err)
+	case waiting > maxWaiting && last != nil:
+		return fmt.Sprintf("the oldest event has waited %v for its commit: %v", waiting.Round(time.Second), last.err)
+	case waiting > maxWaiting:
+		return fmt.Sprintf("the oldest event has waited %v for its commit", waiting.Round(time.Second))
+	}
+	return ""
 }
 
 func (s *server) cleanUp(ctx context.Context) {
