@@ -21,7 +21,7 @@ build: go web
 	CGO_ENABLED=0 go build -trimpath $(STAMP) -o session-replay .
 
 go:
-	@test -n "$$(go env GOTOOLCHAIN 2>/dev/null)" || \
+	@test -n "$$(cd / && go env GOTOOLCHAIN 2>/dev/null)" || \
 		{ echo "Go is missing, or older than 1.21: install it from https://go.dev/dl" >&2; exit 1; }
 
 # rrweb's built files, which the binary carries.
