@@ -46,7 +46,7 @@ test: build
 	go vet -tags faults,bench ./...
 	go test -race -shuffle=on -parallel 4 -timeout 8m ./...
 	@scripts/chromium
-	node --test --test-concurrency=2 --test-reporter=spec web/test/*.test.mjs
+	node --test --test-concurrency=2 --test-reporter=spec scripts/*.test.mjs web/test/*.test.mjs
 
 # The Go tests against each major that the server is for, which npm brings
 # (170 MB). Linux on x86-64 only.
