@@ -14,7 +14,10 @@ const root = join(import.meta.dirname, "..");
 // copy makes a checkout without web/dist, and with what else is named.
 function copy(t, ...names) {
   const dir = mkdtempSync(join(tmpdir(), "session-replay-run-"));
-  t.after(() => rmSync(dir, { recursive: true, force: true }));
+  t.after(() => {
+    spawnSync(join(dir, "scripts/postgres"), ["stop", join(dir, ".postgres")]);
+    rmSync(dir, { recursive: true, force: true });
+  });
   chmodSync(dir, 0o755); // the user postgres enters it
   for (const name of ["Makefile", "scripts", "session-replay.service", ".env.example", "web/package-lock.json", ...names]) {
     cpSync(join(root, name), join(dir, name), { recursive: true, filter: (path) => !path.endsWith("node_modules") });
@@ -44,7 +47,6 @@ test("on a terminal make run says where the pages are, and Ctrl-C stops all of i
   const env = { PATH: process.env.PATH, HOME: dir, PORT: new URL(url).port };
   const terminal = spawn("script", ["-qec", "exec scripts/run", "/dev/null"], { cwd: dir, env });
   t.after(() => terminal.kill());
-  t.after(() => spawnSync(join(dir, "scripts/postgres"), ["stop", join(dir, ".postgres")]));
   let output = "";
   const ended = new Promise((done) => terminal.on("exit", done));
   await new Promise((done, fail) => {
