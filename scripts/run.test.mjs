@@ -48,12 +48,12 @@ test("on a terminal make run says where the pages are, and Ctrl-C stops all of i
   const terminal = spawn("script", ["-qec", "exec scripts/run", "/dev/null"], { cwd: dir, env });
   t.after(() => terminal.kill());
   let output = "";
-  const ended = new Promise((done) => terminal.on("exit", done));
+  const ended = new Promise((done) => terminal.on("close", done));
   await new Promise((done, fail) => {
     ended.then((code) => fail(new Error(`ended with ${code}:\n${output}`)));
     terminal.stdout.on("data", (data) => {
       output += data;
-      if (output.includes("Ctrl-C stops")) done();
+      if (output.includes("Ctrl-C stops") && output.includes("database ready")) done();
     });
   });
   assert.ok(output.includes(`Viewer ${url} · demo ${url}/demo · data in .postgres/ · Ctrl-C stops`), output);
