@@ -41,7 +41,8 @@ run: go
 # Everything: against a real PostgreSQL, which the tests start, and in a real
 # Chromium. Neither is optional.
 test: build
-	@unformatted=$$("$$(go env GOROOT)/bin/gofmt" -l *.go); test -z "$$unformatted" || { echo "not gofmt's form:" $$unformatted; exit 1; }
+	@unformatted=$$("$$(go env GOROOT)/bin/gofmt" -l *.go); test -z "$$unformatted" || \
+		{ echo "not gofmt's form:" $$unformatted; exit 1; }
 	go vet ./...
 	go vet -tags faults,bench ./...
 	go test -race -shuffle=on -parallel 4 -timeout 8m ./...

@@ -4,7 +4,9 @@
 import { test } from "node:test";
 import assert from "node:assert/strict";
 import { execFileSync, spawn, spawnSync } from "node:child_process";
-import { chmodSync, cpSync, existsSync, mkdirSync, mkdtempSync, readFileSync, readdirSync, rmSync, symlinkSync } from "node:fs";
+import {
+  chmodSync, cpSync, existsSync, mkdirSync, mkdtempSync, readFileSync, readdirSync, rmSync, symlinkSync,
+} from "node:fs";
 import { createServer } from "node:net";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
@@ -19,7 +21,8 @@ function copy(t, ...names) {
     rmSync(dir, { recursive: true, force: true });
   });
   chmodSync(dir, 0o755); // the user postgres enters it
-  for (const name of ["Makefile", "scripts", "session-replay.service", ".env.example", "web/package-lock.json", ...names]) {
+  const always = ["Makefile", "scripts", "session-replay.service", ".env.example", "web/package-lock.json"];
+  for (const name of [...always, ...names]) {
     cpSync(join(root, name), join(dir, name), { recursive: true, filter: (path) => !path.endsWith("node_modules") });
   }
   return dir;
@@ -82,7 +85,8 @@ test("without npm make run stops, and make build says what is missing", (t) => {
 
 test("a missing Go is named in one line", (t) => {
   const dir = copy(t);
-  const { status, stdout, stderr } = spawnSync("make", ["build"], { cwd: dir, env: { PATH: only(dir, "make") }, encoding: "utf8" });
+  const env = { PATH: only(dir, "make") };
+  const { status, stdout, stderr } = spawnSync("make", ["build"], { cwd: dir, env, encoding: "utf8" });
   assert.notEqual(status, 0);
   assert.match(stdout + stderr, /^Go is missing.*\nmake: \*\*\* .*\n$/);
 });
@@ -92,10 +96,12 @@ test("make uninstall takes away what make install put there, but no settings", (
   const there = join(dir, "there");
   const files = () => readdirSync(there, { recursive: true, withFileTypes: true })
     .filter((entry) => entry.isFile()).map((entry) => entry.name).sort();
-  const make = (target) => execFileSync("make", [target, `DESTDIR=${there}`, "PREFIX=/opt"], { cwd: dir, encoding: "utf8" });
+  const make = (target) =>
+    execFileSync("make", [target, `DESTDIR=${there}`, "PREFIX=/opt"], { cwd: dir, encoding: "utf8" });
   make("install");
   assert.deepEqual(files(), ["env", "session-replay", "session-replay.service"]);
-  assert.match(readFileSync(join(there, "lib/systemd/system/session-replay.service"), "utf8"), /ExecStart=\/opt\/bin\/session-replay/);
+  const unit = readFileSync(join(there, "lib/systemd/system/session-replay.service"), "utf8");
+  assert.match(unit, /ExecStart=\/opt\/bin\/session-replay/);
   assert.match(make("uninstall"), /rm -r .*\/etc\/session-replay/);
   assert.deepEqual(files(), ["env"]);
 });
