@@ -102,10 +102,7 @@ func databaseIn(t testing.TB, cluster string) string {
 	t.Helper()
 	name := fmt.Sprintf("test_%d_%d", os.Getpid(), databaseNumber.Add(1))
 	execSQL(t, cluster, "create database "+name)
-	t.Cleanup(func() { // PostgreSQL 12 knows no "drop database … with (force)"
-		execSQL(t, cluster, "select pg_terminate_backend(pid) from pg_stat_activity where datname = $1", name)
-		execSQL(t, cluster, "drop database if exists "+name)
-	})
+	t.Cleanup(func() { execSQL(t, cluster, "drop database if exists "+name+" with (force)") })
 	u, err := url.Parse(cluster)
 	if err != nil {
 		t.Fatalf("database URL: %v", err)
