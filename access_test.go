@@ -718,13 +718,10 @@ func TestLimitMessages(t *testing.T) {
 	s.refusedWith("message_bytes")
 
 	c = dialServer(t, s.ws("tracker"))
-	w, err := c.Writer(testContext(t), websocket.MessageText)
-	if err != nil {
-		t.Fatal(err)
-	}
+	c.write(string(announce(10000)))
 	go func() { // ends when the server closes the connection
 		for err := error(nil); err == nil; time.Sleep(20 * time.Millisecond) {
-			_, err = w.Write([]byte(strings.Repeat("x", 700))) // 4 KB are sent together
+			_, err = c.Write([]byte("x"))
 		}
 	}()
 	c.expectClose(websocket.StatusPolicyViolation)
@@ -850,12 +847,7 @@ func TestTLS(t *testing.T) {
 	if resp := s.as(bearer.and("", plainPage), "GET", "/sessions"); resp.StatusCode != 403 {
 		t.Errorf("its page without TLS: got %d, want 403", resp.StatusCode)
 	}
-	conn, _, err := websocket.Dial(testContext(t), "wss://127.0.0.1:"+s.port+"/ws", &websocket.DialOptions{HTTPClient: &http.Client{Transport: testTransport}})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer conn.CloseNow()
-	c := &testConn{t, conn}
+	c := dialServer(t, "wss://127.0.0.1:"+s.port+"/ws")
 	c.send("session_start", `{"sessionId":"tls","resume":""}`)
 	c.expect("session_ready")
 
