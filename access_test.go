@@ -719,11 +719,11 @@ func TestLimitMessages(t *testing.T) {
 
 	c = dialServer(t, s.ws("tracker"))
 	c.write(string(announce(10000)))
-	go func() { // ends when the server closes the connection
+	go func(c *testConn) { // ends when the server closes the connection
 		for err := error(nil); err == nil; time.Sleep(20 * time.Millisecond) {
 			_, err = c.Write([]byte("x"))
 		}
-	}()
+	}(c)
 	c.expectClose(websocket.StatusPolicyViolation)
 	s.refusedWith("message_time")
 

@@ -24,6 +24,7 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"regexp"
 	"slices"
 	"strings"
 	"sync"
@@ -93,7 +94,7 @@ func countRight(session string, from int, array []byte) (n int) {
 
 // sessionName is a session id for a test, unlike those of the other tests.
 func sessionName(t testing.TB, n int) string {
-	return fmt.Sprintf("%.100s-%d", strings.NewReplacer("/", ".", "#", ".", " ", ".").Replace(t.Name()), n)
+	return fmt.Sprintf("%.100s-%d", regexp.MustCompile(`[^A-Za-z0-9_]`).ReplaceAllString(t.Name(), "."), n)
 }
 
 // ---- WebSocket ----
