@@ -922,7 +922,7 @@ func TestSystemd(t *testing.T) {
 }
 
 func TestWatchdog(t *testing.T) {
-	s := &server{hub: newHub(hubConfig{}, &budget{}, newMetrics()), writers: []*writer{{}, {}}}
+	s := &server{core: core{hub: newHub(hubConfig{}, newBudget(0), newMetrics())}}
 	check := func(what, want string) {
 		t.Helper()
 		got := ""
@@ -939,10 +939,6 @@ func TestWatchdog(t *testing.T) {
 	s.hub.cfg.batchInterval = time.Second
 	go s.hub.run(ctx) // ends with the test
 	check("all well", "")
-	s.writers[1].since.Store(time.Now().Unix())
-	check("a writer at work", "")
-	s.writers[1].since.Store(time.Now().Add(-3 * commitTimeout).Unix())
-	check("a writer that hangs", "a writer hangs")
 }
 
 // runBinary runs the server to its end.

@@ -243,7 +243,7 @@ func (b *bench) parse(t *testing.T) {
 			tb.ReportAllocs()
 			for tb.Loop() {
 				for _, m := range messages {
-					if f, err := parseFrame(m); err != nil || !f.array {
+					if f, err := parseFrame(m); err != nil || !f.objects {
 						tb.Fatal(err)
 					}
 				}

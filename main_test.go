@@ -31,9 +31,7 @@ import (
 func (s *insideServer) nothingLeft() {
 	s.t.Helper()
 	waitUntil(s.t, "all room is given back", func() bool {
-		s.server.budget.mu.Lock()
-		defer s.server.budget.mu.Unlock()
-		return s.server.budget.free == int64(s.server.cfg.maxBufferBytes) && len(s.server.budget.waiting) == 0
+		return s.server.budget.left() == int64(s.server.cfg.maxBufferBytes)
 	})
 	var health healthJSON
 	waitUntil(s.t, "no connection and no session is left in memory", func() bool {
@@ -425,7 +423,7 @@ func checkSummary(t testing.TB, s *insideServer, id string, events []json.RawMes
 		if string(e.Type) == "2" {
 			snapshot = i
 		}
-		if n := number(e.Timestamp, 0); n != 0 {
+		if n := wholeNumber(e.Timestamp, 0); n != 0 {
 			if least == 0 || n < least {
 				least = n
 			}
