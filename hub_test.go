@@ -540,7 +540,7 @@ func TestHubLag(t *testing.T) {
 // has read is told as missed, also that the session has ended.
 func TestHubJoinWhileLagging(t *testing.T) {
 	inHub(t, nil, func(t *hubTest) {
-		c, v := t.tracker("s"), newOutbox(outboxLimits{1, 1 << 20}, nil)
+		c, v := t.tracker("s"), newOutbox(outboxLimits{2, 1 << 20}, nil)
 		t.do(enter{v, true})
 		t.publish(c, "s", 3, 1)
 		t.join(v, "s")
