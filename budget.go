@@ -36,17 +36,6 @@ func (b *budget) take(ctx context.Context, n int64) error {
 	})
 }
 
-// tryTake takes room for n bytes if there is any, without waiting.
-func (b *budget) tryTake(n int64) bool {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if b.free <= 0 {
-		return false
-	}
-	b.free -= n
-	return true
-}
-
 // grow takes room for n bytes more of a message of which some is read, and gives
 // what it took. Growing messages may hold half of the budget. They hold room
 // while they wait for more and would wait for each other without end; so one of

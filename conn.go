@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"io"
@@ -30,11 +29,10 @@ type conn struct {
 	ctx    context.Context // ends with the connection
 	cancel context.CancelFunc
 	out    *outbox
-	budget *budget
-	connConfig
-	handle  func(msg []byte) (kept int64, err error)
-	metrics *metrics
-	logs    *logs
+	handle func(msg []byte) (kept int64, err error)
+	*core
+	maxMessage int  // bytes
+	urgent     bool // messages are read also while the budget has no room
 
 	readTimer *time.Timer // closes the connection when one message takes too long
 	pingTimer *time.Timer // starts the next ping
@@ -48,21 +46,13 @@ type conn struct {
 	errors   int       // in a row
 }
 
-type connConfig struct {
-	maxMessage     int  // bytes
-	urgent         bool // messages are read also while the budget has no room
-	messageTimeout time.Duration
-	heartbeat      time.Duration
-}
-
 // protocolError is what a client is told of a message that is not taken.
 type protocolError struct{ code, reason string }
 
 func (e *protocolError) Error() string { return e.reason }
 
 // open makes ready what works beside the reader: the writer and the pings.
-func (c *conn) open(ctx context.Context) {
-	c.ctx, c.cancel = context.WithCancel(ctx)
+func (c *conn) open() {
 	c.out.wake = func() {
 		c.writer.Add(1)
 		go c.write() // ends when the outbox is empty, or with the connection
@@ -71,7 +61,7 @@ func (c *conn) open(ctx context.Context) {
 		c.cancel()
 		c.net.Close()
 	}
-	c.pingTimer = time.AfterFunc(c.heartbeat, c.ping)
+	c.pingTimer = time.AfterFunc(c.cfg.heartbeat, c.ping)
 }
 
 // serve reads until the connection ends.
@@ -175,8 +165,8 @@ func (c *conn) read() ([]byte, error) {
 		return nil, err
 	}
 	c.reserved = firstRead
-	c.readBy = time.Now().Add(c.messageTimeout)
-	c.readTimer = time.AfterFunc(c.messageTimeout, func() {
+	c.readBy = time.Now().Add(c.cfg.messageTimeout)
+	c.readTimer = time.AfterFunc(c.cfg.messageTimeout, func() {
 		c.metrics.refuse("message_time")
 		c.out.closeAfterSending(closePolicy, "the message took too long")
 	})
@@ -204,25 +194,11 @@ func (c *conn) read() ([]byte, error) {
 		case err == io.EOF && typ != websocket.MessageText:
 			return buf, &protocolError{"invalid_message", "messages are text frames"}
 		case err == io.EOF:
-			return buf, c.reserveIndex(buf)
+			return buf, nil
 		case err != nil:
 			return buf, err
 		}
 	}
-}
-
-// reserveIndex takes room for the index of a tracker's message. Each event has a
-// brace; braces within events ask for more than is needed, for as long as the
-// message is handled.
-func (c *conn) reserveIndex(msg []byte) error {
-	if c.urgent {
-		return nil
-	}
-	index := eventCost * int64(min(bytes.Count(msg, []byte("{")), maxBatchEvents+1))
-	if lack := int64(len(msg)) + index - c.reserved; lack > 0 {
-		return c.grow(lack, lack)
-	}
-	return nil
 }
 
 // grow takes room for n bytes more of this message, or for most, as budget.grow
@@ -256,7 +232,7 @@ func (c *conn) ping() {
 	if !c.isAlive() {
 		c.out.abort()
 	} else if c.ctx.Err() == nil {
-		c.pingTimer.Reset(c.heartbeat)
+		c.pingTimer.Reset(c.cfg.heartbeat)
 	}
 }
 
@@ -267,7 +243,7 @@ func (c *conn) isAlive() bool {
 		return true
 	}
 	c.extendDeadline() // that of the last message may have passed
-	ctx, cancel := context.WithTimeout(c.ctx, c.heartbeat)
+	ctx, cancel := context.WithTimeout(c.ctx, c.cfg.heartbeat)
 	defer cancel()
 	return c.ws.Ping(ctx) == nil || c.busy.Load() || c.out.isSending()
 }
@@ -326,4 +302,4 @@ func (c *conn) writeMessage(m []byte) error {
 	return w.Close()
 }
 
-func (c *conn) extendDeadline() { c.net.SetWriteDeadline(time.Now().Add(2 * c.heartbeat)) }
+func (c *conn) extendDeadline() { c.net.SetWriteDeadline(time.Now().Add(2 * c.cfg.heartbeat)) }

@@ -8,7 +8,6 @@ import (
 	"io"
 	"math"
 	"strconv"
-	"strings"
 	"time"
 	"unicode/utf8"
 )
@@ -37,13 +36,12 @@ type event struct {
 const fullSnapshot = 2
 
 // batch is one message's events. Its frame is the live message that viewers get;
-// the hub writes the number of the first event into it, and from then on nobody
+// the hub ends it with the number of the first event, and from then on nobody
 // changes the batch: the writer, the viewers' outboxes and pages share it.
 type batch struct {
 	frame    []byte
 	body     []byte  // the events within frame, between commas
 	events   []event // their bounds in body
-	index    []byte  // the place within frame for the number of the first event
 	report   *report // an error that the page told of; such a batch has no events
 	first    int64   // number of the first event
 	seq      int64   // 0: the tracker does not number its batches
@@ -61,10 +59,10 @@ type report struct {
 
 func (b *batch) end() int64 { return b.first + int64(len(b.events)) }
 
-// number gives the batch its place in the session.
+// number gives the batch its place in the session. The frame has room for it.
 func (b *batch) number(first int64) {
 	b.first = first
-	strconv.AppendInt(b.index[:0:len(b.index)], first, 10)
+	b.frame = append(strconv.AppendInt(b.frame, first, 10), "}}"...)
 }
 
 // raw is how much JSON the batch adds to its session.
@@ -77,7 +75,7 @@ func (b *batch) raw() int64 {
 
 // newBatch copies a message's events into the live message of a session.
 func newBatch(id string, f frame, seq int64) *batch {
-	const slot = 20 // digits of an int64; JSON lets spaces stand behind a number
+	const head, mid, tail, number = `{"type":"events_batch","data":{"sessionId":"`, `","events":[`, `],"fromIndex":`, 22
 	b := &batch{seq: seq, events: f.events, received: time.Now()}
 	var body []byte
 	if n := len(f.events); n > 0 {
@@ -88,16 +86,12 @@ func newBatch(id string, f frame, seq int64) *batch {
 			b.events[i].end -= start
 		}
 	}
-	const head, mid, tail = `{"type":"events_batch","data":{"sessionId":"`, `","fromIndex":`, `,"events":[`
-	frame := make([]byte, 0, len(head)+len(id)+len(mid)+slot+len(tail)+len(body)+3)
+	start := len(head) + len(id) + len(mid)
+	frame := make([]byte, 0, start+len(body)+len(tail)+number)
 	frame = append(append(append(frame, head...), id...), mid...)
-	place := len(frame)
-	frame = append(append(frame, strings.Repeat(" ", slot)...), tail...)
-	start := len(frame)
-	b.frame = append(append(frame, body...), "]}}"...)
-	b.index = b.frame[place : place+slot : place+slot]
+	b.frame = append(append(frame, body...), tail...)
 	b.body = b.frame[start : start+len(body)]
-	b.cost = int64(len(b.frame)) + int64(cap(b.events))*eventCost + 256
+	b.cost = int64(cap(b.frame)) + int64(cap(b.events))*eventCost + 256
 	return b
 }
 

@@ -270,23 +270,8 @@ func queryNumber(r *http.Request, name string, preset, least, most int64) (int64
 // it lasts; smaller ones serve a tracker, which is sent little, as well.
 type hijacker struct {
 	http.ResponseWriter
-	small  bool
-	conn   net.Conn
-	status int    // what Accept answers
-	reason string // if it is a refusal
-}
-
-// WriteHeader and Write keep back what Accept says of a handshake that it does
-// not like: it is answered like all else that is refused.
-func (h *hijacker) WriteHeader(status int) {
-	if h.status = status; status == http.StatusSwitchingProtocols {
-		h.ResponseWriter.WriteHeader(status)
-	}
-}
-
-func (h *hijacker) Write(text []byte) (int, error) {
-	h.reason += string(text)
-	return len(text), nil
+	small bool
+	conn  net.Conn
 }
 
 func (h *hijacker) Hijack() (net.Conn, *bufio.ReadWriter, error) {
@@ -312,10 +297,7 @@ func (s *server) handleWebSocket(w http.ResponseWriter, r *http.Request) {
 	h := &hijacker{ResponseWriter: w, small: kind != "viewer"}
 	ws, err := websocket.Accept(h, r, &websocket.AcceptOptions{InsecureSkipVerify: true, CompressionMode: websocket.CompressionDisabled})
 	if err != nil {
-		s.access.leave(addr)
-		if h.status >= http.StatusBadRequest {
-			s.fail(w, r, h.status, strings.TrimSpace(h.reason), nil)
-		}
+		s.access.leave(addr) // Accept has answered
 		return
 	}
 	ws.SetReadLimit(-1)                                     // conn.read has its own
@@ -325,20 +307,16 @@ func (s *server) handleWebSocket(w http.ResponseWriter, r *http.Request) {
 // serveWebSocket is a connection from its handshake to its end.
 func (s *server) serveWebSocket(ws *websocket.Conn, nc net.Conn, addr netip.Addr, isViewer bool) {
 	defer s.access.leave(addr)
-	c := &conn{ws: ws, net: nc, budget: s.budget, metrics: s.metrics, logs: s.logs,
-		connConfig: connConfig{s.cfg.maxMessageBytes, isViewer, s.cfg.messageTimeout, s.cfg.heartbeat}}
+	c := &conn{core: &s.core, ws: ws, net: nc, urgent: isViewer}
+	c.ctx, c.cancel = context.WithCancel(s.ctx)
 	if isViewer {
-		c.maxMessage = maxViewerMessage
-		c.out = newOutbox(viewerOutbox, s.outgoing)
-	} else {
-		c.out = newOutbox(trackerOutbox, nil)
-	}
-	c.open(s.ctx)
-	if isViewer {
+		c.maxMessage, c.out = maxViewerMessage, newOutbox(viewerOutbox, s.outgoing)
 		c.handle = (&viewer{&s.core, c.ctx, c.out}).handle
 	} else {
+		c.maxMessage, c.out = s.cfg.maxMessageBytes, newOutbox(trackerOutbox, nil)
 		c.handle = (&tracker{core: &s.core, ctx: c.ctx, out: c.out}).handle
 	}
+	c.open()
 	s.open.Store(c, nil)
 	defer s.open.Delete(c)
 	defer c.close()
@@ -560,7 +538,7 @@ func (s *server) handleCleanup(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	n, err := s.store.removeEnded(r.Context(), time.Duration(hours)*time.Hour)
+	n, err := s.store.removeOld(r.Context(), time.Duration(hours)*time.Hour, 0)
 	if err != nil {
 		return err
 	}

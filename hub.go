@@ -113,7 +113,7 @@ type (
 	publish struct {
 		out *outbox
 		b   *batch
-		m   message // of a report, for the session's viewers; nil when they need not know
+		m   message // for the session's viewers, if b has no events; nil when they need not know
 	}
 	forward struct { // to the viewers of the tracker's session
 		out *outbox
@@ -185,29 +185,18 @@ type hubStats struct {
 	oldest            time.Duration // age of the oldest event that is not committed
 }
 
-// hubConfig is what the hub needs to know of the settings.
-type hubConfig struct {
-	batchSize       int
-	batchInterval   time.Duration
-	grace           time.Duration
-	maxEvents       int64 // in memory, of a session
-	maxTailBytes    int64 // in memory, of what is committed
-	maxAboutBytes   int64 // in memory, of all sessions' descriptions
-	maxSessionBytes int64
-}
-
 // hub is how others reach the hub's goroutine, run, which owns all state of
 // sessions. The goroutine never waits: no I/O, no SQL, no JSON of events, no
 // blocking send.
 type hub struct {
-	cfg     hubConfig
+	cfg     config
 	cmds    chan command  // never closed
 	done    chan struct{} // closed when run has ended
 	budget  *budget
 	metrics *metrics
 }
 
-func newHub(cfg hubConfig, b *budget, m *metrics) *hub {
+func newHub(cfg config, b *budget, m *metrics) *hub {
 	return &hub{cfg: cfg, cmds: make(chan command, 256), done: make(chan struct{}), budget: b, metrics: m}
 }
 
@@ -246,11 +235,11 @@ type hubState struct {
 
 	viewers  map[*outbox]map[string]*watch
 	watchers map[string]map[*outbox]*watch // also of sessions that are not in memory
-	lagging  map[*outbox]struct{}          // viewers that had no room: sent nothing until they have read all
+	lagging  map[*outbox]bool              // viewers that had no room: sent nothing until they have read all
 
 	queue        []*session // with something to store, oldest first; some have been stored since
 	urgent       []*session // those that do not wait for their interval
-	retry        map[*session]struct{}
+	retry        map[*session]bool
 	writers      []chan []*flush // free ones
 	inFlight     int
 	draining     bool
@@ -271,8 +260,8 @@ func (h *hub) run(ctx context.Context) {
 		grace:    map[*session]struct{}{},
 		viewers:  map[*outbox]map[string]*watch{},
 		watchers: map[string]map[*outbox]*watch{},
-		lagging:  map[*outbox]struct{}{},
-		retry:    map[*session]struct{}{},
+		lagging:  map[*outbox]bool{},
+		retry:    map[*session]bool{},
 	}
 	tick := time.NewTicker(min(max(h.cfg.batchInterval/4, 5*time.Millisecond), 100*time.Millisecond))
 	defer tick.Stop()
@@ -397,7 +386,7 @@ func (h *hubState) reserve(cmd reserve) reservation {
 	switch {
 	case !cmd.byToken && (h.claiming[cmd.id] > 0 || s != nil && s.tracker != nil && s.tracker != cmd.out):
 		return taken
-	case s == nil && h.aboutBytes+cmd.cost > h.cfg.maxAboutBytes:
+	case s == nil && h.aboutBytes+cmd.cost > int64(h.cfg.maxBufferBytes)/8:
 		return noRoom
 	}
 	h.claiming[cmd.id]++
@@ -549,7 +538,7 @@ func (h *hubState) publish(cmd publish) {
 	case b.seq > s.now.seq+1:
 		h.metrics.refuse("sequence_gap")
 		cmd.out.trySend(sequenceGap(s.now.seq + 1))
-	case s.now.raw+b.raw() > h.cfg.maxSessionBytes:
+	case s.now.raw+b.raw() > int64(h.cfg.maxSessionBytes):
 		h.metrics.refuse("session_bytes")
 		cmd.out.trySend(errorMessage("session_full", "the session has reached MAX_SESSION_BYTES"))
 		h.end(s)

@@ -100,9 +100,7 @@ func assemble(cfg config, logs *logs) (*server, error) {
 	}
 	m := newMetrics()
 	b := newBudget(int64(cfg.maxBufferBytes))
-	h := newHub(hubConfig{batchSize: cfg.batchSize, batchInterval: cfg.batchInterval, grace: cfg.grace, maxEvents: int64(cfg.maxEvents),
-		maxTailBytes: int64(cfg.maxBufferBytes) / 4, maxAboutBytes: int64(cfg.maxBufferBytes) / 8,
-		maxSessionBytes: int64(cfg.maxSessionBytes)}, b, m)
+	h := newHub(cfg, b, m)
 	s := &server{core: core{cfg: cfg, hub: h, store: st, budget: b, outgoing: newBudget(int64(cfg.maxBufferBytes) / 4),
 		metrics: m, logs: logs, log: logs.app}, started: time.Now(), access: newAccess(cfg.accessConfig, cfg.host, cfg.port)}
 	for range writers {
@@ -317,12 +315,7 @@ func (s *server) beat(ctx context.Context) {
 }
 
 func (s *server) cleanUp(ctx context.Context) {
-	n, err := s.store.removeEnded(ctx, s.cfg.retention)
-	if err == nil && s.cfg.maxStorageBytes > 0 {
-		var more int64
-		more, err = s.store.removeToFit(ctx, int64(s.cfg.maxStorageBytes))
-		n += more
-	}
+	n, err := s.store.removeOld(ctx, s.cfg.retention, int64(s.cfg.maxStorageBytes))
 	if err != nil && ctx.Err() == nil {
 		s.logs.rejected.Error("cleanup failed", "err", err)
 	}

@@ -20,9 +20,8 @@ const (
 // enqueue puts the session in the queue, unless it is there, or a writer has it,
 // or it waits to be tried again.
 func (h *hubState) enqueue(s *session) {
-	_, waits := h.retry[s]
 	switch {
-	case s.writing || waits || !s.dirty():
+	case s.writing || h.retry[s] || !s.dirty():
 	case s.hurries() && !s.urgent:
 		s.urgent = true
 		h.urgent = append(h.urgent, s)
@@ -75,7 +74,7 @@ func (h *hubState) nextFlushes() (work []*flush) {
 		} else {
 			s.queued = time.Time{}
 		}
-		if s.writing || !s.dirty() || h.sessions[s.id] != s || h.waitsForRetry(s) {
+		if s.writing || !s.dirty() || h.sessions[s.id] != s || h.retry[s] {
 			continue
 		}
 		f := h.startFlush(s)
@@ -86,11 +85,6 @@ func (h *hubState) nextFlushes() (work []*flush) {
 }
 
 func (s *session) failedBefore() bool { return s.flush != nil && s.flush.attempts > 0 }
-
-func (h *hubState) waitsForRetry(s *session) bool {
-	_, waits := h.retry[s]
-	return waits
-}
 
 // startFlush gives a writer what is to be stored of a session: the flush that
 // failed, or a new one.
@@ -139,7 +133,7 @@ func (h *hubState) settle(f *flush) {
 	case f.outcome == failed, f.outcome == epochLost && h.claiming[s.id] > 0:
 		f.attempts++
 		s.retryAt = time.Now().Add(min(maxPause, 50*time.Millisecond<<min(f.attempts, 10)))
-		h.retry[s] = struct{}{}
+		h.retry[s] = true
 	case f.outcome == epochLost && f.epoch < s.epoch:
 		h.enqueue(s)
 	default:
@@ -175,15 +169,14 @@ func (h *hubState) ack(s *session) {
 }
 
 // trimTails keeps memory within its bounds after s has grown: past maxEvents the
-// older half of the session goes, past maxTailBytes the older half of any.
+// older half of the session goes, past a quarter of the budget that of any.
 func (h *hubState) trimTails(s *session) {
-	if s.now.events-s.oldest() > h.cfg.maxEvents {
-		n := sort.Search(len(s.tail), func(i int) bool { return s.now.events-s.tail[i].first <= h.cfg.maxEvents/2 })
-		h.trim(s, n)
+	if most := int64(h.cfg.maxEvents); s.now.events-s.oldest() > most {
+		h.trim(s, sort.Search(len(s.tail), func(i int) bool { return s.now.events-s.tail[i].first <= most/2 }))
 	}
-	for h.tailBytes > h.cfg.maxTailBytes {
+	for maxTailBytes := int64(h.cfg.maxBufferBytes) / 4; h.tailBytes > maxTailBytes; {
 		for _, other := range h.sessions {
-			if h.trim(other, (len(other.tail)+1)/2); h.tailBytes <= h.cfg.maxTailBytes {
+			if h.trim(other, (len(other.tail)+1)/2); h.tailBytes <= maxTailBytes {
 				break
 			}
 		}

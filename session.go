@@ -139,7 +139,7 @@ func (t *tracker) takeReport(f frame) (kept int64, err error) {
 		data = []byte("null")
 	}
 	if len(data) > maxData || nests(data, maxNesting) {
-		data = pickMembers(data, []string{"message", "reason", "error", "stack", "timestamp", "filename", "lineno", "colno", "url"}, 4<<10)
+		data = rewrite(data, []string{"message", "reason", "error", "stack", "timestamp", "filename", "lineno", "colno", "url"}, 4<<10, nil)
 	}
 	var m message
 	if f.typ != "error" {
@@ -211,65 +211,42 @@ func parseStart(data []byte) start {
 		}
 	})
 	if len(data) > maxMetadata || nests(data, maxNesting) {
-		data = pickMembers(data, documented, maxField)
+		data = rewrite(data, documented, maxField, nil)
 	}
-	st.about.metadata = withDefaults(data)
-	st.about.brief = pickMembers(st.about.metadata, documented, maxField)
+	st.about.metadata = rewrite(data, nil, 0, defaults)
+	st.about.brief = rewrite(st.about.metadata, documented, maxField, nil)
 	return st
 }
 
-// withDefaults copies metadata without "resume", which is a secret, and adds the
-// members that lists always have.
-func withDefaults(metadata []byte) []byte {
-	var out objectWriter
-	seen := map[string]bool{}
-	members(metadata, func(name string, key, value []byte) {
-		if seen[name] = true; name != "resume" {
-			out.add(key, value)
-		}
-	})
-	for _, d := range [][2]string{
-		{`"viewport"`, `{"width":1920,"height":1080,"devicePixelRatio":1}`}, {`"referrer"`, `""`}, {`"timeZone"`, `"UTC"`},
-	} {
-		if !seen[unquote([]byte(d[0]))] {
-			out.add([]byte(d[0]), []byte(d[1]))
-		}
-	}
-	return out.object()
-}
+type member struct{ key, value string }
 
-// pickMembers copies of a JSON object the members that names names, each cut to
-// so many bytes. A value that cannot be cut is left out.
-func pickMembers(object []byte, names []string, most int) []byte {
-	var out objectWriter
+// defaults are what lists have of a session that does not say.
+var defaults = []member{{"viewport", `{"width":1920,"height":1080,"devicePixelRatio":1}`}, {"referrer", `""`}, {"timeZone", `"UTC"`}}
+
+// rewrite copies a JSON object without "resume", which is a secret, and adds the
+// defaults that are missing. With names it copies those members alone, each cut
+// to most bytes; a value that cannot be cut is left out.
+func rewrite(object []byte, names []string, most int, defaults []member) []byte {
+	out, seen := []byte("{"), map[string]bool{}
 	members(object, func(name string, key, value []byte) {
-		if !slices.Contains(names, name) {
+		if name == "resume" || names != nil && !slices.Contains(names, name) {
 			return
 		}
-		if len(value) > most && value[0] == '"' {
+		if names != nil && len(value) > most && value[0] == '"' {
 			value = encodeJSON(cut(unquote(value), most))
 		}
-		if len(value) <= 2*most && !nests(value, maxNesting) { // a cut string may have grown by its escapes
-			out.add(key, value)
+		if names != nil && (len(value) > 2*most || nests(value, maxNesting)) { // twice: a string grows by its escapes
+			return
 		}
+		seen[name] = true
+		out = fmt.Appendf(out, "%s:%s,", key, value)
 	})
-	return out.object()
-}
-
-// objectWriter puts a JSON object together.
-type objectWriter struct{ text []byte }
-
-func (o *objectWriter) add(key, value []byte) {
-	o.text = append(append(o.text, ','), key...)
-	o.text = append(append(o.text, ':'), value...)
-}
-
-func (o *objectWriter) object() []byte {
-	if len(o.text) == 0 {
-		return []byte("{}")
+	for _, d := range defaults {
+		if !seen[d.key] {
+			out = fmt.Appendf(out, "%q:%s,", d.key, d.value)
+		}
 	}
-	o.text[0] = '{'
-	return append(o.text, '}')
+	return append(bytes.TrimSuffix(out, []byte(",")), '}')
 }
 
 // encodeJSON encodes what is known to be fit for JSON. Of raw JSON in it only

@@ -28,6 +28,8 @@ const (
 	deadAfter    = time.Minute      // a server that has not said for so long that it is there
 	deleteStep   = 50               // sessions that are looked up at once to be deleted
 	maxActive    = 10_000           // sessions in one list
+
+	cleanupTimeout = 10 * time.Minute
 )
 
 var (
@@ -50,17 +52,9 @@ func openStore(ctx context.Context, cfg *pgxpool.Config) (*store, error) {
 	return &store{pool: pool, server: crand.Text()}, nil
 }
 
-// close ends the pool. It does not wait long for connections that do not answer.
+// close ends the pool. It does not wait for connections that do not answer.
 func (st *store) close() {
-	closed := make(chan struct{})
-	go func() { // ends when PostgreSQL answers or pgx gives it up, half a minute at most
-		st.pool.Close()
-		close(closed)
-	}()
-	select {
-	case <-closed:
-	case <-time.After(500 * time.Millisecond):
-	}
+	go st.pool.Close() // ends when PostgreSQL answers or pgx gives it up, half a minute at most
 }
 
 // applySchema brings the database's tables into being, or finds them there.
@@ -189,7 +183,7 @@ func (st *store) list(ctx context.Context, clause string, args ...any) ([]stored
 		a, n := &description{}, &s.now
 		err := row.Scan(&s.id, &a.userID, &a.url, &a.metadata, &s.isActive, &s.createdAt, &s.updatedAt, &s.endedAt, &n.events, &n.errors,
 			&n.raw, &n.stored, &n.firstTime, &n.endTime, &n.snapshot, &n.seq)
-		a.brief = pickMembers(a.metadata, documented, maxField)
+		a.brief = rewrite(a.metadata, documented, maxField, nil)
 		s.about = a
 		return s, err
 	})
@@ -353,55 +347,51 @@ func (st *store) remove(ctx context.Context, id string) error {
 	return err
 }
 
-// removeEnded deletes sessions that ended longer ago than age, by the database's
-// clock, oldest first, and says how many.
-func (st *store) removeEnded(ctx context.Context, age time.Duration) (total int64, err error) {
-	for {
-		n, found, err := st.removeOldest(ctx, "ended_at < now() - $2::interval", age)
-		total += n
-		if err != nil || found < deleteStep {
-			return total, err
-		}
-	}
-}
-
-// removeToFit deletes the oldest ended sessions until at most limit bytes of
-// chunks are stored, and says how many.
-func (st *store) removeToFit(ctx context.Context, limit int64) (total int64, err error) {
-	for {
-		t, err := st.totals(ctx)
-		if err != nil || t.bytes <= limit {
-			return total, err
-		}
-		n, found, err := st.removeOldest(ctx, `session_id in (select session_id from (select session_id,
-			sum(`+rowBytes+`) over (order by ended_at, session_id) - `+rowBytes+` as before
-			from sessions where not is_active) oldest where before < $2)`, t.bytes-limit)
-		total += n
-		if err != nil || found == 0 {
-			return total, err
-		}
-	}
-}
-
-// removeOldest looks up some ended sessions and deletes each in a transaction of
-// its own, so that servers which clean up at the same time neither wait for each
-// other in a circle nor count a session twice.
-func (st *store) removeOldest(ctx context.Context, which string, arg any) (deleted int64, found int, err error) {
-	ctx, cancel := context.WithTimeout(ctx, commitTimeout)
+// removeOld deletes ended sessions, the oldest first, and says how many: those
+// that ended longer ago than age by the database's clock, and, with a limit, as
+// many more as it takes for limit bytes. Each has a transaction of its own, so
+// that servers which clean up at the same time do not wait for each other.
+func (st *store) removeOld(ctx context.Context, age time.Duration, limit int64) (deleted int64, err error) {
+	ctx, cancel := context.WithTimeout(ctx, cleanupTimeout)
 	defer cancel()
-	rows, err := st.pool.Query(ctx, "select session_id from sessions where not is_active and "+which+" order by ended_at limit $1", deleteStep, arg)
-	if err != nil {
-		return 0, 0, err
-	}
-	ids, err := pgx.CollectRows(rows, pgx.RowTo[string])
-	for _, id := range ids {
-		tag, err := st.pool.Exec(ctx, "delete from sessions where session_id = $1 and not is_active", id)
+	excess := int64(0)
+	if limit > 0 {
+		t, err := st.totals(ctx)
 		if err != nil {
-			return deleted, len(ids), err
+			return 0, err
 		}
-		deleted += tag.RowsAffected()
+		excess = t.bytes - limit
 	}
-	return deleted, len(ids), err
+	type candidate struct {
+		ID    string
+		Bytes int64
+		Old   bool
+	}
+	for {
+		rows, err := st.pool.Query(ctx, "select session_id, "+rowBytes+`, ended_at < now() - $1::interval
+			from sessions where not is_active order by ended_at limit $2`, age, deleteStep)
+		if err != nil {
+			return deleted, err
+		}
+		oldest, err := pgx.CollectRows(rows, pgx.RowToStructByPos[candidate])
+		if err != nil {
+			return deleted, err
+		}
+		for _, s := range oldest {
+			if !s.Old && excess <= 0 {
+				return deleted, nil
+			}
+			tag, err := st.pool.Exec(ctx, "delete from sessions where session_id = $1 and not is_active", s.ID)
+			if err != nil {
+				return deleted, err
+			}
+			deleted += tag.RowsAffected()
+			excess -= s.Bytes
+		}
+		if len(oldest) < deleteStep {
+			return deleted, nil
+		}
+	}
 }
 
 // beat says that this server is there, and ends the active sessions of servers

@@ -20,15 +20,11 @@ const (
 
 // tell sends a viewer a message, and reports whether the viewer had room.
 func (h *hubState) tell(out *outbox, m message) bool {
-	if _, lags := h.lagging[out]; lags {
-		return false
+	if !h.lagging[out] && !out.trySend(m) {
+		h.lagging[out] = true
+		h.metrics.viewersLagged.Add(1)
 	}
-	if out.trySend(m) {
-		return true
-	}
-	h.lagging[out] = struct{}{}
-	h.metrics.viewersLagged.Add(1)
-	return false
+	return !h.lagging[out]
 }
 
 func (h *hubState) toViewers(m message) {
