@@ -922,7 +922,7 @@ func TestSystemd(t *testing.T) {
 }
 
 func TestWatchdog(t *testing.T) {
-	s := &server{core: core{hub: newHub(hubConfig{}, newBudget(0), newMetrics())}}
+	s := &server{core: core{hub: newHub(config{}, newBudget(0), newMetrics())}}
 	check := func(what, want string) {
 		t.Helper()
 		got := ""

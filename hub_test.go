@@ -29,11 +29,11 @@ type hubTest struct {
 
 // inHub runs a test with a hub, whose settings it may change first, and checks
 // at its end that all room is given back once every session has ended.
-func inHub(t *testing.T, change func(*hubConfig), test func(*hubTest)) {
+func inHub(t *testing.T, change func(*config), test func(*hubTest)) {
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
-		cfg := hubConfig{batchSize: 50, batchInterval: 5 * time.Second, grace: 15 * time.Second, maxEvents: 20000,
-			maxTailBytes: testBudget / 4, maxAboutBytes: testBudget / 8, maxSessionBytes: 1 << 30}
+		cfg := config{batchSize: 50, batchInterval: 5 * time.Second, grace: 15 * time.Second, maxEvents: 20000,
+			maxBufferBytes: testBudget, maxSessionBytes: 1 << 30}
 		if change != nil {
 			change(&cfg)
 		}
@@ -407,7 +407,7 @@ func TestHubReports(t *testing.T) {
 }
 
 func TestHubSessionFull(t *testing.T) {
-	inHub(t, func(c *hubConfig) { c.maxSessionBytes = 200 }, func(t *hubTest) {
+	inHub(t, func(c *config) { c.maxSessionBytes = 200 }, func(t *hubTest) {
 		c, v := t.tracker("s"), t.viewer()
 		t.publish(c, "s", 3, 1)
 		t.publish(c, "s", 4, 2)
@@ -430,7 +430,7 @@ func TestHubSessionFull(t *testing.T) {
 // Wherever the session's events are (pending, with the writer, kept, trimmed)
 // when a viewer joins, live goes on where the answer says.
 func TestHubJoinAtAnyMoment(t *testing.T) {
-	inHub(t, func(c *hubConfig) { c.maxEvents = 8 }, func(t *hubTest) {
+	inHub(t, func(c *config) { c.maxEvents = 8 }, func(t *hubTest) {
 		c := t.tracker("s")
 		var viewers []*outbox
 		for i := range 40 {
@@ -702,7 +702,7 @@ func TestHubRecordedAgain(t *testing.T) {
 
 // Past MAX_EVENTS_PER_SESSION the older half goes, of what is committed only.
 func TestHubTrim(t *testing.T) {
-	inHub(t, func(c *hubConfig) { c.maxEvents = 10 }, func(t *hubTest) {
+	inHub(t, func(c *config) { c.maxEvents = 10 }, func(t *hubTest) {
 		c := t.tracker("s")
 		want := func(from, to int64) {
 			t.Helper()
@@ -746,7 +746,7 @@ func TestHubTrim(t *testing.T) {
 
 // What is committed takes a share of the budget at most; descriptions too.
 func TestHubShares(t *testing.T) {
-	inHub(t, func(c *hubConfig) { c.maxTailBytes, c.maxAboutBytes = 10000, 2*aboutNobody.cost() }, func(t *hubTest) {
+	inHub(t, func(c *config) { c.maxBufferBytes = 40000 }, func(t *hubTest) {
 		a, b := t.tracker("a"), t.tracker("b")
 		for range 4 {
 			t.do(publish{a, t.batch("a", 1, 0, 1500), nil})
@@ -759,10 +759,10 @@ func TestHubShares(t *testing.T) {
 		if t.stats().tailBytes == 0 {
 			t.Error("nothing is kept")
 		}
-		if got := t.reserve(t.idle(), "c", false, aboutNobody.cost()); got != noRoom {
+		if got := t.reserve(t.idle(), "c", false, 4000); got != noRoom {
 			t.Errorf("a third session: got %d, want no room", got)
 		}
-		if got := t.reserve(a, "a", true, 1000); got != granted { // one that is there may come back
+		if got := t.reserve(a, "a", true, 4000); got != granted { // one that is there may come back
 			t.Errorf("a session that is there: got %d, want granted", got)
 		}
 		t.do(unreserve{"a"})
@@ -1171,7 +1171,7 @@ func TestHubDue(t *testing.T) {
 		}, []string{"a"}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			inHub(t, func(c *hubConfig) { c.batchSize = 3 }, func(t *hubTest) {
+			inHub(t, func(c *config) { c.batchSize = 3 }, func(t *hubTest) {
 				w := t.writer()
 				var c []*outbox
 				for _, id := range []string{"a", "b", "c", "d"} {
@@ -1197,7 +1197,7 @@ func TestHubDue(t *testing.T) {
 // A transaction has BATCH_SIZE sessions at most, oldest first, ended ones before
 // all.
 func TestHubGroup(t *testing.T) {
-	inHub(t, func(c *hubConfig) { c.batchSize = 2 }, func(t *hubTest) {
+	inHub(t, func(c *config) { c.batchSize = 2 }, func(t *hubTest) {
 		trackers := map[string]*outbox{}
 		for _, id := range []string{"a", "b", "c", "d", "e"} {
 			trackers[id] = t.tracker(id)

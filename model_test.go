@@ -74,7 +74,7 @@ func playModel(t *testing.T, seed uint64) {
 			t.Logf("seed %d (onlySeed repeats it), the last steps:\n\t%s", seed, strings.Join(m.did[max(0, len(m.did)-25):], "\n\t"))
 		}
 	}()
-	inHub(t, func(c *hubConfig) {
+	inHub(t, func(c *config) {
 		c.batchSize, c.batchInterval, c.grace, c.maxEvents = 3, time.Second, 3*time.Second, 10
 	}, func(t *hubTest) {
 		m.t = t

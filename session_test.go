@@ -1297,7 +1297,7 @@ func TestTinyEvents(t *testing.T) {
 		}
 		return s.memory().events == trackers*count && s.memory().oldest == 0
 	})
-	if limit := int64(buffer + buffer/2 + count*eventCost + 200000); most > limit {
+	if limit := int64(buffer + buffer/2 + trackers*count*eventCost + 200000); most > limit {
 		t.Errorf("%d KB of room were in use, want at most %d KB", most>>10, limit>>10)
 	}
 }

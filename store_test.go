@@ -871,16 +871,16 @@ func TestStoreRemoveEnded(t *testing.T) {
 	live := st.begin("live")
 	st.stored(st.flush("live", live, numbered(0, 3)...))
 	st.exec("update sessions set created_at = now() - interval '1 year', updated_at = now() - interval '1 year' where session_id = 'live'")
-	if n, err := st.removeEnded(t.Context(), 100*time.Hour-103*time.Minute-30*time.Second); err != nil || n != 103 {
+	if n, err := st.removeOld(t.Context(), 100*time.Hour-103*time.Minute-30*time.Second, 0); err != nil || n != 103 {
 		t.Errorf("got %d, %v, want 103", n, err)
 	}
 	if got := st.rows(); got != "5 5 4" {
 		t.Errorf("got %s rows, want 5 5 4", got)
 	}
-	if n, err := st.removeEnded(t.Context(), 0); err != nil || n != 4 {
+	if n, err := st.removeOld(t.Context(), 0, 0); err != nil || n != 4 {
 		t.Errorf("got %d, %v, want the other 4", n, err)
 	}
-	if n, err := st.removeEnded(t.Context(), -1000*time.Hour); err != nil || n != 0 {
+	if n, err := st.removeOld(t.Context(), -1000*time.Hour, 0); err != nil || n != 0 {
 		t.Errorf("got %d, %v, want none: the last is live", n, err)
 	}
 }
@@ -893,7 +893,7 @@ func TestStoreRemoveTogether(t *testing.T) {
 	var servers sync.WaitGroup
 	for range 3 {
 		servers.Go(func() {
-			n, err := st.removeEnded(t.Context(), 0)
+			n, err := st.removeOld(t.Context(), 0, 0)
 			if removed.Add(n); err != nil {
 				t.Error(err)
 			}
@@ -931,7 +931,7 @@ func TestStoreRemoveOrContinue(t *testing.T) {
 			}
 		})
 	}
-	if _, err := st.removeEnded(t.Context(), 0); err != nil {
+	if _, err := st.removeOld(t.Context(), 0, 0); err != nil {
 		t.Error(err)
 	}
 	work.Wait()
@@ -948,8 +948,8 @@ func TestStoreRemoveToFit(t *testing.T) {
 	c := st.begin("live")
 	st.stored(st.flush("live", c, numbered(0, 10)...))
 	st.exec("update sessions set stored_bytes = 100 where session_id = 'live'")
-	for _, tt := range []struct{ limit, removed int64 }{{1133, 0}, {5000, 0}, {1132, 1}, {721, 3}, {0, 6}, {0, 0}} {
-		if n, err := st.removeToFit(t.Context(), tt.limit); err != nil || n != tt.removed {
+	for _, tt := range []struct{ limit, removed int64 }{{1133, 0}, {5000, 0}, {1132, 1}, {721, 3}, {1, 6}, {1, 0}} {
+		if n, err := st.removeOld(t.Context(), 10000*time.Hour, tt.limit); err != nil || n != tt.removed {
 			t.Errorf("limit %d: removed %d, %v, want %d", tt.limit, n, err, tt.removed)
 		}
 		if tt.removed == 1 && one[bool](st, "select exists (select from sessions where session_id = 'old1')") {
@@ -1002,7 +1002,7 @@ func TestStoreWriterBesideCleanup(t *testing.T) {
 	st.old(1500, 10)
 	done := make(chan error, 1)
 	go func() { // ends with the cleanup
-		_, err := st.removeEnded(t.Context(), 0)
+		_, err := st.removeOld(t.Context(), 0, 0)
 		done <- err
 	}()
 	c := st.begin("live")
