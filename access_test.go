@@ -718,15 +718,12 @@ func TestLimitMessages(t *testing.T) {
 	s.refusedWith("message_bytes")
 
 	c = dialServer(t, s.ws("tracker"))
-	w, err := c.Writer(testContext(t), websocket.MessageText)
-	if err != nil {
-		t.Fatal(err)
-	}
-	go func() { // ends when the server closes the connection
+	c.write(string(announce(10000)))
+	go func(c *testConn) { // ends when the server closes the connection
 		for err := error(nil); err == nil; time.Sleep(20 * time.Millisecond) {
-			_, err = w.Write([]byte(strings.Repeat("x", 700))) // 4 KB are sent together
+			_, err = c.Write([]byte("x"))
 		}
-	}()
+	}(c)
 	c.expectClose(websocket.StatusPolicyViolation)
 	s.refusedWith("message_time")
 
@@ -850,12 +847,7 @@ func TestTLS(t *testing.T) {
 	if resp := s.as(bearer.and("", plainPage), "GET", "/sessions"); resp.StatusCode != 403 {
 		t.Errorf("its page without TLS: got %d, want 403", resp.StatusCode)
 	}
-	conn, _, err := websocket.Dial(testContext(t), "wss://127.0.0.1:"+s.port+"/ws", &websocket.DialOptions{HTTPClient: &http.Client{Transport: testTransport}})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer conn.CloseNow()
-	c := &testConn{t, conn}
+	c := dialServer(t, "wss://127.0.0.1:"+s.port+"/ws")
 	c.send("session_start", `{"sessionId":"tls","resume":""}`)
 	c.expect("session_ready")
 
@@ -930,7 +922,7 @@ func TestSystemd(t *testing.T) {
 }
 
 func TestWatchdog(t *testing.T) {
-	s := &server{hub: newHub(hubConfig{}, &budget{}, newMetrics()), writers: []*writer{{}, {}}}
+	s := &server{core: core{hub: newHub(config{}, newBudget(0), newMetrics())}}
 	check := func(what, want string) {
 		t.Helper()
 		got := ""
@@ -947,10 +939,6 @@ func TestWatchdog(t *testing.T) {
 	s.hub.cfg.batchInterval = time.Second
 	go s.hub.run(ctx) // ends with the test
 	check("all well", "")
-	s.writers[1].since.Store(time.Now().Unix())
-	check("a writer at work", "")
-	s.writers[1].since.Store(time.Now().Add(-3 * commitTimeout).Unix())
-	check("a writer that hangs", "a writer hangs")
 }
 
 // runBinary runs the server to its end.
