@@ -99,7 +99,7 @@ func askHub[R any](t *hubTest, cmd func(reply chan R) command) R {
 // viewer is one that has had its first list.
 func (t *hubTest) viewer() *outbox {
 	t.Helper()
-	out := newOutbox(viewerOutbox, nil)
+	out := newOutbox()
 	t.do(enter{out, true})
 	t.heard(out, "list")
 	return out
@@ -107,7 +107,7 @@ func (t *hubTest) viewer() *outbox {
 
 // idle is a tracker's connection that records nothing yet.
 func (t *hubTest) idle() *outbox {
-	out := newOutbox(trackerOutbox, nil)
+	out := newOutbox()
 	t.do(enter{out, false})
 	return out
 }
@@ -507,10 +507,10 @@ func TestHubLag(t *testing.T) {
 				t.join(fast, "s")
 				t.heard(fast, "joined s 0")
 				n := 0
-				for ; n < 3*viewerOutbox.messages && (n < 60 || size == 0); n++ {
+				for ; n < 3*outboxMessages && (n < 60 || size == 0); n++ {
 					t.do(publish{c, t.batch("s", 1, int64(n+1), size), nil})
 					t.heard(fast, fmt.Sprintf("live s %d+1", n))
-					if len(slow.queue) > viewerOutbox.messages || slow.bytes > viewerOutbox.bytes+size+200 {
+					if len(slow.queue) > outboxMessages || slow.bytes > 4<<20+size+200 {
 						t.Fatalf("the outbox has %d messages, %d bytes", len(slow.queue), slow.bytes)
 					}
 				}
@@ -540,67 +540,66 @@ func TestHubLag(t *testing.T) {
 // has read is told as missed, also that the session has ended.
 func TestHubJoinWhileLagging(t *testing.T) {
 	inHub(t, nil, func(t *hubTest) {
-		c, v := t.tracker("s"), newOutbox(outboxLimits{2, 1 << 20}, nil)
+		c, v := t.tracker("s"), newOutbox()
 		t.do(enter{v, true})
+		for range outboxMessages {
+			v.trySend(sessionEnded("x"), 1<<20)
+		}
 		t.publish(c, "s", 3, 1)
+		t.do(forward{c, text("{}")})
 		t.join(v, "s")
 		t.publish(c, "s", 1, 2)
-		t.heard(v, "list", "joined s 3")
+		all := slices.DeleteFunc(t.messages(v), func(m string) bool { return m == "list" || m == "ended x" })
 		t.do(finish{c})
-		var all []string
 		for range 5 {
 			time.Sleep(time.Second)
 			all = append(all, t.messages(v)...)
 		}
 		all = slices.DeleteFunc(all, func(m string) bool { return m == "list" })
-		if want := []string{"lagged s 4", "ended s"}; !slices.Equal(all, want) {
-			t.Errorf("was sent %q when it had read, want %q", all, want)
+		if want := []string{"joined s 3", "lagged s 4", "ended s"}; !slices.Equal(all, want) {
+			t.Errorf("was sent %q, want %q", all, want)
 		}
 	})
 }
 
-// A list is bounded; so are all viewers' outboxes together.
-func TestHubOutgoing(t *testing.T) {
+// Viewers share what may wait for them: the more there are, the less for each,
+// and the shorter the lists.
+func TestHubShare(t *testing.T) {
 	inHub(t, nil, func(t *hubTest) {
 		large := &description{userID: "u", metadata: []byte("{}"), brief: []byte(`{"x":"` + strings.Repeat("x", 8000) + `"}`)}
-		for i := range 2 * maxListBytes / 8000 {
+		for i := range 3 * outgoingMin / 4 / 8000 {
 			t.reserve(t.idle(), fmt.Sprint("large", i), true, 0)
 			t.attachAs(t.idle(), fmt.Sprint("large", i), claim{}, large)
 		}
-		shared := newBudget(5000)
-		v := newOutbox(viewerOutbox, shared)
-		t.do(enter{v, true})
-		if v.bytes > maxListBytes || v.bytes < maxListBytes/2 || shared.left() != 5000-int64(v.bytes) {
-			t.Errorf("the list has %d bytes, and %d of 5000 are left for others", v.bytes, shared.left())
-		}
-		other := newOutbox(viewerOutbox, shared)
-		if other.trySend(sessionEnded("s")) {
-			t.Error("an outbox took a message though all are full together")
-		}
-		v.end(true)
-		if left := shared.left(); left != 5000 || !other.trySend(sessionEnded("s")) {
-			t.Errorf("%d bytes are left when the other has gone, want 5000", left)
+		for n := 1; n <= 8; n++ {
+			v := newOutbox()
+			t.do(enter{v, true})
+			if most := min(4<<20, outgoingMin/n); v.bytes > most || v.bytes < most/2 {
+				t.Errorf("of %d viewers one got a list of %d bytes, want about %d", n, v.bytes, most)
+			}
 		}
 	})
 }
 
-// An answer always has room; whoever asks waits until there is some.
+// Whoever asks waits until the answer is sent; what is not asked for has no part
+// in that.
 func TestOutboxWait(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		o := newOutbox(outboxLimits{2, 100}, nil)
-		for range 5 {
+		o := newOutbox()
+		for range 3 {
 			o.send(sessionEnded("s"))
 		}
+		o.trySend(sessionEnded("live"), 1000)
 		var waited atomic.Bool
 		go func() { waited.Store(o.wait(t.Context()) == nil) }() // ends when three are sent
 		for i := range 4 {
-			if synctest.Wait(); waited.Load() != (i > 3) {
-				t.Errorf("after %d of 5: it waits no more: %v", i, waited.Load())
+			if synctest.Wait(); waited.Load() {
+				t.Errorf("it waits no more when the message %d of 3 is not sent", i)
 			}
-			o.next()
+			o.next() // the one before is sent
 		}
 		if synctest.Wait(); !waited.Load() {
-			t.Error("it still waits when one is left")
+			t.Error("it still waits when all three are sent")
 		}
 		o.ack("s", 1)
 		o.ack("s", 2)
@@ -615,7 +614,7 @@ func TestOutboxWait(t *testing.T) {
 			}
 			all = append(all, string(m.encode()))
 		}
-		want := []string{string(sessionEnded("s")), string(ack{"s", 2}.encode()), string(ack{"t", 1}.encode()), "why"}
+		want := []string{string(ack{"s", 2}.encode()), string(ack{"t", 1}.encode()), "why"}
 		if !slices.Equal(all, want) {
 			t.Errorf("got %q, want %q", all, want)
 		}
