@@ -56,9 +56,9 @@ type access struct {
 	mu      sync.Mutex
 	sockets map[netip.Addr]int // open WebSockets by address
 	total   int                // of these
+	starts  map[netip.Addr]int // sessions begun since startsSince, by address
 	closed  bool               // the server stops: no more of them
 
-	starts      map[netip.Addr]int // sessions begun since startsSince, by address
 	startsSince time.Time
 }
 

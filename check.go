@@ -97,7 +97,7 @@ func checkDatabase(ctx context.Context, cfg config, report func(what, found stri
 	ahead := time.Until(now).Round(time.Millisecond)
 	report("PostgreSQL", fmt.Sprintf("%d (12 to 18 are known)", version), err)
 	if ahead.Abs() > maxClockSkew {
-		err = errors.New("the clocks of the database and of this machine differ so much that nothing is deleted for its age")
+		err = errors.New("the clocks of the database and of this machine differ: nothing is deleted for its age")
 	}
 	report("clocks", fmt.Sprintf("here %s; the database's is %v ahead", time.Now().Format(time.RFC3339), ahead), err)
 	report("writes", "tables can be made and filled", trySchema(ctx, conn))

@@ -230,8 +230,8 @@ func (s *server) write(w http.ResponseWriter, status int, v any) {
 	w.Write(encodeJSON(v))
 }
 
-// query makes a handler of one that asks the database, for which there is room in
-// memory for a page. The handler writes nothing when it returns an error: that is
+// query makes a handler of one that asks the database, when there is room in memory
+// for its answer. handle writes nothing when it returns an error: the error is
 // answered here.
 func (s *server) query(handle func(http.ResponseWriter, *http.Request) error) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {

@@ -14,7 +14,6 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"strings"
 	"sync"
@@ -25,87 +24,12 @@ import (
 	"nhooyr.io/websocket"
 )
 
-// insideServer is the server inside the test process, where the race detector
-// sees it and tests see its parts. It has the addresses and questions of a
-// serverProcess, but no process.
-type insideServer struct {
-	*serverProcess
-	server *server
-	stop   func() error // stops it as SIGTERM does; what run has returned
-}
-
-var listeningAt = regexp.MustCompile(`url=http://127\.0\.0\.1:(\d+)`)
-
-// startInside starts the server in this process and waits until it is healthy;
-// env as for startServer.
-func startInside(t testing.TB, env ...string) *insideServer {
-	t.Helper()
-	s := launchInside(t, env...)
-	waitUntil(t, "the server is healthy", func() bool { status, _ := s.get("/health"); return status == http.StatusOK })
-	return s
-}
-
-// launchInside does not wait for the database.
-func launchInside(t testing.TB, env ...string) *insideServer {
-	t.Helper()
-	settings := map[string]string{"PORT": "0", "LOG_DIR": filepath.Join(t.TempDir(), "logs"), "LOG_LEVEL": "debug",
-		"DB_MAX_CONNECTIONS": "6", "BATCH_INTERVAL": "20"}
-	for _, setting := range env {
-		name, value, _ := strings.Cut(setting, "=")
-		settings[name] = value
-	}
-	if settings["DATABASE_URL"] == "" {
-		settings["DATABASE_URL"] = testDatabase(t)
-	}
-	cfg, err := loadConfig(func(name string) string { return settings[name] })
-	if err != nil {
-		t.Fatalf("settings: %v", err)
-	}
-	s := &insideServer{serverProcess: &serverProcess{t: t, dir: filepath.Dir(settings["LOG_DIR"]), database: settings["DATABASE_URL"]}}
-	logs := openLogs(cfg.log, &s.output, &s.output, false)
-	if s.server, err = assemble(cfg, logs); err != nil {
-		t.Fatalf("assemble: %v", err)
-	}
-	s.stop = runInside(s, logs)
-	t.Cleanup(func() {
-		s.stop()
-		if t.Failed() {
-			t.Logf("the server's last words:\n%s", s.output.tail())
-		}
-		if panics := s.log("exceptions"); panics != "" {
-			t.Errorf("the server's exceptions log: %s", panics)
-		}
-	})
-	waitUntil(t, "the server listens", func() bool { return listeningAt.MatchString(s.output.String()) })
-	s.port = listeningAt.FindStringSubmatch(s.output.String())[1]
-	s.url = "http://127.0.0.1:" + s.port
-	return s
-}
-
-// runInside runs the server until what it returns is called.
-func runInside(s *insideServer, logs *logs) (stop func() error) {
-	ctx, cancel := context.WithCancel(context.Background())
-	ended := make(chan error, 1)
-	go func() { // ends when stop is called
-		ended <- s.server.run(ctx)
-	}()
-	return sync.OnceValue(func() error {
-		cancel()
-		err := <-ended
-		s.server.store.close()
-		logs.Close()
-		return err
-	})
-}
-
 // nothingLeft waits until all room is given back, no connection is counted and
 // no session is in memory any more.
 func (s *insideServer) nothingLeft() {
 	s.t.Helper()
 	waitUntil(s.t, "all room is given back", func() bool {
-		s.server.budget.mu.Lock()
-		defer s.server.budget.mu.Unlock()
-		return s.server.budget.free == int64(s.server.cfg.maxBufferBytes) && s.server.budget.waiting == 0
+		return s.server.budget.left() == int64(s.server.cfg.maxBufferBytes)
 	})
 	var health healthJSON
 	waitUntil(s.t, "no connection and no session is left in memory", func() bool {
@@ -121,6 +45,16 @@ type healthJSON struct {
 	Uptime             *int64
 	Database, Sessions struct{ TotalSessions, ActiveSessions, TotalEvents int64 }
 	Websockets         struct{ TotalClients, Viewers, Trackers int64 }
+}
+
+func TestProcessVersion(t *testing.T) {
+	var out bytes.Buffer
+	if err := run(t.Context(), []string{"-version"}, os.Getenv, &out, io.Discard); err != nil || !strings.HasPrefix(out.String(), "session-replay ") {
+		t.Errorf("-version: got %q, error %v", &out, err)
+	}
+	if err := run(t.Context(), []string{"-nonsense"}, os.Getenv, io.Discard, io.Discard); err == nil {
+		t.Error("an unknown flag: got no error")
+	}
 }
 
 // ---- the way of an event ----
@@ -244,9 +178,7 @@ func checkSummary(t testing.TB, s *insideServer, id string, events []json.RawMes
 		if string(e.Type) == "2" {
 			snapshot = i
 		}
-		var time float64
-		json.Unmarshal(e.Timestamp, &time)
-		if n := int64(time); n != 0 {
+		if n := wholeNumber(e.Timestamp, 0); n != 0 {
 			if least == 0 || n < least {
 				least = n
 			}
@@ -388,7 +320,7 @@ func TestHugeSnapshot(t *testing.T) {
 	tracker.expect("session_ready")
 	viewer.send("viewer_join_session", `{"sessionId":"huge"}`)
 	viewer.expect("session_joined")
-	if err := tracker.Write(t.Context(), websocket.MessageText, slices.Concat([]byte(`{"type":"events_batch","data":{"seq":1,"events":[`), events, []byte(`]}}`))); err != nil {
+	if _, err := tracker.Write(maskedText(slices.Concat([]byte(`{"type":"events_batch","data":{"seq":1,"events":[`), events, []byte(`]}}`)))); err != nil {
 		t.Fatal(err)
 	}
 	whole := func(way string, text []byte, err error) {
@@ -397,13 +329,14 @@ func TestHugeSnapshot(t *testing.T) {
 			t.Errorf("%s: got %d bytes, %v, want the snapshot in them", way, len(text), err)
 		}
 	}
-	_, text, err := viewer.Read(t.Context())
+	text, err := viewer.read()
 	whole("live", text, err)
 	tracker.expect("events_ack")
 	viewer.send("get_session_events", `{"sessionId":"huge"}`)
-	_, first, err := viewer.Read(t.Context())
+	first, err := viewer.read()
+	first = bytes.Clone(first)
 	viewer.send("get_session_events", `{"sessionId":"huge","fromIndex":2}`)
-	_, second, err2 := viewer.Read(t.Context())
+	second, err2 := viewer.read()
 	if !bytes.Contains(first, snapshot) || !bytes.Contains(first, []byte(`"hasMore":true`)) || !bytes.Contains(second, []byte(`1700000000002`)) || err != nil || err2 != nil {
 		t.Errorf("pages: got %d and %d bytes, %v, %v, want the snapshot in the first, the rest in the second", len(first), len(second), err, err2)
 	}
@@ -525,7 +458,7 @@ func TestShutdown(t *testing.T) {
 	}
 	waitUntil(t, "all is accepted", func() bool { return s.memory().events == int64(3*len(oddEvents())) })
 	stuckPeers(t, s)
-	stopStorm, late := make(chan struct{}), make(chan *websocket.Conn, 400)
+	stopStorm, late := make(chan struct{}), make(chan *testConn, 400)
 	var storm sync.WaitGroup
 	for range 4 {
 		storm.Go(func() { // ends with stopStorm
@@ -535,7 +468,7 @@ func TestShutdown(t *testing.T) {
 					return
 				default:
 				}
-				if conn, err := dialWebSocket(t.Context(), s.ws("tracker")); err == nil {
+				if conn, err := openWebSocket(&net.Dialer{}, s.ws("tracker"), 512); err == nil {
 					late <- conn // silent from now on
 				} else {
 					time.Sleep(time.Millisecond)
@@ -568,7 +501,7 @@ func TestShutdown(t *testing.T) {
 	}
 	close(late)
 	for conn := range late {
-		if _, _, err := conn.Read(t.Context()); websocket.CloseStatus(err) != websocket.StatusGoingAway {
+		if _, err := conn.receive(); websocket.CloseStatus(err) != websocket.StatusGoingAway {
 			t.Errorf("a late connection ended with %v, want close code 1001", err)
 		}
 		conn.CloseNow()

@@ -392,6 +392,7 @@ func (t *tracker) claimRow(st *start, about *description, resuming bool) (claim,
 		won, err := t.store.claim(ctx, st.id, about, keepUser, st.token, resuming)
 		switch {
 		case err == nil || errors.Is(err, errToken):
+			t.store.last.Store(nil)
 			return won, err
 		case isDataError(err):
 			t.log.Warn("session refused by the database", "session", st.id, "err", err)

@@ -26,7 +26,9 @@ func (h *hubState) share() int {
 
 // outgoingBytes is what viewers' messages, and as much again what answers to
 // requests, may take in memory.
-func outgoingBytes(cfg config) int64 { return max(int64(cfg.maxBufferBytes)/4, 4*pageBytes) }
+func outgoingBytes(cfg config) int64 { return max(int64(cfg.maxBufferBytes)/4, outgoingMin) }
+
+const outgoingMin = 4 * pageBytes
 
 // tell sends a viewer a message, and reports whether the viewer had room.
 func (h *hubState) tell(out *outbox, m message) bool {

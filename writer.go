@@ -138,6 +138,7 @@ func (w *writer) commit(ctx context.Context, work []*flush) error {
 	if err := w.store.pool.SendBatch(ctx, batch).Close(); err != nil {
 		return err
 	}
+	w.store.last.Store(nil)
 	w.markDeleted(ctx, work)
 	return nil
 }
