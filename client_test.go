@@ -52,7 +52,8 @@ func testEvent(session string, n int) []byte {
 	at := 1700000000000 + 10*n
 	switch n % 100 {
 	case 0:
-		return fmt.Appendf(nil, `{"type":4,"data":{"href":"https://example.com/%s/%d","width":1920},"timestamp":%d}`, session, n, at)
+		return fmt.Appendf(nil, `{"type":4,"data":{"href":"https://example.com/%s/%d","width":1920},"timestamp":%d}`,
+			session, n, at)
 	case 1:
 		return fmt.Appendf(nil, `{"type":2,"data":{"of":%q,"n":%d,"text":"%s"},"timestamp":%d}`, session, n, snapshotText, at)
 	}
@@ -189,7 +190,8 @@ func openWebSocket(dialer *net.Dialer, address string, buffer int) (*testConn, e
 	}
 	c := &testConn{Conn: conn, in: bufio.NewReaderSize(conn, buffer)}
 	conn.SetDeadline(time.Now().Add(patience))
-	c.write("GET " + u.RequestURI() + " HTTP/1.1\r\nHost: " + u.Host + "\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n" +
+	c.write("GET " + u.RequestURI() + " HTTP/1.1\r\nHost: " + u.Host +
+		"\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n" +
 		"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n")
 	if status := c.status(); status != http.StatusSwitchingProtocols {
 		conn.Close()
@@ -232,8 +234,6 @@ func rawTCP(t testing.TB, s *testServer) *testConn {
 	return &testConn{Conn: conn, t: t, in: bufio.NewReader(conn)}
 }
 
-func (c *testConn) CloseNow() error { return c.Close() }
-
 // write sends bytes as they are. It ignores errors: the server may have closed in
 // the middle.
 func (c *testConn) write(text string) { io.WriteString(c.Conn, text) }
@@ -262,7 +262,8 @@ func (c *testConn) read() ([]byte, error) {
 			c.Write(maskedFrame(0x88, payload))
 			closed := websocket.CloseError{Code: websocket.StatusNoStatusRcvd}
 			if len(payload) >= 2 {
-				closed = websocket.CloseError{Code: websocket.StatusCode(binary.BigEndian.Uint16(payload)), Reason: string(payload[2:])}
+				closed = websocket.CloseError{Code: websocket.StatusCode(binary.BigEndian.Uint16(payload)),
+					Reason: string(payload[2:])}
 			}
 			return nil, closed
 		case 9:
@@ -489,9 +490,10 @@ func (tr *testTracker) run(ctx context.Context) {
 
 // sessionStart is what a page says when it begins.
 func sessionStart(session, resume string) []byte {
-	return fmt.Appendf(nil, `{"type":"session_start","data":{"sessionId":%q,"resume":%q,"userId":"ann","url":"https://example.com/shop",`+
-		`"userAgent":"Mozilla/5.0 (X11; Linux x86_64) AppleWebKit/537.36 (KHTML, like Gecko) Chrome/140.0.0.0 Safari/537.36",`+
-		`"viewport":{"width":1280,"height":800,"devicePixelRatio":1},"startTime":1700000000000,"referrer":"","timeZone":"UTC"}}`, session, resume)
+	return fmt.Appendf(nil, `{"type":"session_start","data":{"sessionId":%q,"resume":%q,"userId":"ann",`+
+		`"url":"https://example.com/shop","userAgent":"Mozilla/5.0 (X11; Linux x86_64) AppleWebKit/537.36 (KHTML, `+
+		`like Gecko) Chrome/140.0.0.0 Safari/537.36","viewport":{"width":1280,"height":800,"devicePixelRatio":1},`+
+		`"startTime":1700000000000,"referrer":"","timeZone":"UTC"}}`, session, resume)
 }
 
 // connection is one life on the wire. It returns true when there is nothing left
@@ -979,5 +981,6 @@ func (v *testViewer) look() viewerState {
 // waitFor waits until it has seen every event below an index.
 func (v *testViewer) waitFor(index int) {
 	v.t.Helper()
-	waitUntil(v.t, fmt.Sprintf("the viewer of %s has seen %d events", v.session, index), func() bool { return v.look().next >= index })
+	waitUntil(v.t, fmt.Sprintf("the viewer of %s has seen %d events", v.session, index),
+		func() bool { return v.look().next >= index })
 }

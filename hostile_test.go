@@ -215,7 +215,8 @@ func TestHostile(t *testing.T) {
 }
 
 func playHostile(t *testing.T, cases []hostileCase, env ...string) {
-	s := startInside(t, append(env, "MAX_MESSAGE_BYTES=2000000", "SESSION_GRACE_PERIOD=0", "MAX_SESSIONS_PER_MINUTE=100000", "BATCH_INTERVAL=5")...)
+	s := startInside(t, append(env, "MAX_MESSAGE_BYTES=2000000", "SESSION_GRACE_PERIOD=0",
+		"MAX_SESSIONS_PER_MINUTE=100000", "BATCH_INTERVAL=5")...)
 	innocent := s.recording("innocent")
 	recorded := 0
 	check := func(t *testing.T) {
@@ -247,9 +248,10 @@ func playHostile(t *testing.T, cases []hostileCase, env ...string) {
 	innocent.t = t
 	innocent.send("session_end", `{}`)
 	waitUntil(t, "it has ended", func() bool { return s.memory().sessions == 0 })
-	innocent.CloseNow()
+	innocent.Close()
 	s.nothingLeft()
-	if n := querySQL[int](t, s.database, "select count(*) from sessions where session_id !~ '^[A-Za-z0-9_.:-]{1,128}$' or user_id ~ '[[:cntrl:]]'"); n != 0 {
+	if n := querySQL[int](t, s.database, `select count(*) from sessions
+		where session_id !~ '^[A-Za-z0-9_.:-]{1,128}$' or user_id ~ '[[:cntrl:]]'`); n != 0 {
 		t.Errorf("%d sessions have an id or a user that is not sane", n)
 	}
 }

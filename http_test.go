@@ -97,7 +97,7 @@ func restTest(t *testing.T) *insideServer {
 	}
 	old.send("session_end", `{}`)
 	waitUntil(t, "the old session is stored", func() bool { return first.memory().sessions == 0 })
-	old.CloseNow()
+	old.Close()
 	if err := first.stop(); err != nil {
 		t.Fatal(err)
 	}

@@ -5,7 +5,6 @@ package main
 // empties but the test; the writer is the test.
 
 import (
-	"bytes"
 	"context"
 	"fmt"
 	"reflect"
@@ -137,7 +136,10 @@ func (t *hubTest) attachAs(out *outbox, id string, cl claim, about *description)
 	if cl.snapshot == 0 {
 		cl.snapshot = -1
 	}
-	return askHub(t, func(reply chan attached) command { return attach{out, id, cl, about, sessionStarted(id, about), reply} })
+	return askHub(t, func(reply chan attached) command {
+		return attach{out, id, cl, about, sessionStarted(id, about),
+			reply}
+	})
 }
 
 func (t *hubTest) reserve(out *outbox, id string, byToken bool, cost int64) reservation {
@@ -328,7 +330,8 @@ func TestHubSequence(t *testing.T) {
 		for _, step := range []struct {
 			seq  int64
 			says []string
-		}{{2, []string{"error sequence_gap 1"}}, {1, nil}, {1, nil}, {3, []string{"error sequence_gap 2"}}, {2, nil}, {1, nil}} {
+		}{{2, []string{"error sequence_gap 1"}}, {1, nil}, {1, nil}, {3, []string{"error sequence_gap 2"}}, {2, nil}, {1,
+			nil}} {
 			t.publish(c, "s", 2, step.seq)
 			t.heard(c, step.says...)
 		}
@@ -339,89 +342,6 @@ func TestHubSequence(t *testing.T) {
 		if now := t.find("s", 0, 0).session.now; now.events != 4 || t.metrics.refusals["sequence_gap"] != 2 {
 			t.Errorf("got %d events, refusals %v, want 4 and 2 gaps", now.events, t.metrics.refusals)
 		}
-	})
-}
-
-// A batch's frame is the live message, byte for byte the events that came.
-func TestHubFrame(t *testing.T) {
-	inHub(t, nil, func(t *hubTest) {
-		c, events := t.tracker("s"), oddEvents()
-		var raw []string
-		for _, e := range events {
-			raw = append(raw, string(e))
-		}
-		t.do(publish{c, t.batchOf("s", 1, `{"type":2,"timestamp":5}`), nil})
-		b := t.batchOf("s", 2, raw...)
-		t.do(publish{c, b, nil})
-		m, err := parseMessage(b.frame)
-		if err != nil || m.Data.FromIndex != 1 || m.Data.SessionID != "s" {
-			t.Errorf("got %v, fromIndex %d", err, m.Data.FromIndex)
-		}
-		sameEvents(t, "the frame", m.Data.Events, events)
-		for i, e := range b.events {
-			if got := b.body[e.start:e.end]; !bytes.Equal(got, events[i]) {
-				t.Errorf("event %d: got %s, want %s", i, got, events[i])
-			}
-		}
-	})
-}
-
-func TestHubCounters(t *testing.T) {
-	inHub(t, nil, func(t *hubTest) {
-		c := t.tracker("s")
-		t.do(publish{c, t.batchOf("s", 1, `{"type":4,"timestamp":50}`, `{"type":2,"timestamp":20}`, `{"type":3}`), nil})
-		t.do(publish{c, t.batchOf("s", 2, `{"type":3,"timestamp":30}`, `{"type":"2","timestamp":"70"}`, `{"type":3,"timestamp":-9}`), nil})
-		want := counters{events: 6, seq: 2, firstTime: -9, endTime: 50, snapshot: 1}
-		got := t.find("s", 0, 0).session.now
-		want.raw = got.raw
-		if got != want || got.raw < 100 {
-			t.Errorf("got %+v, want %+v", got, want)
-		}
-	})
-}
-
-// Errors go to the session's viewers, numbered and counted; what viewers need
-// not know does not.
-func TestHubReports(t *testing.T) {
-	inHub(t, nil, func(t *hubTest) {
-		c, v, other := t.idle(), t.viewer(), t.viewer()
-		t.attach(c, "s", claim{epoch: 2, counters: counters{errors: 5}})
-		t.join(v, "s")
-		t.messages(v)
-		t.messages(other)
-		t.report(c, "error")
-		t.report(c, "javascript_error")
-		t.do(forward{c, text(`{"type":"visibility_change","data":{"sessionId":"s"}}`)})
-		t.heard(v, "javascript_error s", "visibility_change s")
-		t.heard(other)
-		t.do(finish{c})
-		f := t.due()[0]
-		if len(f.batches) != 2 || f.batches[0].report.id != 5 || f.batches[1].report.id != 6 || f.totals.errors != 7 || f.totals.events != 0 {
-			t.Errorf("got %d reports, %+v, want numbers 5 and 6, then 7 errors", len(f.batches), f.totals)
-		}
-		t.settle(stored, f)
-		t.report(c, "error") // it records nothing any more
-		t.heard(c, "take_snapshot s", "error no_session")
-		t.heard(v, "ended s")
-	})
-}
-
-func TestHubSessionFull(t *testing.T) {
-	inHub(t, func(c *config) { c.maxSessionBytes = 200 }, func(t *hubTest) {
-		c, v := t.tracker("s"), t.viewer()
-		t.publish(c, "s", 3, 1)
-		t.publish(c, "s", 4, 2)
-		t.publish(c, "s", 1, 3)
-		t.heard(c, "error session_full", "error no_session")
-		t.heard(v, "ended s")
-		if t.stats().live != 0 || t.metrics.refusals["session_bytes"] != 1 {
-			t.Errorf("got %d live, refusals %v", t.stats().live, t.metrics.refusals)
-		}
-		f := t.due()[0]
-		if f.totals.events != 3 || !f.ended {
-			t.Errorf("got %d events, ended %v", f.totals.events, f.ended)
-		}
-		t.settle(stored, f)
 	})
 }
 
@@ -472,27 +392,6 @@ func TestHubJoinUnknown(t *testing.T) {
 		t.attach(back, "other", claim{epoch: 3, counters: counters{events: 5}})
 		t.publish(back, "other", 1, 0)
 		t.heard(v, "started other", "live other 5+1")
-	})
-}
-
-func TestHubLeave(t *testing.T) {
-	inHub(t, nil, func(t *hubTest) {
-		c, v, w := t.tracker("s"), t.viewer(), t.viewer()
-		t.join(v, "s")
-		t.join(w, "s")
-		t.do(unjoin{v, "s"})
-		t.do(unjoin{v, "never"})
-		t.do(leave{w})
-		t.publish(c, "s", 1, 1)
-		t.do(forward{c, text(`{"type":"visibility_change","data":{"sessionId":"s"}}`)})
-		t.heard(v, "joined s 0")
-		t.heard(w, "joined s 0")
-		t.join(w, "s") // it has left, and is not counted again
-		t.do(leave{v})
-		t.do(leave{c})
-		if st := t.stats(); st.viewers != 0 || st.trackers != 0 {
-			t.Errorf("got %+v, want nobody", st)
-		}
 	})
 }
 
@@ -781,7 +680,8 @@ func TestHubInMemory(t *testing.T) {
 		writing := t.later()
 		t.publish(c, "s", 10, 0) // pending
 		for _, tt := range []struct{ from, to, first, count int64 }{
-			{0, 30, 0, 3}, {0, 1, 0, 1}, {9, 10, 0, 1}, {10, 11, 10, 1}, {9, 11, 0, 2}, {29, 30, 20, 1}, {29, 1000, 20, 1}, {30, 1000, 0, 0},
+			{0, 30, 0, 3}, {0, 1, 0, 1}, {9, 10, 0, 1}, {10, 11, 10, 1}, {9, 11, 0, 2}, {29, 30, 20, 1}, {29, 1000, 20, 1}, {30,
+				1000, 0, 0},
 			{1 << 60, -1 << 60, 0, 0},
 		} {
 			f := t.find("s", tt.from, tt.to)
@@ -866,8 +766,9 @@ func TestHubAttach(t *testing.T) {
 		{name: "an older claim", epoch: 1, outdated: true, next: 3},
 		{name: "claims for nothing between, nothing stored", epoch: 7, next: 3, accepted: 1},
 		{name: "another server had it", epoch: 7, storedEvents: 70, storedSeq: 30, next: 70, accepted: 30},
-		{name: "another server had it, and an old connection is still there", held: true, epoch: 7, storedEvents: 70, storedSeq: 30,
-			oldHears: []string{"close 4001"}, next: 70, accepted: 30},
+		{name: "another server had it, and an old connection is still there", held: true, epoch: 7, storedEvents: 70,
+			storedSeq: 30,
+			oldHears:  []string{"close 4001"}, next: 70, accepted: 30},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			inHub(t, nil, func(t *hubTest) {
@@ -1008,66 +909,6 @@ func TestHubGrace(t *testing.T) {
 	})
 }
 
-// A tracker that turns to another session leaves the first to its grace period.
-func TestHubChangesSession(t *testing.T) {
-	inHub(t, nil, func(t *hubTest) {
-		c, v := t.tracker("a"), t.viewer()
-		t.attach(c, "b", claim{})
-		t.publish(c, "b", 1, 0)
-		t.heard(v, "started b")
-		time.Sleep(16 * time.Second)
-		t.heard(v, "ended a")
-		if n := t.find("b", 0, 1).session.now.events; n != 1 {
-			t.Errorf("got %d events, want 1", n)
-		}
-	})
-}
-
-func TestHubEnd(t *testing.T) {
-	inHub(t, nil, func(t *hubTest) {
-		c, v := t.tracker("s"), t.viewer()
-		t.join(v, "s")
-		t.publish(c, "s", 2, 1)
-		t.do(finish{c})
-		t.do(finish{c}) // once is enough
-		t.publish(c, "s", 1, 2)
-		t.heard(c, "take_snapshot s", "error no_session")
-		t.heard(v, "joined s 0", "live s 0+2", "ended s")
-		if s := t.find("s", 0, 9).session; s.isActive || s.now.events != 2 {
-			t.Errorf("got active %v, %d events", s.isActive, s.now.events)
-		}
-		work := t.due() // at once
-		if f := work[0]; !f.ended || f.totals.events != 2 {
-			t.Errorf("got ended %v, %d events", f.ended, f.totals.events)
-		}
-		t.settle(stored, work...)
-		t.heard(c, "ack s 1")
-		if t.find("s", 0, 9).ok {
-			t.Error("it is still in memory")
-		}
-	})
-}
-
-// A session that comes back while its end is being written goes on.
-func TestHubReturnsWhileEnding(t *testing.T) {
-	inHub(t, nil, func(t *hubTest) {
-		c := t.tracker("s")
-		t.publish(c, "s", 2, 1)
-		t.do(finish{c})
-		work := t.due()
-		if at := t.attach(c, "s", claim{epoch: 2}); at.accepted != 1 {
-			t.Errorf("got %+v", at)
-		}
-		t.settle(stored, work...)
-		t.publish(c, "s", 1, 2)
-		work = t.later()
-		if f := work[0]; f.ended || f.epoch != 2 || f.batches[0].first != 2 {
-			t.Errorf("got ended %v, epoch %d, from %d on", f.ended, f.epoch, f.batches[0].first)
-		}
-		t.settle(stored, work...)
-	})
-}
-
 // When the server stops, all sessions end and the hub runs until everything is
 // stored, however often that fails.
 func TestHubDrain(t *testing.T) {
@@ -1097,43 +938,6 @@ func TestHubDrain(t *testing.T) {
 		}
 		if _, ok := ask(t.hub, make(chan hubStats, 1), statsQuery{}); ok {
 			t.Error("a hub that has stopped answers")
-		}
-	})
-}
-
-func TestHubStopsWithContext(t *testing.T) {
-	inHub(t, nil, func(t *hubTest) {
-		t.publish(t.tracker("s"), "s", 1, 1)
-		t.stop()
-		if synctest.Wait(); !t.stopped() {
-			t.Error("it runs on")
-		}
-		t.budget.free = testBudget // it gives nothing back any more
-	})
-}
-
-func TestHubLists(t *testing.T) {
-	inHub(t, nil, func(t *hubTest) {
-		t.tracker("live")
-		gone, over := t.tracker("gone"), t.tracker("over")
-		t.publish(over, "over", 2, 0)
-		t.do(leave{gone})
-		t.do(finish{over})
-		var ids []string
-		for _, s := range askHub(t, func(reply chan []summary) command { return liveQuery{reply} }) {
-			if ids = append(ids, s.id); !s.isActive {
-				t.Errorf("%s is listed and not active", s.id)
-			}
-		}
-		slices.Sort(ids)
-		time.Sleep(time.Second)
-		want := hubStats{sessions: 3, live: 2, events: 2, trackers: 2, oldest: time.Second}
-		if st := t.stats(); st != want || !slices.Equal(ids, []string{"gone", "live"}) {
-			t.Errorf("got %v and %+v, want gone, live and %+v", ids, st, want)
-		}
-		t.settle(stored, t.due()...)
-		if st := t.stats(); st.sessions != 2 || st.oldest != 0 {
-			t.Errorf("when it is stored: got %+v", st)
 		}
 	})
 }
@@ -1304,89 +1108,6 @@ func TestHubRetryAlone(t *testing.T) {
 			}
 		}
 	})
-}
-
-// Acks are for what is committed, and for trackers that number their batches.
-func TestHubAcks(t *testing.T) {
-	inHub(t, nil, func(t *hubTest) {
-		c, old := t.tracker("s"), t.tracker("old")
-		for seq := range 3 {
-			t.publish(c, "s", 1, int64(seq+1))
-		}
-		t.publish(old, "old", 1, 0)
-		t.heard(c)
-		work := t.later()
-		t.publish(c, "s", 1, 4)
-		t.heard(c)
-		t.settle(stored, work...)
-		t.heard(c, "ack s 3")
-		t.heard(old)
-		t.do(leave{c})
-		t.settle(stored, t.later()...) // nobody is there to hear
-		if at := t.attach(t.idle(), "s", claim{epoch: 2}); at.accepted != 4 || at.stored != 4 {
-			t.Errorf("got %+v, want 4 and 4", at)
-		}
-	})
-}
-
-// What the database refuses is dropped with its session; its tracker is told and
-// may go on with another. A session that was deleted takes its connection along.
-func TestHubRefused(t *testing.T) {
-	for result, told := range map[outcome][]string{
-		refused: {"error not_stored"}, deleted: {"error session_deleted", "close 4004"}, epochLost: {"close 4001"},
-	} {
-		inHub(t, nil, func(t *hubTest) {
-			c, other, v := t.tracker("s"), t.tracker("t"), t.viewer()
-			t.publish(c, "s", 1, 1)
-			t.publish(other, "t", 1, 1)
-			for _, f := range t.later() {
-				if f.session == "s" {
-					t.settle(result, f)
-				} else {
-					t.settle(stored, f)
-				}
-			}
-			t.heard(c, told...)
-			t.heard(other, "ack t 1")
-			if result != epochLost { // there it goes on elsewhere
-				t.heard(v, "ended s")
-			}
-			if t.find("s", 0, 1).ok {
-				t.Error("it is still recorded")
-			}
-			if result == refused {
-				t.attach(c, "u", claim{})
-				t.publish(c, "u", 1, 1)
-				t.heard(v, "started u")
-			}
-		})
-	}
-}
-
-// What becomes of an ended session's last flush is nothing to the session that
-// its connection has begun since.
-func TestHubTroubleOfEnded(t *testing.T) {
-	for _, result := range []outcome{refused, epochLost, deleted} {
-		t.Run(fmt.Sprintf("outcome %d", result), func(t *testing.T) {
-			inHub(t, nil, func(t *hubTest) {
-				c := t.tracker("a")
-				t.publish(c, "a", 2, 1)
-				t.do(finish{c})
-				work := t.due()
-				t.attach(c, "b", claim{})
-				t.settle(result, work...)
-				t.heard(c)
-				t.publish(c, "b", 1, 1)
-				t.settle(stored, t.later()...)
-				t.heard(c, "ack b 1")
-				t.do(leave{c})
-				time.Sleep(16 * time.Second)
-				if n := t.stats().live; n != 0 {
-					t.Errorf("%d sessions are live after the connection's end and a grace period, want none", n)
-				}
-			})
-		})
-	}
 }
 
 // ---- the budget ----

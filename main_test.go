@@ -494,7 +494,7 @@ func (s *serverProcess) chunkEvents(id string) (all []json.RawMessage) {
 func pagesOf(t testing.TB, s *insideServer, id string, limit int) (all []json.RawMessage) {
 	t.Helper()
 	c := dialServer(t, s.ws("viewer"))
-	defer c.CloseNow()
+	defer c.Close()
 	for more := true; more; {
 		c.send("get_session_events", map[string]any{"sessionId": id, "fromIndex": len(all), "limit": limit})
 		page := c.expect("session_events").Data
@@ -668,7 +668,7 @@ func TestServersStartTogether(t *testing.T) {
 			tracker.expect("session_ready")
 			tracker.sendRaw(batchOf(1, oddEvents()))
 			tracker.expect("events_ack")
-			tracker.CloseNow()
+			tracker.Close()
 			if out := s.output.String(); strings.Contains(out, "level=ERROR") || strings.Contains(out, "level=WARN") && !strings.Contains(out, "bundled") {
 				t.Errorf("round %d: server %d complains:\n%s", round, i, out)
 			}
@@ -747,7 +747,7 @@ func TestShutdown(t *testing.T) {
 		if _, err := conn.receive(); websocket.CloseStatus(err) != websocket.StatusGoingAway {
 			t.Errorf("a late connection ended with %v, want close code 1001", err)
 		}
-		conn.CloseNow()
+		conn.Close()
 	}
 	if n := querySQL[int](t, s.database, "select sum(event_count) from sessions where not is_active"); n != 3*len(oddEvents()) {
 		t.Errorf("%d events are stored, want %d", n, 3*len(oddEvents()))
