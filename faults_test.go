@@ -774,57 +774,6 @@ func TestFaultTerminatedWithEverythingPending(t *testing.T) {
 	l.finish()
 }
 
-// PostgreSQL is away when the server starts: it says so, waits, and so do the
-// trackers.
-func TestFaultStartWithoutDatabase(t *testing.T) {
-	besideOthers(t)
-	l := newLoad(t, false)
-	l.toDB.freeze()
-	l.server.start()
-	l.server.waitUnhealthy()
-	tr := l.tracker(0).start(l.address)
-	waitUntil(t, "it waits", func() bool { return l.server.metric(`connections{type="tracker"}`) == 1 })
-	l.toDB.cut()
-	l.toDB.thaw()
-	l.server.waitHealthy()
-	waitUntil(t, "it records", func() bool { return tr.ackedEvents() > 0 })
-	tr.finish()
-	checkStored(t, l.server, tr)
-}
-
-// A viewer does not notice that its tracker reconnects, and does notice when the
-// session really ends and comes back.
-func TestFaultGracePeriod(t *testing.T) {
-	for grace, ends := range map[string]bool{"600000": false, "200": true} {
-		t.Run(grace, func(t *testing.T) {
-			besideOthers(t)
-			l := newLoad(t, false, "SESSION_GRACE_PERIOD="+grace)
-			l.record(1, nil)
-			tr, viewer := l.trackers[0], l.viewers[0]
-			begun := len(viewer.look().notices)
-			told := func(what string) func() bool {
-				return func() bool { return slices.Contains(viewer.look().notices[begun:], what) }
-			}
-			if ends {
-				l.toServer.freeze() // and new connections too
-				tr.drop()
-				l.toServer.cut()
-				waitUntil(t, "the session ends", told("session_ended"))
-				l.toServer.thaw()
-				waitUntil(t, "the session comes back", told("session_started"))
-			} else {
-				tr.drop()
-				waitUntil(t, "it is back", tr.isBack)
-			}
-			l.progress("its return")
-			l.finish()
-			if notices := viewer.look().notices[begun:]; !ends && len(notices) > 0 {
-				t.Errorf("the viewer was told %v of a session that only reconnected", notices)
-			}
-		})
-	}
-}
-
 // ---- memory, and viewers that do not read ----
 
 // PostgreSQL does not answer, and 200 trackers send as fast as they can.

@@ -487,32 +487,6 @@ func TestReports(t *testing.T) {
 
 // ---- viewers ----
 
-// At whatever moment a viewer joins, its first live batch begins where the
-// answer to the join said.
-func TestJoinAtAnyMoment(t *testing.T) {
-	t.Parallel()
-	s := startInside(t)
-	tr := newTracker(t, "s")
-	tr.perBatch, tr.pause, tr.window = 3, 0, 100
-	tr.start(s.ws("tracker"))
-	var readers sync.WaitGroup
-	for range 4 {
-		readers.Go(func() {
-			for range 15 {
-				v := joinLive(t, s, "s")
-				for i, event := range v.until(v.from + 20) {
-					if want := testEvent("s", v.from+i); !bytes.Equal(event, want) {
-						t.Errorf("joined at %d: event %d is %.100s", v.from, v.from+i, event)
-					}
-				}
-				v.Close()
-			}
-		})
-	}
-	readers.Wait()
-	tr.finish()
-}
-
 func TestSessionEvents(t *testing.T) {
 	t.Parallel()
 	s := startInside(t)
@@ -553,26 +527,6 @@ func TestSessionEvents(t *testing.T) {
 	if got := heard(viewer.expect("session_events")); got != "page s 0+1 of 2500 more true active false" {
 		t.Errorf("an ended session: got %s", got)
 	}
-}
-
-// A page of large events is cut short; hasMore and count tell.
-func TestLargePage(t *testing.T) {
-	t.Parallel()
-	s := startInside(t)
-	tracker := s.recording("s")
-	var events []json.RawMessage
-	for i := range 5 {
-		events = append(events, json.RawMessage(fmt.Sprintf(`{"n":%d,"text":"%s"}`, i, strings.Repeat("x", 1200<<10))))
-	}
-	tracker.sendRaw(batchOf(1, events))
-	tracker.acked(1)
-	viewer := s.viewer()
-	viewer.send("get_session_events", `{"sessionId":"s"}`)
-	if m := viewer.expect("session_events"); len(m.Data.Events) != 4 || !m.Data.HasMore {
-		t.Errorf("got %d events of 1.2 MB, hasMore %v, want 4", len(m.Data.Events), m.Data.HasMore)
-	}
-	sameEvents(t, "pages", pagesOf(t, s, "s", 1000), events)
-	sameEvents(t, "chunks", s.chunkEvents("s"), events)
 }
 
 // Viewers watch what is in memory also while there is no room left and PostgreSQL
@@ -764,31 +718,6 @@ func TestTooLarge(t *testing.T) {
 	viewer.wantError("too_large")
 	viewer.expectClose(websocket.StatusMessageTooBig)
 	innocent.record(1, 1)
-}
-
-// An index of many tiny events takes more memory than their text: there is room
-// for it before it is made.
-func TestTinyEvents(t *testing.T) {
-	t.Parallel()
-	const buffer, count, trackers = 1 << 20, 43000, 4 // a little less than 128 KiB of text, 1 MB of index
-	s := startInside(t, fmt.Sprintf("MAX_BUFFER_BYTES=%d", buffer), "MAX_MESSAGE_BYTES=200000", "BATCH_INTERVAL=100")
-	text := `{"type":"events_batch","data":{"seq":1,"events":[` + strings.Repeat("{},", count-1) + `{}]}}`
-	for i := range trackers {
-		tr := newTracker(t, fmt.Sprintf("s%d", i))
-		tr.limit, tr.frame = 1, func(int64) net.Buffers { return net.Buffers{maskedText([]byte(text))} }
-		tr.start(s.ws("tracker"))
-	}
-	most := int64(0)
-	waitUntil(t, "all is stored", func() bool {
-		for range 100 {
-			most = max(most, int64(s.server.cfg.maxBufferBytes)-s.server.budget.left())
-			runtime.Gosched()
-		}
-		return s.memory().events == trackers*count && s.memory().oldest == 0
-	})
-	if limit := int64(buffer + buffer/2 + trackers*count*eventCost + 200000); most > limit {
-		t.Errorf("%d KB of room were in use, want at most %d KB", most>>10, limit>>10)
-	}
 }
 
 // A small message that never ends keeps no large buffer, which its room would not

@@ -259,34 +259,6 @@ func TestStoreChunkMap(t *testing.T) {
 	}
 }
 
-// Counters are in the session's row, set to what they are after the flush.
-func TestStoreCounters(t *testing.T) {
-	st := newStoreTest(t)
-	c := st.begin("s")
-	var want counters
-	next := c
-	for _, events := range [][][]byte{{[]byte(`{"type":2,"timestamp":50}`)}, numbered(0, 100),
-		{[]byte(`{"type":3,"timestamp":20}`)}, {}} {
-		f := st.flush("s", next, events...)
-		st.report(f, "{}")
-		st.stored(f)
-		next.counters, want = f.totals, f.totals
-	}
-	row, err := st.session(t.Context(), "s")
-	if err != nil || row.now != want {
-		t.Errorf("got %+v, want %+v", row.now, want)
-	}
-	if want.events != 102 || want.errors != 4 || want.seq != 4 || want.firstTime != 20 || want.endTime != 50 ||
-		want.snapshot != 0 {
-		t.Errorf("got %+v", want)
-	}
-	total, err := st.totals(t.Context())
-	if err != nil || total.sessions != 1 || total.active != 1 || total.events != 102 || total.bytes <= want.stored ||
-		total.bytes > want.stored+100 {
-		t.Errorf("totals: got %+v", total)
-	}
-}
-
 // A page begins and ends anywhere, over chunks of any size.
 func TestStorePages(t *testing.T) {
 	st := newStoreTest(t)
