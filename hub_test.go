@@ -96,7 +96,7 @@ func askHub[R any](t *hubTest, cmd func(reply chan R) command) R {
 // viewer is one that has had its first list.
 func (t *hubTest) viewer() *outbox {
 	t.Helper()
-	out := newOutbox(viewerOutbox, nil)
+	out := newOutbox()
 	t.do(enter{out, true})
 	t.heard(out, "list")
 	return out
@@ -104,7 +104,7 @@ func (t *hubTest) viewer() *outbox {
 
 // idle is a tracker's connection that records nothing yet.
 func (t *hubTest) idle() *outbox {
-	out := newOutbox(trackerOutbox, nil)
+	out := newOutbox()
 	t.do(enter{out, false})
 	return out
 }

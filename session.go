@@ -13,7 +13,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"time"
 	"unicode"
 	"unicode/utf8"
 )
@@ -38,7 +37,7 @@ type core struct {
 	hub      *hub
 	store    *store
 	budget   *budget
-	outgoing *budget // of all viewers' outboxes
+	outgoing *budget // of answers to requests
 	metrics  *metrics
 	logs     *logs
 	log      *slog.Logger
@@ -50,11 +49,11 @@ type tracker struct {
 	ctx context.Context // ends with its connection
 	out *outbox
 
-	id       string // of the session that it records; empty for none
-	asked    string // the id that it had asked for
-	token    string // which continues the session; empty for none
-	starts   int    // sessions started since startsAt
-	startsAt time.Time
+	id    string // of the session that it records; empty for none
+	asked string // the id that it had asked for
+	token string // which continues the session; empty for none
+
+	mayStart func() bool // counts the sessions that its address begins
 }
 
 // handle does what a message asks. kept is how much of the message's room in the
@@ -294,9 +293,6 @@ func cut(s string, most int) string {
 // startSession begins or continues a session. The one that the tracker records
 // already is claimed once more, for what is new in its metadata.
 func (t *tracker) startSession(f frame) error {
-	if !t.mayStart() {
-		return &protocolError{"too_many_sessions", "too many sessions in a minute on this connection"}
-	}
 	st := parseStart(f.data)
 	asked, known := st.id, ""
 	switch {
@@ -306,6 +302,9 @@ func (t *tracker) startSession(f frame) error {
 	default:
 		t.hub.send(finish{t.out})
 		t.id = ""
+	}
+	if st.token == "" && known == "" && !t.mayStart() {
+		return &protocolError{"too_many_sessions", "too many sessions in a minute from this address"}
 	}
 	got, err := t.begin(&st)
 	if err != nil {
@@ -320,15 +319,6 @@ func (t *tracker) startSession(f frame) error {
 			"sessionId": t.id, "resume": t.token, "lastSeq": got.stored, "accepted": got.accepted}))
 	}
 	return nil
-}
-
-// mayStart counts the sessions of this connection and minute.
-func (t *tracker) mayStart() bool {
-	if now := time.Now(); now.Sub(t.startsAt) > time.Minute {
-		t.starts, t.startsAt = 0, now
-	}
-	t.starts++
-	return t.starts <= t.cfg.maxSessionsPerMinute
 }
 
 // begin gets the session that was asked for, or a new one whenever that may not
@@ -402,14 +392,17 @@ func (t *tracker) claimRow(st *start, about *description, resuming bool) (claim,
 		won, err := t.store.claim(ctx, st.id, about, keepUser, st.token, resuming)
 		switch {
 		case err == nil || errors.Is(err, errToken):
+			t.store.last.Store(nil)
 			return won, err
 		case isDataError(err):
 			t.log.Warn("session refused by the database", "session", st.id, "err", err)
 			return won, &protocolError{"not_stored", "the database refused the session's data"}
 		case ctx.Err() == nil:
 			t.metrics.databaseErrors.Add(1)
-			t.store.resetIfReadOnly(err)
-			t.log.Debug("session waits for the database", "session", st.id, "err", err)
+			t.store.failed(err)
+			if attempt == 0 {
+				t.log.Warn("session waits for the database", "session", st.id, "err", err)
+			}
 		}
 		if !pause(ctx, attempt) {
 			t.out.closeAfterSending(closeTryAgain, "the database is away: try again later")
@@ -519,43 +512,60 @@ func (v *viewer) sendPage(f frame) error {
 	if r.Limit == 0 || r.Limit > maxPage {
 		r.Limit = maxPage
 	}
-	p, err := v.eventPage(v.ctx, r.ID, r.FromIndex, r.Limit)
+	p, err := v.eventPage(v.ctx, r.ID, r.FromIndex, r.Limit, `{"type":"session_events","data":{"sessionId":"`+r.ID+`","events":[`)
+	defer p.release()
 	if err != nil {
 		return v.queryError(err)
 	}
 	total := p.session.now.events
-	m := append(text(`{"type":"session_events","data":{"sessionId":"`+r.ID+`","events":[`), p.events...)
-	v.out.send(text(fmt.Appendf(m, `],"fromIndex":%d,"totalEvents":%d,"hasMore":%t,"isActive":%t}}`,
+	v.out.send(text(fmt.Appendf(p.text, `],"fromIndex":%d,"totalEvents":%d,"hasMore":%t,"isActive":%t}}`,
 		r.FromIndex, total, r.FromIndex+p.count < total, p.session.isActive)))
-	return nil
+	return v.out.wait(v.ctx)
 }
 
 // page is some events of a session, in order.
 type page struct {
 	session summary
-	events  []byte // JSON, with commas between them
+	text    []byte // what the caller began it with, and the events, with commas between them
 	count   int64
+	budget  *budget
+	cost    int64 // taken from the budget
 }
 
 func (p *page) add(event []byte) (more bool) {
 	if p.count > 0 {
-		p.events = append(p.events, ',')
+		p.text = append(p.text, ',')
 	}
-	p.events = append(p.events, event...)
+	p.text = append(p.text, event...)
 	p.count++
-	return len(p.events) < pageBytes
+	return len(p.text) < pageBytes
 }
 
-// eventPage gives the events of a session from one number on, at most limit and about
-// pageBytes, also those not yet committed. Memory is asked first: everything
-// before what it has was committed by then.
-func (c *core) eventPage(ctx context.Context, id string, from, limit int64) (page, error) {
+// grow takes room for a chunk of so much JSON, and for as much of it in the page.
+func (p *page) grow(ctx context.Context, raw int64) error {
+	n := max(0, 2*raw-p.cost)
+	took, err := p.budget.grow(ctx, n, n)
+	p.cost += took
+	return err
+}
+
+func (p *page) release() { p.budget.finish(p.cost, p.cost) }
+
+// eventPage gives the events of a session from one number on, at most limit and
+// about pageBytes, also those not yet committed. Memory is asked first:
+// everything before what it has was committed by then. The caller releases the
+// page, also with an error, when its text is sent.
+func (c *core) eventPage(ctx context.Context, id string, from, limit int64, start string) (*page, error) {
+	p := &page{text: []byte(start), budget: c.outgoing}
+	if err := p.grow(ctx, pageBytes); err != nil {
+		return p, err
+	}
 	reply := make(chan inMemory, 1)
 	memory, ok := ask(c.hub, reply, memoryQuery{id, from, from + limit, reply})
 	if !ok {
-		return page{}, net.ErrClosed
+		return p, net.ErrClosed
 	}
-	p := page{session: memory.session}
+	p.session = memory.session
 	if !memory.ok {
 		row, err := c.store.session(ctx, id)
 		if err != nil {
@@ -569,12 +579,12 @@ func (c *core) eventPage(ctx context.Context, id string, from, limit int64) (pag
 		committed = min(to, memory.batches[0].first)
 	}
 	if from < committed {
-		if err := c.store.events(ctx, id, from, committed, p.add); err != nil {
+		if err := c.store.events(ctx, id, from, committed, p.grow, p.add); err != nil {
 			return p, err
 		}
 	}
 	for _, b := range memory.batches {
-		for i := from + p.count; i >= b.first && i < min(to, b.end()) && len(p.events) < pageBytes; i++ {
+		for i := from + p.count; i >= b.first && i < min(to, b.end()) && len(p.text) < pageBytes; i++ {
 			e := b.events[i-b.first]
 			p.add(b.body[e.start:e.end])
 		}

@@ -124,7 +124,7 @@ func (t *storeTest) stored(f *flush) {
 func (t *storeTest) all(id string, from, to int64) (events []json.RawMessage) {
 	t.Helper()
 	to = min(to, one[int64](t, "select coalesce(sum(event_count), 0) from session_events where session_id = $1", id))
-	err := t.events(t.Context(), id, from, to, func(e []byte) bool {
+	err := t.events(t.Context(), id, from, to, anyRoom, func(e []byte) bool {
 		events = append(events, bytes.Clone(e))
 		return true
 	})
@@ -520,8 +520,7 @@ func TestStoreRemoveToFit(t *testing.T) {
 func TestStoreBeat(t *testing.T) {
 	st := newStoreTest(t)
 	st.begin("here")
-	other := *st.store
-	other.server = "other"
+	other := &store{pool: st.pool, server: "other"}
 	c, err := other.claim(t.Context(), "there", aboutNobody, false, "", false)
 	if err != nil {
 		t.Fatal(err)
@@ -536,7 +535,7 @@ func TestStoreBeat(t *testing.T) {
 			t.Errorf("active are %q, want %q", got, active)
 		}
 	}
-	beat(&other, "here there")
+	beat(other, "here there")
 	st.exec("update sessions set updated_at = now() - interval '1 hour'")
 	beat(st.store, "here there") // both are there
 	st.exec("update servers set seen_at = now() - interval '1 hour' where server = 'other'")
@@ -549,5 +548,8 @@ func TestStoreBeat(t *testing.T) {
 	beat(st.store, "here there")
 	st.exec("delete from servers")
 	st.exec("update sessions set updated_at = now() - interval '1 hour'")
-	beat(&other, "there") // one that beats for the first time counts as there
+	beat(other, "there") // one that beats for the first time counts as there
 }
+
+// anyRoom is room in memory for what is read.
+func anyRoom(context.Context, int64) error { return nil }

@@ -66,10 +66,10 @@ func TestHubLag(t *testing.T) {
 				t.join(fast, "s")
 				t.heard(fast, "joined s 0")
 				n := 0
-				for ; n < 3*viewerOutbox.messages && (n < 60 || size == 0); n++ {
+				for ; n < 3*outboxMessages && (n < 60 || size == 0); n++ {
 					t.do(publish{c, t.batch("s", 1, int64(n+1), size), nil})
 					t.heard(fast, fmt.Sprintf("live s %d+1", n))
-					if len(slow.queue) > viewerOutbox.messages || slow.bytes > viewerOutbox.bytes+size+200 {
+					if len(slow.queue) > outboxMessages || slow.bytes > 4<<20+size+200 {
 						t.Fatalf("the outbox has %d messages, %d bytes", len(slow.queue), slow.bytes)
 					}
 				}
@@ -99,21 +99,24 @@ func TestHubLag(t *testing.T) {
 // has read is told as missed, also that the session has ended.
 func TestHubJoinWhileLagging(t *testing.T) {
 	inHub(t, nil, func(t *hubTest) {
-		c, v := t.tracker("s"), newOutbox(outboxLimits{2, 1 << 20}, nil)
+		c, v := t.tracker("s"), newOutbox()
 		t.do(enter{v, true})
+		for range outboxMessages {
+			v.trySend(sessionEnded("x"), 1<<20)
+		}
 		t.publish(c, "s", 3, 1)
+		t.do(forward{c, text("{}")})
 		t.join(v, "s")
 		t.publish(c, "s", 1, 2)
-		t.heard(v, "list", "joined s 3")
+		all := slices.DeleteFunc(t.messages(v), func(m string) bool { return m == "list" || m == "ended x" })
 		t.do(finish{c})
-		var all []string
 		for range 5 {
 			time.Sleep(time.Second)
 			all = append(all, t.messages(v)...)
 		}
 		all = slices.DeleteFunc(all, func(m string) bool { return m == "list" })
-		if want := []string{"lagged s 4", "ended s"}; !slices.Equal(all, want) {
-			t.Errorf("was sent %q when it had read, want %q", all, want)
+		if want := []string{"joined s 3", "lagged s 4", "ended s"}; !slices.Equal(all, want) {
+			t.Errorf("was sent %q, want %q", all, want)
 		}
 	})
 }

@@ -285,7 +285,7 @@ func TestStorePages(t *testing.T) {
 		}
 	}
 	n := 0
-	err := st.events(t.Context(), "s", 0, total, func([]byte) bool { n++; return n < 7 })
+	err := st.events(t.Context(), "s", 0, total, anyRoom, func([]byte) bool { n++; return n < 7 })
 	if err != nil || n != 7 {
 		t.Errorf("a reader that stops: got %d events, %v, want 7", n, err)
 	}
@@ -330,9 +330,9 @@ func TestStoreDamagedChunk(t *testing.T) {
 	c := st.begin("s")
 	st.stored(st.flush("s", c, numbered(0, 50)...))
 	for _, damage := range []string{"'rubbish'", "substring(events from 1 for 30)", "''", "'\\x1f8b0800000000000000'",
-		gzippedSQL("{}"), gzippedSQL("[1]"), gzippedSQL("[{}")} {
+		gzippedSQL("{}"), gzippedSQL("[1]"), gzippedSQL("[{}]"), gzippedSQL("[{}")} {
 		st.exec("begin; update session_events set events = " + damage + "::bytea; commit")
-		if err := st.events(t.Context(), "s", 0, 50, func([]byte) bool { return true }); err == nil {
+		if err := st.events(t.Context(), "s", 0, 50, anyRoom, func([]byte) bool { return true }); err == nil {
 			t.Errorf("%s: got no error", damage)
 		}
 		st.exec("delete from session_events; update sessions set event_count = 0")
