@@ -736,44 +736,6 @@ func movedAbout(l *load) {
 
 // ---- starts and stops ----
 
-// All that was received is committed when the server stops, though nothing was
-// when it was told to; and peers that do nothing do not hold it.
-func TestFaultTerminatedWithEverythingPending(t *testing.T) {
-	besideOthers(t)
-	l := newLoad(t, false, "BATCH_INTERVAL=3600000")
-	l.server.start()
-	l.server.waitHealthy()
-	for i := range 5 {
-		tr := l.tracker(i)
-		tr.limit, tr.window, tr.pause = 20, 20, 0
-		l.trackers = append(l.trackers, tr.start(l.address))
-	}
-	for _, tr := range l.trackers {
-		waitUntil(t, "the tracker has sent all", func() bool { return tr.madeEvents() == 200 })
-		l.watch(tr).waitFor(200)
-		tr.drop()
-		waitUntil(t, "it is back", tr.isBack)
-		l.watch(tr).waitFor(200)
-		if acked := tr.ackedEvents(); acked != 0 {
-			t.Errorf("%s: %d events are acked before they are committed", tr.session, acked)
-		}
-	}
-	l.toServer.freezeLinks() // the trackers hear no close frame and answer none
-	silent := dialServer(t, l.server.ws("viewer"))
-	silent.send("viewer_join_session", sessionID{l.trackers[0].session})
-	if code, out := l.server.term(); code != 0 {
-		t.Fatalf("exit code %d after SIGTERM:\n%s", code, out)
-	}
-	if stored := querySQL[int](t, l.server.database, "select sum(event_count) from sessions"); stored != 1000 {
-		t.Errorf("%d events are stored after SIGTERM, want 1000", stored)
-	}
-	l.server.start()
-	l.server.waitHealthy()
-	l.toServer.thaw()
-	l.toServer.cut()
-	l.finish()
-}
-
 // ---- memory, and viewers that do not read ----
 
 // PostgreSQL does not answer, and 200 trackers send as fast as they can.

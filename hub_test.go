@@ -345,68 +345,6 @@ func TestHubSequence(t *testing.T) {
 
 // ---- who records ----
 
-func TestHubAttach(t *testing.T) {
-	for _, tt := range []struct {
-		name                    string
-		held, ended, returns    bool // by a live connection; it has ended; the same connection
-		epoch                   int64
-		outdated                bool
-		oldHears, viewerHears   []string
-		next, accepted          int64 // where its events go on; 3 are in memory, seq 1
-		storedEvents, storedSeq int64 // of the row
-	}{
-		{name: "a free session", epoch: 2, next: 3, accepted: 1},
-		{name: "an ended one", ended: true, epoch: 2, viewerHears: []string{"started s"}, next: 3, accepted: 1},
-		{name: "held by another", held: true, epoch: 2, oldHears: []string{"close 4001"}, next: 3, accepted: 1},
-		{name: "held by itself", held: true, epoch: 2, returns: true, next: 3, accepted: 1},
-		{name: "an older claim", epoch: 1, outdated: true, next: 3},
-		{name: "claims for nothing between, nothing stored", epoch: 7, next: 3, accepted: 1},
-		{name: "another server had it", epoch: 7, storedEvents: 70, storedSeq: 30, next: 70, accepted: 30},
-		{name: "another server had it, and an old connection is still there", held: true, epoch: 7, storedEvents: 70,
-			storedSeq: 30,
-			oldHears:  []string{"close 4001"}, next: 70, accepted: 30},
-	} {
-		t.Run(tt.name, func(t *testing.T) {
-			inHub(t, nil, func(t *hubTest) {
-				old, v := t.idle(), t.viewer()
-				t.attach(old, "s", claim{epoch: 2})
-				t.publish(old, "s", 3, 1)
-				t.messages(v)
-				switch {
-				case tt.ended:
-					t.do(finish{old})
-					t.heard(v, "ended s")
-				case !tt.held:
-					t.do(leave{old})
-				}
-				c := old
-				if !tt.returns {
-					c = t.idle()
-				}
-				if tt.epoch == 2 {
-					tt.epoch = 3
-				}
-				at := t.attach(c, "s", claim{epoch: tt.epoch, counters: counters{events: tt.storedEvents, seq: tt.storedSeq}})
-				if want := (attached{tt.outdated, tt.accepted, tt.storedSeq}); at != want {
-					t.Errorf("got %+v, want %+v", at, want)
-				}
-				t.publish(c, "s", 1, 0)
-				if tt.outdated {
-					t.heard(c, "error no_session")
-					tt.next--
-				}
-				if c != old {
-					t.heard(old, tt.oldHears...)
-				}
-				t.heard(v, tt.viewerHears...)
-				if n := t.find("s", 0, 0).session.now.events; n != tt.next+1 {
-					t.Errorf("the session has %d events, want %d", n, tt.next+1)
-				}
-			})
-		})
-	}
-}
-
 // A session that a live connection records, or is about to, is not to be had
 // without its token.
 func TestHubReserve(t *testing.T) {
@@ -478,32 +416,6 @@ func TestHubEpochLost(t *testing.T) {
 }
 
 // ---- grace and end ----
-
-func TestHubGrace(t *testing.T) {
-	inHub(t, nil, func(t *hubTest) {
-		c, v := t.tracker("s"), t.viewer()
-		t.do(leave{c})
-		time.Sleep(14 * time.Second)
-		t.heard(v)
-		back := t.idle()
-		t.attach(back, "s", claim{epoch: 2})
-		time.Sleep(time.Hour)
-		t.heard(v) // it was not away
-		t.do(leave{back})
-		time.Sleep(16 * time.Second)
-		t.heard(v, "ended s")
-		work := t.due()
-		if !work[0].ended {
-			t.Error("the last flush does not end it")
-		}
-		t.settle(stored, work...)
-		if st := t.stats(); st.sessions != 0 {
-			t.Errorf("got %+v, want it out of memory", st)
-		}
-		t.attach(t.idle(), "s", claim{epoch: 3})
-		t.heard(v, "started s")
-	})
-}
 
 // When the server stops, all sessions end and the hub runs until everything is
 // stored, however often that fails.

@@ -192,33 +192,6 @@ func TestSessionStart(t *testing.T) {
 	}
 }
 
-// Ids of another form, and one that another live connection holds, are replaced.
-func TestSessionIDsReplaced(t *testing.T) {
-	t.Parallel()
-	s := startInside(t)
-	holder := s.recording("held")
-	holder.record(1, 1)
-	longest := strings.Repeat("x", 128)
-	for _, id := range []string{`"held"`, `""`, `null`, `7`, `{}`, `["a"]`, `true`, `"` + longest + `x"`, `"a b"`,
-		`"a/b"`, `"a\nb"`, `"a\u0000b"`,
-		`"é"`, `"a\u001b[31mb"`, `"../../etc/passwd"`, `"'; drop table sessions; --"`, `"a%00"`, `"\ud800"`} {
-		c := s.dialTracker()
-		c.sendRaw(`{"type":"session_start","data":{"sessionId":` + id + `}}`)
-		if got := c.expect("session_assigned").Data.SessionID; !validID(got) || got == "held" {
-			t.Errorf("sessionId %s: was assigned %q", id, got)
-		}
-		c.Close()
-	}
-	for _, id := range []string{"a", longest, "A-Z_0.9:x", ".", "..", "-"} {
-		c := s.dialTracker()
-		c.send("session_start", map[string]string{"sessionId": id, "resume": ""})
-		if m, passed := c.expectAfter("session_ready"); m.Data.SessionID != id || len(passed) > 0 {
-			t.Errorf("sessionId %q: got %v and %s, want it accepted", id, passed, m)
-		}
-	}
-	holder.record(2, 1)
-}
-
 // Of several that start one session at once, one gets it and keeps it.
 func TestStartedAtOnce(t *testing.T) {
 	t.Parallel()
@@ -378,40 +351,6 @@ func TestMetadata(t *testing.T) {
 
 // ---- what a tracker sends ----
 
-// An ack comes when its batch is committed, not before; one may stand for many.
-func TestAckAfterCommit(t *testing.T) {
-	t.Parallel()
-	s := startInside(t)
-	tracker := s.recording("s")
-	tracker.record(1, 1)
-	letGo := holdSQL(t, s.database, "lock table session_events in exclusive mode")
-	for seq := 2; seq <= 6; seq++ {
-		tracker.sendRaw(numberedBatch(seq, 1))
-	}
-	tracker.sendRaw(numberedBatch(4, 1)) // accepted before, not committed
-	waitUntil(t, "all is accepted", func() bool { return s.memory().events == 6 })
-	viewer := s.viewer()
-	viewer.send("get_session_events", `{"sessionId":"s"}`)
-	if n := len(viewer.expect("session_events").Data.Events); n != 6 {
-		t.Errorf("a page has %d events, want 6: those not yet committed too", n)
-	}
-	if n := len(s.restEvents("s", 100)); n != 6 {
-		t.Errorf("REST has %d events, want 6", n)
-	}
-	tracker.sendRaw(`{"type":"nonsense"}`)
-	_, passed := tracker.expectAfter("error")
-	for _, m := range passed {
-		if m.Type == "events_ack" && m.Data.Seq != 1 {
-			t.Errorf("got %s before the commit", m)
-		}
-	}
-	letGo()
-	tracker.acked(6)
-	if n := querySQL[int](t, s.database, "select event_count from sessions"); n != 6 {
-		t.Errorf("%d events are stored, want 6", n)
-	}
-}
-
 // Errors of the page are stored and counted; those that viewers know are
 // forwarded as they are, like visibility changes, which are not stored.
 func TestReports(t *testing.T) {
@@ -487,48 +426,6 @@ func TestReports(t *testing.T) {
 
 // ---- viewers ----
 
-func TestSessionEvents(t *testing.T) {
-	t.Parallel()
-	s := startInside(t)
-	tracker := s.recording("s")
-	for i := range 25 {
-		tracker.record(i+1, 100)
-	}
-	viewer := s.viewer()
-	for _, tt := range []struct{ ask, want, first string }{
-		{`{"sessionId":"s"}`, "page s 0+1000 of 2500 more true active true", `{"seq":1,"n":0}`},
-		{`{"sessionId":"s","fromIndex":0,"limit":0}`, "page s 0+1000 of 2500 more true active true", `{"seq":1,"n":0}`},
-		{`{"sessionId":"s","fromIndex":1999,"limit":100000}`, "page s 1999+501 of 2500 more false active true",
-			`{"seq":20,"n":99}`},
-		{`{"sessionId":"s","fromIndex":3,"limit":5}`, "page s 3+5 of 2500 more true active true", `{"seq":1,"n":3}`},
-		{`{"sessionId":"s","fromIndex":2499,"limit":1}`, "page s 2499+1 of 2500 more false active true", `{"seq":25,"n":99}`},
-		{`{"sessionId":"s","fromIndex":2500}`, "page s 2500+0 of 2500 more false active true", ""},
-		{`{"sessionId":"s","fromIndex":9223372036854775807}`, "page s 9223372036854775807+0 of 2500 more false active true",
-			""},
-		{`{"sessionId":"s","fromIndex":null,"limit":null}`, "page s 0+1000 of 2500 more true active true", `{"seq":1,"n":0}`},
-		{`{"sessionId":"s","fromIndex":-1}`, "error invalid_message", ""},
-		{`{"sessionId":"s","fromIndex":1.5}`, "error invalid_message", ""},
-		{`{"sessionId":"s","fromIndex":"1"}`, "error invalid_message", ""},
-		{`{"sessionId":"s","limit":-1}`, "error invalid_message", ""},
-		{`{"sessionId":"s","fromIndex":9223372036854775808}`, "error invalid_message", ""},
-		{`[]`, "error invalid_message", ""},
-		{`{"sessionId":["s"]}`, "error invalid_message", ""},
-		{`{"sessionId":"nobody"}`, "error not_found", ""},
-	} {
-		viewer.send("get_session_events", tt.ask)
-		m := viewer.expect("session_events", "error")
-		if got := heard(m); got != tt.want || tt.first != "" && string(m.Data.Events[0]) != tt.first {
-			t.Errorf("%s: got %s, want %s from %s on", tt.ask, got, tt.want, tt.first)
-		}
-	}
-	tracker.send("session_end", `{}`)
-	waitUntil(t, "it has left memory", func() bool { return s.memory().sessions == 0 })
-	viewer.send("get_session_events", `{"sessionId":"s","limit":1}`)
-	if got := heard(viewer.expect("session_events")); got != "page s 0+1 of 2500 more true active false" {
-		t.Errorf("an ended session: got %s", got)
-	}
-}
-
 // Viewers watch what is in memory also while there is no room left and PostgreSQL
 // does not answer; a tracker that waits for room, or for the database, answers no
 // ping, because nobody reads it, and is not cut for that.
@@ -594,77 +491,6 @@ func (c *testConn) pinged() {
 }
 
 // ---- bad input ----
-
-// What is refused gets an error with a code; the connection stays, and so does
-// all that was sent before and after.
-func TestRefusals(t *testing.T) {
-	t.Parallel()
-	s := startInside(t)
-	const message, events, forbidden = "invalid_message", "invalid_events", "forbidden"
-	tests := []struct {
-		viewer, tracker string
-		messages        []string
-	}{
-		{message, message, []string{``, `{`, `[]`, `"session_start"`, `null`, `{}`, `{"type":5}`, `{"type":null}`,
-			`{"type":"heartbeat"}{}`,
-			"\ufeff{\"type\":\"heartbeat\"}", "{\"type\":\"heartbeat\",\"data\":\"\xff\"}",
-			"{\"type\":\"heartbeat\",\"data\":\"\xed\xa0\x80\"}",
-			"{\"type\":\"heartbeat\",\"data\":\"\xc0\xaf\"}"}},
-		{"unknown_type", "unknown_type", []string{`{"type":""}`, `{"type":"Heartbeat"}`, `{"type":"session_started"}`,
-			`{"type":"__proto__"}`,
-			`{"type":"heartbeat\u0000"}`}},
-		{forbidden, events, []string{`events_batch`, `events_batch null`, `events_batch []`, `events_batch {}`,
-			`events_batch {"events":null}`,
-			`events_batch {"events":{"length":1}}`, `events_batch {"events":"[]"}`, `events_batch {"events":[{},1]}`,
-			`events_batch {"events":[null]}`, `events_batch {"events":[[]]}`}},
-		{forbidden, message, []string{`javascript_error 5`, `promise_rejection`, `visibility_change`}},
-		{forbidden, "", []string{`error`, `session_end {"sessionId":"other"}`, `session_start {"sessionId":"s"}`}},
-		{"", forbidden, []string{`get_active_sessions`, `viewer_join_session {"sessionId":"s"}`,
-			`viewer_leave_session {"sessionId":"s"}`,
-			`get_session_events {"sessionId":"s"}`}},
-		{message, forbidden, []string{`viewer_join_session`, `viewer_join_session "s"`, `viewer_leave_session 5`}},
-		{"not_found", forbidden, []string{`viewer_join_session {"sessionId":"s\u0000"}`,
-			`get_session_events {"sessionId":"' or 1=1 --"}`}},
-	}
-	for _, seq := range []string{"0", "-1", "1.5", "9007199254740993", "9223372036854775808", "18446744073709551617",
-		"1e400", `"1"`, "true", "[4]", "{}", "null"} {
-		tests[3].messages = append(tests[3].messages, `events_batch {"events":[{}],"seq":`+seq+`}`)
-	}
-	tracker, viewer := s.recording("s"), s.watching("s")
-	seq := 0
-	for _, tt := range tests {
-		for _, text := range tt.messages {
-			if seq++; !strings.HasPrefix(text, `"`) && !strings.HasPrefix(text, `[`) && text != "null" &&
-				!strings.HasPrefix(text, "\ufeff") {
-				text = spoken(text)
-			}
-			tracker.record(seq, 1)
-			tracker.sendRaw(text)
-			viewer.sendRaw(text)
-			if tt.tracker != "" {
-				tracker.wantError(tt.tracker)
-			}
-			if tt.viewer != "" {
-				viewer.wantError(tt.viewer)
-			}
-		}
-	}
-	for _, c := range []*testConn{tracker, viewer} {
-		c.write(string(maskedFrame(0x82, []byte(`{"type":"heartbeat"}`)))) // not a text
-		c.wantError(message)
-	}
-	tracker.record(seq+1, 1)
-	fresh := s.dialTracker() // before a session has begun
-	for _, text := range []string{batchOf(1, nil), spoken("error"), spoken("javascript_error {}"),
-		spoken("visibility_change {}"), spoken("session_end")} {
-		fresh.sendRaw(text)
-		fresh.wantError("no_session")
-	}
-	if got := querySQL[string](t, s.database,
-		"select count(*) || ' ' || sum(event_count) from sessions"); got != fmt.Sprint("1 ", seq+1) {
-		t.Errorf("got %s sessions and events, want 1 %d", got, seq+1)
-	}
-}
 
 // Many errors in a row close the connection; one good message between starts
 // the count anew, and gaps do not count: a tracker with many batches under way
@@ -804,29 +630,6 @@ func TestHeartbeats(t *testing.T) {
 		return querySQL[int](t, s.database,
 			"select max(last_seq) from sessions") == 1
 	})
-}
-
-// A session whose data PostgreSQL refuses is dropped; its connection stays.
-func TestNotStored(t *testing.T) {
-	t.Parallel()
-	s := startInside(t)
-	execSQL(t, s.database, "alter table session_events add constraint poison check (session_id <> 's')")
-	tracker, other := s.recording("s"), s.recording("other")
-	tracker.sendRaw(batchOf(1, []json.RawMessage{json.RawMessage(`{"text":"words of a visitor"}`)}))
-	tracker.wantError("not_stored")
-	tracker.sendRaw(batchOf(2, nil))
-	tracker.wantError("no_session")
-	other.record(1, 1)
-	if n := s.stat("refusedSessions"); n != 1 {
-		t.Errorf("/stats: got %d refused sessions, want 1", n)
-	}
-	if !strings.Contains(s.log("rejections"), `"session":"s"`) {
-		t.Error("the rejections log does not name the session")
-	}
-	s.tellsNothing("words of a visitor")
-	tracker.send("session_start", `{"sessionId":"t","resume":""}`)
-	tracker.expect("session_ready")
-	tracker.record(1, 1)
 }
 
 // ---- fuzzing ----

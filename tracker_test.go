@@ -319,13 +319,6 @@ func (tr *testTracker) look() {
 	}
 }
 
-// isBack tells whether it records on a connection that is not its first.
-func (tr *testTracker) isBack() bool {
-	tr.mu.Lock()
-	defer tr.mu.Unlock()
-	return tr.reconnects > 0 && tr.ready
-}
-
 // finish stops and waits until everything is acked.
 func (tr *testTracker) finish() {
 	tr.t.Helper()
