@@ -602,8 +602,6 @@ func TestLimitsAreCounted(t *testing.T) {
 	event := `{"type":3,"data":"` + strings.Repeat("x", 6000) + `"}`
 	for reason, messages := range map[string][]string{
 		"message_bytes": {"error", `"` + strings.Repeat("x", 20000) + `"`},
-		"too_many_sessions": {"session_start", "{}", "session_end", "{}", "session_start", "{}", "session_end", "{}",
-			"session_start", "{}"},
 		"session_bytes": {"session_start", "{}", "events_batch", `{"events":[` + event + `]}`},
 	} {
 		c := dialServer(t, s.ws("tracker"))

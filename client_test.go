@@ -170,6 +170,9 @@ var narrow = &net.Dialer{Control: func(_, _ string, raw syscall.RawConn) error {
 	return raw.Control(func(fd uintptr) { syscall.SetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_RCVBUF, 4096) })
 }}
 
+const upgradeHeaders = "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n" +
+	"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+
 // openWebSocket connects and shakes hands; buffer is the size of what it reads at
 // once. Its error is a handshakeStatus when the server refuses.
 func openWebSocket(dialer *net.Dialer, address string, buffer int) (*testConn, error) {
@@ -186,9 +189,7 @@ func openWebSocket(dialer *net.Dialer, address string, buffer int) (*testConn, e
 	}
 	c := &testConn{Conn: conn, in: bufio.NewReaderSize(conn, buffer)}
 	conn.SetDeadline(time.Now().Add(patience))
-	c.write("GET " + u.RequestURI() + " HTTP/1.1\r\nHost: " + u.Host +
-		"\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n" +
-		"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n")
+	c.write("GET " + u.RequestURI() + " HTTP/1.1\r\nHost: " + u.Host + "\r\n" + upgradeHeaders)
 	if status := c.status(); status != http.StatusSwitchingProtocols {
 		conn.Close()
 		return nil, handshakeStatus(status)

@@ -259,7 +259,7 @@ func TestRESTHealthWithoutDatabase(t *testing.T) {
 	if h := a.fields(t); a.status != 503 || string(h["status"]) != `"unhealthy"` {
 		t.Errorf("got %d %s, want 503, unhealthy", a.status, a.body)
 	}
-	wantKeys(t, "/health", a.fields(t), "status timestamp uptime database sessions websockets")
+	wantKeys(t, "/health", a.fields(t), "status reason timestamp uptime database sessions websockets")
 	proxy.thaw()
 	waitUntil(t, "it is healthy again", func() bool { return s.ask("GET", "/health").status == 200 })
 }

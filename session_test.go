@@ -192,6 +192,22 @@ func TestSessionStart(t *testing.T) {
 	}
 }
 
+// An address begins so many sessions in a minute, over whatever connections;
+// others do not notice.
+func TestSessionsPerMinute(t *testing.T) {
+	t.Parallel()
+	s := startInside(t, "MAX_SESSIONS_PER_MINUTE=2", "TRUST_PROXY=true")
+	for i, want := range []string{"", "", "too_many_sessions", ""} {
+		c := rawTCP(t, s)
+		c.write(fmt.Sprintf("GET /ws HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Forwarded-For: 192.0.2.%d\r\n%s", i/3, upgradeHeaders))
+		c.status()
+		c.send("session_start", "{}")
+		if m := c.expect("session_assigned", "error"); m.Data.Code != want {
+			t.Errorf("session %d: got %s, want %s", i, m, want)
+		}
+	}
+}
+
 // Of several that start one session at once, one gets it and keeps it.
 func TestStartedAtOnce(t *testing.T) {
 	t.Parallel()
