@@ -522,7 +522,8 @@ func TestShutdown(t *testing.T) {
 		}
 		conn.Close()
 	}
-	if n := querySQL[int](t, s.database, "select sum(event_count) from sessions where not is_active"); n != 3*len(oddEvents()) {
+	const ended = "select sum(event_count) from sessions where not is_active"
+	if n := querySQL[int](t, s.database, ended); n != 3*len(oddEvents()) {
 		t.Errorf("%d events are stored, want %d", n, 3*len(oddEvents()))
 	}
 	if _, err := net.Dial("tcp", "127.0.0.1:"+s.port); err == nil {
