@@ -14,7 +14,7 @@ export GOTOOLCHAIN = auto
 VERSION := $(shell git describe --tags --always --dirty 2>/dev/null)
 STAMP    = $(if $(VERSION),-ldflags '-X main.stamped=$(VERSION)',-buildvcs=false)
 
-.PHONY: build go web audit-web run test test-postgres test-faults bench fuzz install uninstall clean
+.PHONY: build go web audit-web run test test-postgres test-faults breakages bench fuzz install uninstall clean
 
 # The server, one static binary. Needs Go alone; without npm it has no recorder.
 build: go web
@@ -44,7 +44,7 @@ test: build
 	@unformatted=$$("$$(go env GOROOT)/bin/gofmt" -l *.go); test -z "$$unformatted" || \
 		{ echo "not gofmt's form:" $$unformatted; exit 1; }
 	go vet ./...
-	go vet -tags faults,bench ./...
+	go vet -tags faults,bench,breakages ./...
 	go test -race -shuffle=on -parallel 4 -timeout 8m ./...
 	@scripts/chromium
 	node --test --test-concurrency=2 --test-reporter=spec scripts/*.test.mjs web/test/*.test.mjs
@@ -60,6 +60,11 @@ test-postgres: go web
 # and only the clients would become slower.
 test-faults: go web
 	go test -tags faults -run '^TestFault' -count=1 -timeout 20m -v .
+
+# Breaks each promise on purpose, in a copy of the tree, and demands that the
+# tests which hold it fail.
+breakages: go web
+	go test -tags breakages -run TestBreakages -count=1 -timeout 40m -v .
 
 # Measures the server on this machine; prints a table, writes bench.json.
 bench: go web

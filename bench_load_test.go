@@ -103,7 +103,8 @@ func batches(r []recorded) (shots []*shot) {
 	const meta = 4
 	start := 0
 	for i, e := range r {
-		full := i-start == 50 || e.at-r[start].at > 500*time.Millisecond || e.kind == meta || i > 0 && r[i-1].kind == fullSnapshot
+		full := i-start == 50 || e.at-r[start].at > 500*time.Millisecond || e.kind == meta || i > 0 &&
+			r[i-1].kind == fullSnapshot
 		if i > start && full {
 			shots = append(shots, newShot(r[start:i]))
 			start = i
@@ -204,7 +205,8 @@ func (s *shot) frame(seq int64, marked bool) net.Buffers {
 	prefix := fmt.Appendf(make([]byte, 0, 256), `{"type":"events_batch","data":{"seq":%d,"events":[`, seq)
 	if marked {
 		now := time.Now()
-		prefix = fmt.Appendf(prefix, `{"type":5,"timestamp":%d,"data":{"tag":"bench","payload":%d}},`, now.UnixMilli(), now.UnixNano())
+		prefix = fmt.Appendf(prefix, `{"type":5,"timestamp":%d,"data":{"tag":"bench","payload":%d}},`, now.UnixMilli(),
+			now.UnixNano())
 	}
 	for len(prefix)%len(maskKey) != 0 {
 		prefix = append(prefix, ' ')
@@ -390,7 +392,8 @@ func bareWriter(pool *pgxpool.Pool, work <-chan bareChunk, compress bool) {
 			}
 			batch.Queue(`insert into session_events
 				(session_id, first_index, event_count, start_time, end_time, snapshot_index, raw_bytes, events)
-				values ($1, $2, $3, $4, $5, $6, $7, $8)`, f.session, c.first, c.count, c.startTime, c.endTime, c.snapshot, c.raw, c.events)
+				values ($1, $2, $3, $4, $5, $6, $7, $8)`,
+				f.session, c.first, c.count, c.startTime, c.endTime, c.snapshot, c.raw, c.events)
 		}
 		if err := pool.SendBatch(context.Background(), batch).Close(); err != nil {
 			fmt.Fprintln(os.Stderr, "bare:", err)

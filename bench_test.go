@@ -165,7 +165,8 @@ func (b *bench) others(t *testing.T) float64 {
 
 // server starts the server with its default settings and an empty database.
 func (b *bench) server(t *testing.T, env ...string) *testServer {
-	all := []string{"DATABASE_URL=" + databaseIn(t, b.cluster.url), "BATCH_INTERVAL=5000", "DB_MAX_CONNECTIONS=20", "LOG_LEVEL=warn"}
+	all := []string{"DATABASE_URL=" + databaseIn(t, b.cluster.url), "BATCH_INTERVAL=5000", "DB_MAX_CONNECTIONS=20",
+		"LOG_LEVEL=warn"}
 	return startServer(t, append(all, env...)...)
 }
 
@@ -190,7 +191,8 @@ func (s *sample) add(o sample, sign float64) {
 
 // sampleNow reads all counters; two of them, subtracted, are what was between.
 func (b *bench) sampleNow(t *testing.T, f *fleet, pid int) sample {
-	s := sample{seconds: float64(time.Now().UnixNano()) / 1e9, bytes: float64(f.bytes.Load()), events: float64(f.events.Load()),
+	s := sample{seconds: float64(time.Now().UnixNano()) / 1e9, bytes: float64(f.bytes.Load()),
+		events:  float64(f.events.Load()),
 		batches: float64(f.batches.Load()), server: cpuSeconds(pid, false), generator: cpuSeconds(os.Getpid(), false)}
 	s.postgres = b.postgresSeconds(t)
 	return s
@@ -252,10 +254,11 @@ func (b *bench) parse(t *testing.T) {
 		runs := float64(result.N) / result.T.Seconds()
 		return runs * float64(size), runs * float64(len(messages)), float64(result.AllocsPerOp()) / float64(events)
 	}
-	_, _, allocs := speed([]*shot{newShot(slices.Concat(b.recordings...))}) // many events, so that what is per batch vanishes
+	_, _, allocs := speed([]*shot{newShot(slices.Concat(b.recordings...))}) // so many that what is per batch vanishes
 	bytes, _, _ := speed(b.mixed)
 	b.report("parse a batch, one core", "≥ 300 MB/s, no allocation per event", bytes >= 300e6 && allocs < 0.05,
-		figures{"bytesPerSecond": bytes, "allocsPerEvent": allocs}, "%.0f MB/s, %.3f allocations per event", bytes/1e6, allocs)
+		figures{"bytesPerSecond": bytes, "allocsPerEvent": allocs}, "%.0f MB/s, %.3f allocations per event", bytes/1e6,
+		allocs)
 	bytes, batches, _ := speed(b.small)
 	b.report("parse small batches (10 events, 4 KB), one core", "≥ 40,000 batches/s", batches >= 40000,
 		figures{"batchesPerSecond": batches, "bytesPerSecond": bytes}, "%.0f batches/s, %.0f MB/s", batches, bytes/1e6)
@@ -285,11 +288,13 @@ func (b *bench) ingest(t *testing.T) {
 	b.best = ours.bytes / ours.seconds
 	most, ratio := limit.bytes/limit.seconds, b.best/(limit.bytes/limit.seconds)
 	b.report("durable ingest, 50 trackers", "≥ 60 % of bare pgx, ≥ 100 MB/s", ratio >= 0.6 && b.best >= 100e6,
-		figures{"bytesPerSecond": b.best, "eventsPerSecond": ours.events / ours.seconds, "bareBytesPerSecond": most, "ratio": ratio},
+		figures{"bytesPerSecond": b.best, "eventsPerSecond": ours.events / ours.seconds, "bareBytesPerSecond": most,
+			"ratio": ratio},
 		"%.0f MB/s, %.0f events/s; bare %.0f MB/s: %.0f %%", b.best/1e6, ours.events/ours.seconds, most/1e6, ratio*100)
 	same := sameWork.bytes / sameWork.seconds
 	b.report("the same, against gzip and pgx without a server", "≥ 70 %", b.best/same >= 0.7,
-		figures{"gzipBytesPerSecond": same, "ratio": b.best / same}, "gzip and pgx %.0f MB/s: %.0f %%", same/1e6, b.best/same*100)
+		figures{"gzipBytesPerSecond": same, "ratio": b.best / same}, "gzip and pgx %.0f MB/s: %.0f %%", same/1e6,
+		b.best/same*100)
 	b.reportCPU("its CPU seconds per 100 MB", ours)
 	b.reportCPU("those of the bare program", limit)
 	b.reportCPU("those of gzip and pgx", sameWork)
@@ -306,7 +311,8 @@ func (b *bench) bareRound(t *testing.T, address string, pid int, l workload, sum
 
 func (b *bench) reportCPU(figure string, s sample) {
 	per := 100e6 / s.bytes
-	b.report(figure, "", false, figures{"server": s.server * per, "postgres": s.postgres * per, "generator": s.generator * per},
+	b.report(figure, "", false, figures{"server": s.server * per, "postgres": s.postgres * per,
+		"generator": s.generator * per},
 		"server %.2f, PostgreSQL %.2f, load generator %.2f; %.2f cores busy", s.server*per, s.postgres*per, s.generator*per,
 		(s.server+s.postgres+s.generator)/s.seconds)
 }
@@ -345,8 +351,10 @@ func (b *bench) smallBatches(t *testing.T) {
 	got := b.measure(t, f, s.cmd.Process.Pid, 2*roundTime)
 	f.stop(t)
 	b.report("small batches (10 events, 4 KB), 500 trackers", "", false,
-		figures{"batchesPerSecond": got.batches / got.seconds, "eventsPerSecond": got.events / got.seconds, "bytesPerSecond": got.bytes / got.seconds},
-		"%.0f batches/s, %.0f events/s, %.0f MB/s", got.batches/got.seconds, got.events/got.seconds, got.bytes/got.seconds/1e6)
+		figures{"batchesPerSecond": got.batches / got.seconds, "eventsPerSecond": got.events / got.seconds,
+			"bytesPerSecond": got.bytes / got.seconds},
+		"%.0f batches/s, %.0f events/s, %.0f MB/s", got.batches/got.seconds, got.events/got.seconds,
+		got.bytes/got.seconds/1e6)
 	b.reportCPU("its CPU seconds per 100 MB", got)
 }
 
@@ -380,7 +388,8 @@ func (b *bench) latency(t *testing.T) {
 // live measures from before a tracker's write until a viewer has the whole
 // message; each tracker sends 20 batches a second.
 func (b *bench) live(t *testing.T, s *testServer, trackers, viewers int, figure string, p50, p99 time.Duration) {
-	f := b.launch(t, s.ws("tracker"), workload{trackers: trackers, window: window, shots: rotated(b.small), loop: true, mark: true,
+	f := b.launch(t, s.ws("tracker"), workload{trackers: trackers, window: window, shots: rotated(b.small), loop: true,
+		mark: true,
 		pace: func(i int, n, _ int64, _ *shot) time.Duration {
 			return time.Duration(n)*50*time.Millisecond + time.Duration(i)*50*time.Millisecond/time.Duration(trackers)
 		}})
@@ -420,7 +429,8 @@ func (b *bench) live(t *testing.T, s *testServer, trackers, viewers int, figure 
 		target = fmt.Sprintf("p50 ≤ %v, ", p50) + target
 	}
 	half, most := percentile(got, 50), percentile(got, 99)
-	b.report(figure, target, most <= p99 && (p50 == 0 || half <= p50), figures{"p50": half.Seconds(), "p99": most.Seconds()},
+	b.report(figure, target, most <= p99 && (p50 == 0 || half <= p50), figures{"p50": half.Seconds(),
+		"p99": most.Seconds()},
 		"p50 %.2f ms, p99 %.2f ms", inMillis(half), inMillis(most))
 }
 
@@ -478,7 +488,8 @@ func (b *bench) idle(t *testing.T) {
 		t.Errorf("%d trackers are left of %d", got, idleTrackers)
 	}
 	each := (most - before) / idleTrackers
-	b.report("resident memory per idle tracker (10,000)", "≤ 24 KB", each <= 24<<10, figures{"bytes": each}, "%.1f KB", each/1024)
+	b.report("resident memory per idle tracker (10,000)", "≤ 24 KB", each <= 24<<10, figures{"bytes": each}, "%.1f KB",
+		each/1024)
 }
 
 // startIdle connects trackers that answer pings and do nothing else.
@@ -517,9 +528,11 @@ func (b *bench) disk(t *testing.T) {
 	raw := querySQL[float64](t, s.database, "select sum(raw_bytes) from sessions")
 	packed := querySQL[float64](t, s.database, "select sum(stored_bytes) from sessions")
 	chunks := querySQL[float64](t, s.database, "select count(*) from session_events")
-	size := querySQL[float64](t, s.database, "select pg_total_relation_size('session_events') + pg_total_relation_size('sessions')")
+	size := querySQL[float64](t, s.database,
+		"select pg_total_relation_size('session_events') + pg_total_relation_size('sessions')")
 	b.report("bytes on disk per byte of JSON, recordings at their own pace", "≤ 0.20", size/raw <= 0.20,
-		figures{"ratio": size / raw, "packed": packed / raw, "bytes": raw, "chunks": chunks}, "%.3f: chunks %.3f, the tables around them %.3f (%.0f MB in %.0f chunks)",
+		figures{"ratio": size / raw, "packed": packed / raw, "bytes": raw, "chunks": chunks},
+		"%.3f: chunks %.3f, the tables around them %.3f (%.0f MB in %.0f chunks)",
 		size/raw, packed/raw, (size-packed)/raw, raw/1e6, chunks)
 }
 
@@ -531,12 +544,13 @@ func (b *bench) long(t *testing.T) {
 		per += shot.events
 	}
 	shots := slices.Repeat(b.small, longSession/per+1)
-	f := b.launch(t, s.ws("tracker"), workload{trackers: 1, window: window, shots: func(int) []*shot { return shots }, pace: func(_ int, n, _ int64, _ *shot) time.Duration {
-		if int(n) == len(shots)-1 {
-			return time.Hour // it stays live
-		}
-		return 0
-	}})
+	f := b.launch(t, s.ws("tracker"), workload{trackers: 1, window: window, shots: func(int) []*shot { return shots },
+		pace: func(_ int, n, _ int64, _ *shot) time.Duration {
+			if int(n) == len(shots)-1 {
+				return time.Hour // it stays live
+			}
+			return 0
+		}})
 	id, last := f.trackers[0].session, (len(shots)-1)*10
 	waitUntil(t, "the long session is stored", func() bool { return int(f.events.Load()) >= last })
 	page := func(from int) func(int) error {
@@ -556,12 +570,14 @@ func (b *bench) long(t *testing.T) {
 			first = half
 		}
 		if from == last-50_000 {
-			b.report("the same, last page that is stored against first", "≤ 1.5", float64(half) <= 1.5*float64(first), figures{"ratio": float64(half) / float64(first)}, "%.2f", float64(half)/float64(first))
+			b.report("the same, last page that is stored against first", "≤ 1.5", float64(half) <= 1.5*float64(first),
+				figures{"ratio": float64(half) / float64(first)}, "%.2f", float64(half)/float64(first))
 		}
 		worst = max(worst, most)
 		shown = append(shown, fmt.Sprintf("%.1f", inMillis(half)))
 	}
-	b.report("1,000 events of a session of 1,000,000, six depths", "≤ 20 ms", worst <= 20*time.Millisecond, figures{"p95": worst.Seconds()},
+	b.report("1,000 events of a session of 1,000,000, six depths", "≤ 20 ms", worst <= 20*time.Millisecond,
+		figures{"p95": worst.Seconds()},
 		"p50 %s ms, p95 %.1f ms", strings.Join(shown, ", "), inMillis(worst))
 	half, most := b.times(t, 50, func(int) error {
 		w, err := b.join(s, id)
@@ -570,7 +586,8 @@ func (b *bench) long(t *testing.T) {
 		}
 		return err
 	})
-	b.report("joining it live", "≤ 20 ms", most <= 20*time.Millisecond, figures{"p95": most.Seconds()}, "p50 %.1f ms, p95 %.1f ms", inMillis(half), inMillis(most))
+	b.report("joining it live", "≤ 20 ms", most <= 20*time.Millisecond, figures{"p95": most.Seconds()},
+		"p50 %.1f ms, p95 %.1f ms", inMillis(half), inMillis(most))
 	f.abandon()
 	b.chunks(t, s)
 }
@@ -603,7 +620,8 @@ func (b *bench) chunks(t *testing.T, s *testServer) {
 	parallel(t, 4, func(i int) error {
 		for n := i; time.Since(begin) < roundTime; n++ {
 			c := session.Chunks[n%len(session.Chunks)]
-			req, _ := http.NewRequest("GET", fmt.Sprintf("%s/sessions/%s/chunks/%d", s.url, f.trackers[0].session, c.FromIndex), nil)
+			req, _ := http.NewRequest("GET", fmt.Sprintf("%s/sessions/%s/chunks/%d", s.url, f.trackers[0].session, c.FromIndex),
+				nil)
 			req.Header.Set("Accept-Encoding", "gzip") // as set by hand the client does not unpack
 			resp, err := http.DefaultClient.Do(req)
 			if err != nil {
@@ -627,17 +645,21 @@ func (b *bench) chunks(t *testing.T, s *testServer) {
 // lists asks for lists beside many sessions, old and live.
 func (b *bench) lists(t *testing.T) {
 	s := b.server(t, b.profiled()...)
-	execSQL(t, s.database, `insert into sessions (session_id, user_id, url, metadata, is_active, created_at, updated_at, ended_at, event_count,
+	execSQL(t, s.database, `insert into sessions (session_id, user_id, url, metadata, is_active,
+			created_at, updated_at, ended_at, event_count,
 			raw_bytes, stored_bytes, first_event_time, last_event_time, snapshot_index, last_seq)
-		select 'old-' || n, 'user_' || n % 5000, 'https://example.com/shop', $1, false, made, made, made, 3000, 3000000, 500000, 1, 2, 1, 60
+		select 'old-' || n, 'user_' || n % 5000, 'https://example.com/shop', $1, false,
+			made, made, made, 3000, 3000000, 500000, 1, 2, 1, 60
 		from (select n, now() - n * interval '1 minute' as made from generate_series(1, $2::integer) n) n`,
-		`{"url":"https://example.com/shop","userAgent":"`+strings.Repeat("Mozilla ", 15)+`","viewport":{"width":1280,"height":800,"devicePixelRatio":1},`+
+		`{"url":"https://example.com/shop","userAgent":"`+strings.Repeat("Mozilla ",
+			15)+`","viewport":{"width":1280,"height":800,"devicePixelRatio":1},`+
 			`"startTime":1700000000000,"referrer":"","timeZone":"UTC"}`, oldSessions)
 	execSQL(t, s.database, "vacuum analyze sessions")
 	b.startIdle(t, s, 1000)
 	var shown []string
 	worst, v := time.Duration(0), figures{}
-	for _, path := range []string{"/sessions", "/sessions?limit=100&offset=99000", "/sessions/active", "/stats", "/health"} {
+	for _, path := range []string{"/sessions", "/sessions?limit=100&offset=99000", "/sessions/active", "/stats",
+		"/health"} {
 		half, most := b.times(t, 50, func(int) error {
 			if status, _ := s.get(path); status != http.StatusOK {
 				return fmt.Errorf("%s: %d", path, status)
@@ -650,7 +672,8 @@ func (b *bench) lists(t *testing.T) {
 		v[path] = most.Seconds()
 		shown = append(shown, fmt.Sprintf("%s %.1f (%.1f)", path, inMillis(half), inMillis(most)))
 	}
-	b.report("lists with 100,000 sessions, 1,000 live", "≤ 20 ms", worst <= 20*time.Millisecond, v, "p50 (p95) ms: %s", strings.Join(shown, ", "))
+	b.report("lists with 100,000 sessions, 1,000 live", "≤ 20 ms", worst <= 20*time.Millisecond, v, "p50 (p95) ms: %s",
+		strings.Join(shown, ", "))
 }
 
 // growth compares what the same bytes cost when they come from more sessions, in
@@ -661,7 +684,8 @@ func (b *bench) growth(t *testing.T) {
 	var costs []float64
 	for _, n := range []int{10, 100, 1000} {
 		s := b.server(t)
-		f := b.launch(t, s.ws("tracker"), workload{trackers: n, window: min(window, inFlight/n), shots: rotated(b.medium), loop: true})
+		f := b.launch(t, s.ws("tracker"), workload{trackers: n, window: min(window, inFlight/n), shots: rotated(b.medium),
+			loop: true})
 		time.Sleep(warmUp)
 		got := b.measure(t, f, s.cmd.Process.Pid, 2*roundTime)
 		f.stop(t)
@@ -670,5 +694,6 @@ func (b *bench) growth(t *testing.T) {
 	}
 	spread := slices.Max(costs)/slices.Min(costs) - 1
 	b.report("server's CPU seconds per 100 MB from 10, 100, 1,000 sessions", "within 20 %", spread <= 0.2,
-		figures{"spread": spread, "10": costs[0], "100": costs[1], "1000": costs[2]}, "%s: within %.0f %%", strings.Join(shown, ", "), spread*100)
+		figures{"spread": spread, "10": costs[0], "100": costs[1], "1000": costs[2]}, "%s: within %.0f %%",
+		strings.Join(shown, ", "), spread*100)
 }

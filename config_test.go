@@ -260,10 +260,11 @@ func TestDotEnv(t *testing.T) {
 		"PORT=1\nnonsense\n":                file + ":2: not a line of the form NAME=value",
 		"PORT=1\nexport\n":                  file + ":2: not a line of the form NAME=value",
 		"BATCH_INTERVALL=1":                 file + `: "BATCH_INTERVALL" is not a setting; did you mean BATCH_INTERVAL?`,
-		"KEEP_RETENTION_HOURS=1":            file + `: "KEEP_RETENTION_HOURS" is not a setting; did you mean RETENTION_HOURS?`,
-		"DB_PASS=x":                         file + `: "DB_PASS" is not a setting; did you mean DB_PASSWORD?`,
-		"DATABASE_URI=x":                    file + `: "DATABASE_URI" is not a setting; did you mean DATABASE_URL?`,
-		"host=x":                            file + `: "host" is not a setting; did you mean HOST?`,
+		"KEEP_RETENTION_HOURS=1": file +
+			`: "KEEP_RETENTION_HOURS" is not a setting; did you mean RETENTION_HOURS?`,
+		"DB_PASS=x":      file + `: "DB_PASS" is not a setting; did you mean DB_PASSWORD?`,
+		"DATABASE_URI=x": file + `: "DATABASE_URI" is not a setting; did you mean DATABASE_URL?`,
+		"host=x":         file + `: "host" is not a setting; did you mean HOST?`,
 	} {
 		os.WriteFile(file, []byte(text), 0o600)
 		c, err := readConfig(envOf("PORT=2", "HOST=127.0.0.9", "PGUSER=postgres", "UNKNOWN=x", "GOGC=50"), file)
@@ -305,7 +306,8 @@ func TestProcessSettings(t *testing.T) {
 	dotEnv("BATCH_INTERVAL=never\nMAX_CONNECTIONS=many\n") // the environment has another BATCH_INTERVAL, which wins
 	s.start()
 	<-s.exited
-	if code, out := s.cmd.ProcessState.ExitCode(), s.output.String(); code != 1 || strings.Count(out, "\n") != 1 || !strings.Contains(out, "MAX_CONNECTIONS") {
+	if code, out := s.cmd.ProcessState.ExitCode(), s.output.String(); code != 1 || strings.Count(out, "\n") != 1 ||
+		!strings.Contains(out, "MAX_CONNECTIONS") {
 		t.Errorf("got exit code %d and %q, want 1 and one line that names MAX_CONNECTIONS", code, out)
 	}
 	dotEnv("BATCH_INTERVAL=never\nMAX_CONNECTIONS=1\n")

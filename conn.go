@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"io"
@@ -194,11 +195,25 @@ func (c *conn) read() ([]byte, error) {
 		case err == io.EOF && typ != websocket.MessageText:
 			return buf, &protocolError{"invalid_message", "messages are text frames"}
 		case err == io.EOF:
-			return buf, nil
+			return buf, c.reserveIndex(buf)
 		case err != nil:
 			return buf, err
 		}
 	}
+}
+
+// reserveIndex takes room for the index of a tracker's message, for as long as it
+// is handled: a message of tiny events has an index larger than itself. Each event
+// has a brace; braces within events ask for more than is needed.
+func (c *conn) reserveIndex(msg []byte) error {
+	if c.urgent {
+		return nil
+	}
+	index := eventCost * int64(min(bytes.Count(msg, []byte("{")), maxBatchEvents+1))
+	if lack := int64(len(msg)) + index - c.reserved; lack > 0 {
+		return c.grow(lack, lack)
+	}
+	return nil
 }
 
 // grow takes room for n bytes more of this message, or for most, as budget.grow

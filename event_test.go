@@ -20,18 +20,23 @@ func TestParseFrame(t *testing.T) {
 		{name: "batch", msg: `{"type":"events_batch","data":{"events":[{"type":2,"timestamp":5},{"a":1}],"seq":7}}`,
 			typ: "events_batch", data: `{"events":[{"type":2,"timestamp":5},{"a":1}],"seq":7}`,
 			events: []string{`{"type":2,"timestamp":5}`, `{"a":1}`}, objects: true, seq: "7"},
-		{name: "data first, white space, other members", msg: " {\n\"x\" : [1], \"data\" :\t{ \"events\" : [ { \"a\" : 1 } , {} ] } , \"type\" : \"t\" } ",
+		{name: "data first, white space, other members",
+			msg: " {\n\"x\" : [1], \"data\" :\t{ \"events\" : [ { \"a\" : 1 } , {} ] } , \"type\" : \"t\" } ",
 			typ: "t", data: `{ "events" : [ { "a" : 1 } , {} ] }`, events: []string{`{ "a" : 1 }`, `{}`}, objects: true},
-		{name: "the last of two keys counts", msg: `{"type":"a","data":{"events":[{"a":1}],"seq":1},"data":{"seq":2},"type":"b"}`,
+		{name: "the last of two keys counts",
+			msg: `{"type":"a","data":{"events":[{"a":1}],"seq":1},"data":{"seq":2},"type":"b"}`,
 			typ: "b", data: `{"seq":2}`, seq: "2"},
 		{name: "of two lists of events too", msg: `{"type":"a","data":{"events":[{"a":1}],"events":[{"b":2},{"c":3}]}}`,
-			typ: "a", data: `{"events":[{"a":1}],"events":[{"b":2},{"c":3}]}`, events: []string{`{"b":2}`, `{"c":3}`}, objects: true},
+			typ: "a", data: `{"events":[{"a":1}],"events":[{"b":2},{"c":3}]}`, events: []string{`{"b":2}`, `{"c":3}`},
+			objects: true},
 		{name: "also when it is no list", msg: `{"type":"a","data":{"events":[{"a":1}],"events":5}}`,
 			typ: "a", data: `{"events":[{"a":1}],"events":5}`},
-		{name: "escaped keys", msg: `{"\u0074ype":"a","d\u0061ta":{"s\u0065q":3}}`, typ: "a", data: `{"s\u0065q":3}`, seq: "3"},
+		{name: "escaped keys", msg: `{"\u0074ype":"a","d\u0061ta":{"s\u0065q":3}}`, typ: "a", data: `{"s\u0065q":3}`,
+			seq: "3"},
 		{name: "no data", msg: `{"type":"heartbeat"}`, typ: "heartbeat"},
 		{name: "events not an array", msg: `{"type":"a","data":{"events":{}}}`, typ: "a", data: `{"events":{}}`},
-		{name: "an event not an object", msg: `{"type":"a","data":{"events":[{},1]}}`, typ: "a", data: `{"events":[{},1]}`, events: []string{`{}`}},
+		{name: "an event not an object", msg: `{"type":"a","data":{"events":[{},1]}}`, typ: "a", data: `{"events":[{},1]}`,
+			events: []string{`{}`}},
 		{name: "empty array", msg: `{"type":"a","data":{"events":[]}}`, typ: "a", data: `{"events":[]}`, objects: true},
 		{name: "no type", msg: `{"data":{}}`, err: errType},
 		{name: "type a number", msg: `{"type":1}`, err: errType},
@@ -40,7 +45,8 @@ func TestParseFrame(t *testing.T) {
 		{name: "two values", msg: `{"type":"a"}{}`, err: errSyntax},
 		{name: "byte order mark", msg: "\ufeff{\"type\":\"a\"}", err: errSyntax},
 		{name: "invalid UTF-8", msg: "{\"type\":\"\xff\"}", err: errUTF8},
-		{name: "too deep", msg: `{"type":"a","data":` + strings.Repeat("[", 10000) + strings.Repeat("]", 10000) + `}`, err: errSyntax},
+		{name: "too deep", msg: `{"type":"a","data":` + strings.Repeat("[", 10000) + strings.Repeat("]", 10000) + `}`,
+			err: errSyntax},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
@@ -90,8 +96,10 @@ func TestEventTypeAndTime(t *testing.T) {
 
 var jsonSeeds = []string{
 	`{"type":"a","data":{"events":[{"a":"\u0000\ud800\"\\"},{"b":1e400}],"seq":1}}`,
-	`[{"type":2,"timestamp":1},{"type":3}]`, `{"type":"a"}x`, `{"type":"a",}`, `{"a":01}`, `{"a":-}`, `{"a":1.}`, `{"a":1e}`,
-	`{"a":"\x"}`, `{"a":"\u12g4"}`, "{\"a\":\"\x01\"}", `{"a":tru}`, `{"a" 1}`, `{"a":1 "b"}`, `[[[[`, `{"a":-0.0e+1}`, `{`, `"`, `[1,]`, `{"a":"\u00`,
+	`[{"type":2,"timestamp":1},{"type":3}]`, `{"type":"a"}x`, `{"type":"a",}`, `{"a":01}`, `{"a":-}`, `{"a":1.}`,
+	`{"a":1e}`,
+	`{"a":"\x"}`, `{"a":"\u12g4"}`, "{\"a\":\"\x01\"}", `{"a":tru}`, `{"a" 1}`, `{"a":1 "b"}`, `[[[[`, `{"a":-0.0e+1}`,
+	`{`, `"`, `[1,]`, `{"a":"\u00`,
 }
 
 func FuzzParseFrame(f *testing.F) {

@@ -438,7 +438,8 @@ var faults = []fault{
 		linger(l.t.Context(), 400)
 		l.server.restart()
 	}}}},
-	{name: "server terminated", quick: 6, full: 30, times: 2, fullTimes: 8, ways: []way{{"SIGTERM", terminated}}, after: goneAway},
+	{name: "server terminated", quick: 6, full: 30, times: 2, fullTimes: 8, ways: []way{{"SIGTERM", terminated}},
+		after: goneAway},
 	{name: "PostgreSQL ends", own: true, quick: 6, full: 30, times: 1, fullTimes: 1, ways: []way{
 		{"fast restart", func(l *load) { l.pg.kill(l.t, syscall.SIGINT); l.restartPostgres() }},
 		{"immediate restart", func(l *load) { l.pg.kill(l.t, syscall.SIGQUIT); l.restartPostgres() }},
@@ -476,12 +477,13 @@ var faults = []fault{
 		}
 	}},
 	// A commit succeeds and its answer is lost: the batch is written again, and stored once.
-	{name: "a commit's answer is lost", quick: 5, full: 20, times: 5, fullTimes: 40, ways: []way{{"a lost answer", func(l *load) {
-		th := l.toDB.thief
-		stolen := th.stolen.Load()
-		th.armed.Store(1)
-		waitUntil(l.t, "an answer is lost", func() bool { return th.stolen.Load() > stolen })
-	}}}},
+	{name: "a commit's answer is lost", quick: 5, full: 20, times: 5, fullTimes: 40, ways: []way{{"a lost answer",
+		func(l *load) {
+			th := l.toDB.thief
+			stolen := th.stolen.Load()
+			th.armed.Store(1)
+			waitUntil(l.t, "an answer is lost", func() bool { return th.stolen.Load() > stolen })
+		}}}},
 	{name: "the network to PostgreSQL", quick: 5, full: 20, times: 3, fullTimes: 20, ways: []way{
 		{"a cut", func(l *load) { l.toDB.cutInside(20000) }},
 		{"another cut", func(l *load) { l.toDB.cutInside(20000) }},
@@ -491,8 +493,9 @@ var faults = []fault{
 			l.toDB.thaw()
 		}},
 	}, after: stopWithoutDatabase},
-	{name: "the network to the trackers", env: []string{"HEARTBEAT_INTERVAL=1000"}, quick: 8, full: 40, times: 2, fullTimes: 10,
-		change: func(i int, tr *testTracker) { tr.mischief = i%2 == 0 },
+	{name: "the network to the trackers", env: []string{"HEARTBEAT_INTERVAL=1000"}, quick: 8, full: 40, times: 2,
+		fullTimes: 10,
+		change:    func(i int, tr *testTracker) { tr.mischief = i%2 == 0 },
 		ways: []way{
 			{"a cut in the middle of a frame", func(l *load) { l.toServer.cutInside(5000) }},
 			{"another", func(l *load) { l.toServer.cutInside(5000) }},
@@ -505,34 +508,41 @@ var faults = []fault{
 				l.toServer.thaw() // what was on its way arrives late
 			}},
 		}, after: func(l *load) {
-			waitUntil(l.t, "the dead connections are gone", func() bool { return l.server.stat("trackers") == int64(len(l.trackers)) })
+			waitUntil(l.t, "the dead connections are gone",
+				func() bool { return l.server.stat("trackers") == int64(len(l.trackers)) })
 		}},
-	{name: "all reconnect at once", quick: 60, full: 500, times: 2, fullTimes: 6, ways: []way{{"a cut", func(l *load) { l.toServer.cut() }}},
+	{name: "all reconnect at once", quick: 60, full: 500, times: 2, fullTimes: 6, ways: []way{{"a cut",
+		func(l *load) { l.toServer.cut() }}},
 		change: func(_ int, tr *testTracker) { tr.perBatch, tr.pause = 3, 300*time.Millisecond }},
 	{name: "batches are repeated and left out", quick: 6, full: 20, times: 10, fullTimes: 100,
 		change: func(_ int, tr *testTracker) { tr.mischief = true }, ways: []way{{"mischief", func(*load) {}}}},
-	{name: "a tracker freezes in a frame", env: []string{"HEARTBEAT_INTERVAL=300", "MESSAGE_TIMEOUT=1000", "SESSION_GRACE_PERIOD=300"},
+	{name: "a tracker freezes in a frame", env: []string{"HEARTBEAT_INTERVAL=300", "MESSAGE_TIMEOUT=1000",
+		"SESSION_GRACE_PERIOD=300"},
 		quick: 4, full: 20, times: 2, fullTimes: 5, ways: []way{{"its thaw", trackerFrozen}}},
-	{name: "a session is poisoned", quick: 6, full: 30, times: 1, fullTimes: 1, ways: []way{{"a poisoned session", poisoned}}},
+	{name: "a session is poisoned", quick: 6, full: 30, times: 1, fullTimes: 1, ways: []way{{"a poisoned session",
+		poisoned}}},
 	// Somebody holds a lock on one session's row: the others do not wait for it.
-	{name: "a session is locked", quick: 6, full: 30, times: 1, fullTimes: 1, ways: []way{{"the end of the lock", func(l *load) {
-		held := l.tracker(1000).start(l.address)
-		waitUntil(l.t, "it records", func() bool { return held.ackedEvents() > 0 })
-		letGo := holdSQL(l.t, l.server.database, "select from sessions where session_id = '"+held.session+"' for update")
-		for range scale(2, 10) {
-			l.progress("a locked row of another session")
-		}
-		letGo()
-		l.trackers = append(l.trackers, held)
-	}}}},
-	{name: "a session is deleted", quick: 5, full: 20, times: 1, fullTimes: 5, ways: []way{{"by REST", deletedBy(func(l *load, id string) {
-		if status, body := l.server.request("DELETE", "/sessions/"+id); status != http.StatusNoContent {
-			l.t.Errorf("DELETE: status %d %s", status, body)
-		}
-	})}, {"in SQL", deletedBy(func(l *load, id string) {
+	{name: "a session is locked", quick: 6, full: 30, times: 1, fullTimes: 1, ways: []way{{"the end of the lock",
+		func(l *load) {
+			held := l.tracker(1000).start(l.address)
+			waitUntil(l.t, "it records", func() bool { return held.ackedEvents() > 0 })
+			letGo := holdSQL(l.t, l.server.database, "select from sessions where session_id = '"+held.session+"' for update")
+			for range scale(2, 10) {
+				l.progress("a locked row of another session")
+			}
+			letGo()
+			l.trackers = append(l.trackers, held)
+		}}}},
+	{name: "a session is deleted", quick: 5, full: 20, times: 1, fullTimes: 5, ways: []way{{"by REST",
+		deletedBy(func(l *load, id string) {
+			if status, body := l.server.request("DELETE", "/sessions/"+id); status != http.StatusNoContent {
+				l.t.Errorf("DELETE: status %d %s", status, body)
+			}
+		})}, {"in SQL", deletedBy(func(l *load, id string) {
 		execSQL(l.t, l.server.database, "delete from sessions where session_id = $1", id)
 	})}}},
-	{name: "sessions move between two servers", quick: 6, full: 30, times: 1, fullTimes: 1, ways: []way{{"moves", movedAbout}}},
+	{name: "sessions move between two servers", quick: 6, full: 30, times: 1, fullTimes: 1, ways: []way{{"moves",
+		movedAbout}}},
 }
 
 func TestFaults(t *testing.T) {
@@ -594,7 +604,8 @@ func goneAway(l *load) {
 // all and recovers.
 func backendKilled(l *load) {
 	pid := querySQL[int](l.t, l.pg.url, `select pid from pg_stat_activity
-		where datname = $1 and backend_type = 'client backend' order by random() limit 1`, databaseName(l.t, l.server.database))
+		where datname = $1 and backend_type = 'client backend' order by random() limit 1`,
+		databaseName(l.t, l.server.database))
 	syscall.Kill(pid, syscall.SIGKILL)
 	waitUntil(l.t, "PostgreSQL has recovered", func() bool { return l.pg.start() == nil })
 }
@@ -653,7 +664,10 @@ func trackerFrozen(l *load) {
 	viewer := l.watch(frozen)
 	proxy.freezeLinks()
 	ends := len(viewer.look().notices)
-	waitUntil(l.t, "its session has ended", func() bool { return slices.Contains(viewer.look().notices[ends:], "session_ended") })
+	waitUntil(l.t, "its session has ended", func() bool {
+		return slices.Contains(viewer.look().notices[ends:],
+			"session_ended")
+	})
 	others.progress("a frozen tracker")
 	proxy.thaw()
 }
@@ -661,13 +675,17 @@ func trackerFrozen(l *load) {
 // poisoned: one session's data is refused; the others' is stored.
 func poisoned(l *load) {
 	tr := l.tracker(1000)
-	execSQL(l.t, l.server.database, "alter table session_events add constraint poison check (session_id <> '"+tr.session+"')")
+	execSQL(l.t, l.server.database,
+		"alter table session_events add constraint poison check (session_id <> '"+tr.session+"')")
 	tr.start(l.address)
 	waitUntil(l.t, "its tracker hears of it", func() bool { return tr.why() != "" })
 	if why := tr.why(); why != "not_stored" || tr.ackedEvents() != 0 {
 		l.t.Errorf("the tracker got the error %s and acks of %d events, want not_stored and none", why, tr.ackedEvents())
 	}
-	waitUntil(l.t, "the rejections log tells of it", func() bool { return strings.Contains(l.server.log("rejections"), tr.session) })
+	waitUntil(l.t, "the rejections log tells of it", func() bool {
+		return strings.Contains(l.server.log("rejections"),
+			tr.session)
+	})
 	if refused := l.server.stat("refusedSessions"); refused != 1 {
 		l.t.Errorf("/stats has %d refused sessions, want 1", refused)
 	}
@@ -718,95 +736,6 @@ func movedAbout(l *load) {
 
 // ---- starts and stops ----
 
-// All that was received is committed when the server stops, though nothing was
-// when it was told to; and peers that do nothing do not hold it.
-func TestFaultTerminatedWithEverythingPending(t *testing.T) {
-	besideOthers(t)
-	l := newLoad(t, false, "BATCH_INTERVAL=3600000")
-	l.server.start()
-	l.server.waitHealthy()
-	for i := range 5 {
-		tr := l.tracker(i)
-		tr.limit, tr.window, tr.pause = 20, 20, 0
-		l.trackers = append(l.trackers, tr.start(l.address))
-	}
-	for _, tr := range l.trackers {
-		waitUntil(t, "the tracker has sent all", func() bool { return tr.madeEvents() == 200 })
-		l.watch(tr).waitFor(200)
-		tr.drop()
-		waitUntil(t, "it is back", tr.isBack)
-		l.watch(tr).waitFor(200)
-		if acked := tr.ackedEvents(); acked != 0 {
-			t.Errorf("%s: %d events are acked before they are committed", tr.session, acked)
-		}
-	}
-	l.toServer.freezeLinks() // the trackers hear no close frame and answer none
-	silent := dialServer(t, l.server.ws("viewer"))
-	silent.send("viewer_join_session", sessionID{l.trackers[0].session})
-	if code, out := l.server.term(); code != 0 {
-		t.Fatalf("exit code %d after SIGTERM:\n%s", code, out)
-	}
-	if stored := querySQL[int](t, l.server.database, "select sum(event_count) from sessions"); stored != 1000 {
-		t.Errorf("%d events are stored after SIGTERM, want 1000", stored)
-	}
-	l.server.start()
-	l.server.waitHealthy()
-	l.toServer.thaw()
-	l.toServer.cut()
-	l.finish()
-}
-
-// PostgreSQL is away when the server starts: it says so, waits, and so do the
-// trackers.
-func TestFaultStartWithoutDatabase(t *testing.T) {
-	besideOthers(t)
-	l := newLoad(t, false)
-	l.toDB.freeze()
-	l.server.start()
-	l.server.waitUnhealthy()
-	tr := l.tracker(0).start(l.address)
-	waitUntil(t, "it waits", func() bool { return l.server.metric(`connections{type="tracker"}`) == 1 })
-	l.toDB.cut()
-	l.toDB.thaw()
-	l.server.waitHealthy()
-	waitUntil(t, "it records", func() bool { return tr.ackedEvents() > 0 })
-	tr.finish()
-	checkStored(t, l.server, tr)
-}
-
-// A viewer does not notice that its tracker reconnects, and does notice when the
-// session really ends and comes back.
-func TestFaultGracePeriod(t *testing.T) {
-	for grace, ends := range map[string]bool{"600000": false, "200": true} {
-		t.Run(grace, func(t *testing.T) {
-			besideOthers(t)
-			l := newLoad(t, false, "SESSION_GRACE_PERIOD="+grace)
-			l.record(1, nil)
-			tr, viewer := l.trackers[0], l.viewers[0]
-			begun := len(viewer.look().notices)
-			told := func(what string) func() bool {
-				return func() bool { return slices.Contains(viewer.look().notices[begun:], what) }
-			}
-			if ends {
-				l.toServer.freeze() // and new connections too
-				tr.drop()
-				l.toServer.cut()
-				waitUntil(t, "the session ends", told("session_ended"))
-				l.toServer.thaw()
-				waitUntil(t, "the session comes back", told("session_started"))
-			} else {
-				tr.drop()
-				waitUntil(t, "it is back", tr.isBack)
-			}
-			l.progress("its return")
-			l.finish()
-			if notices := viewer.look().notices[begun:]; !ends && len(notices) > 0 {
-				t.Errorf("the viewer was told %v of a session that only reconnected", notices)
-			}
-		})
-	}
-}
-
 // ---- memory, and viewers that do not read ----
 
 // PostgreSQL does not answer, and 200 trackers send as fast as they can.
@@ -841,7 +770,8 @@ func TestFaultMemoryBound(t *testing.T) {
 		tr.finish()
 	}
 	peak := s.peakMemory()
-	t.Logf("peak resident memory: %d MB while frozen, %d MB in all, MAX_BUFFER_BYTES %d MB", during>>20, peak>>20, buffer>>20)
+	t.Logf("peak resident memory: %d MB while frozen, %d MB in all, MAX_BUFFER_BYTES %d MB", during>>20, peak>>20,
+		buffer>>20)
 	if limit := buffer*3/2 + 100<<20; peak > limit && os.Getenv("TEST_SERVER_RACE") == "" {
 		t.Errorf("peak resident memory %d MB, the limit is %d MB", peak>>20, limit>>20)
 	}
@@ -868,7 +798,9 @@ func TestFaultViewerNeverReads(t *testing.T) {
 		silent[i], wake[i] = v, sync.OnceFunc(v.reading.Unlock)
 		t.Cleanup(wake[i])
 	}
-	waitUntil(t, "their queues are full", func() bool { return l.server.metric("viewers_lagged_total") >= int64(len(silent)) })
+	waitUntil(t, "their queues are full", func() bool {
+		return l.server.metric("viewers_lagged_total") >= int64(len(silent))
+	})
 	l.progress("viewers that do not read")
 	for i, tr := range l.trackers {
 		l.viewers[i].waitFor(tr.madeEvents())

@@ -49,7 +49,8 @@ func TestMain(m *testing.M) {
 		os.RemoveAll(filepath.Dir(testShared.binary))
 	}
 	if n := &testTotals; n.acked.Load() > 0 {
-		fmt.Printf("events: %d acked, %d stored, %d lost, %d doubled\n", n.acked.Load(), n.stored.Load(), n.lost.Load(), n.doubled.Load())
+		fmt.Printf("events: %d acked, %d stored, %d lost, %d doubled\n", n.acked.Load(), n.stored.Load(), n.lost.Load(),
+			n.doubled.Load())
 	}
 	os.Exit(code)
 }
@@ -128,7 +129,8 @@ func dropDatabase(t testing.TB, cluster, name string) {
 	conn := connectSQL(t, cluster)
 	defer conn.Close(context.Background())
 	waitUntil(t, "the test's database is dropped", func() bool {
-		_, err := conn.Exec(context.Background(), "select pg_terminate_backend(pid) from pg_stat_activity where datname = $1", name)
+		_, err := conn.Exec(context.Background(),
+			"select pg_terminate_backend(pid) from pg_stat_activity where datname = $1", name)
 		if err == nil {
 			_, err = conn.Exec(context.Background(), "drop database if exists "+name)
 		}
@@ -518,7 +520,11 @@ func (s *testServer) waitHealthy() {
 // waitUnhealthy waits until the server has noticed that PostgreSQL is away.
 func (s *testServer) waitUnhealthy() {
 	s.t.Helper()
-	waitUntil(s.t, "/health says 503", func() bool { status, _ := s.get("/health"); return status == http.StatusServiceUnavailable })
+	waitUntil(s.t, "/health says 503", func() bool {
+		status,
+			_ := s.get("/health")
+		return status == http.StatusServiceUnavailable
+	})
 }
 
 func (s *testServer) cleanUp() {
@@ -693,7 +699,8 @@ func checkRows(t testing.TB, conn *pgx.Conn, tr *testTracker) {
 	acked, made, seq := tr.ackedEvents(), tr.madeEvents(), int(tr.read(&tr.made))
 	lost += max(0, acked-end)
 	if err != nil || lost+doubled > 0 || stored != made {
-		t.Errorf("%s: %d events made, %d acked; %d stored, %d lost, %d doubled (%v)", tr.session, made, acked, stored, lost, doubled, err)
+		t.Errorf("%s: %d events made, %d acked; %d stored, %d lost, %d doubled (%v)", tr.session, made, acked, stored, lost,
+			doubled, err)
 	}
 	testTotals.acked.Add(int64(acked))
 	testTotals.stored.Add(int64(stored))
@@ -703,7 +710,8 @@ func checkRows(t testing.TB, conn *pgx.Conn, tr *testTracker) {
 		seq = 0
 	}
 	var saysEvents, saysBytes, saysSeq int
-	err = conn.QueryRow(context.Background(), "select event_count, stored_bytes, last_seq from sessions where session_id = $1",
+	err = conn.QueryRow(context.Background(),
+		"select event_count, stored_bytes, last_seq from sessions where session_id = $1",
 		tr.session).Scan(&saysEvents, &saysBytes, &saysSeq)
 	if err != nil || saysEvents != stored || saysBytes != bytes || saysSeq != seq {
 		t.Errorf("%s: the row says %d events, %d bytes, seq %d; there are %d, %d, %d (%v)",

@@ -215,7 +215,8 @@ func TestHostile(t *testing.T) {
 }
 
 func playHostile(t *testing.T, cases []hostileCase, env ...string) {
-	s := startInside(t, append(env, "MAX_MESSAGE_BYTES=2000000", "SESSION_GRACE_PERIOD=0", "MAX_SESSIONS_PER_MINUTE=100000", "BATCH_INTERVAL=5")...)
+	s := startInside(t, append(env, "MAX_MESSAGE_BYTES=2000000", "SESSION_GRACE_PERIOD=0",
+		"MAX_SESSIONS_PER_MINUTE=100000", "BATCH_INTERVAL=5")...)
 	innocent := s.recording("innocent")
 	recorded := 0
 	check := func(t *testing.T) {
@@ -247,9 +248,10 @@ func playHostile(t *testing.T, cases []hostileCase, env ...string) {
 	innocent.t = t
 	innocent.send("session_end", `{}`)
 	waitUntil(t, "it has ended", func() bool { return s.memory().sessions == 0 })
-	innocent.CloseNow()
+	innocent.Close()
 	s.nothingLeft()
-	if n := querySQL[int](t, s.database, "select count(*) from sessions where session_id !~ '^[A-Za-z0-9_.:-]{1,128}$' or user_id ~ '[[:cntrl:]]'"); n != 0 {
+	if n := querySQL[int](t, s.database, `select count(*) from sessions
+		where session_id !~ '^[A-Za-z0-9_.:-]{1,128}$' or user_id ~ '[[:cntrl:]]'`); n != 0 {
 		t.Errorf("%d sessions have an id or a user that is not sane", n)
 	}
 }
@@ -272,28 +274,19 @@ func (s *testServer) calm(t *testing.T) {
 	}
 	waitUntil(t, "no connection is left over", func() bool { return s.stat("totalClients") == 1 })
 	waitUntil(t, "no session is left over", func() bool { return s.memory().sessions == 1 })
-	deadline := time.Now().Add(10 * time.Second)
-	for {
+	waitUntil(t, "the only goroutine of a connection is the innocent's", func() bool {
 		http.DefaultClient.CloseIdleConnections()
-		of, stacks := connectionGoroutines()
-		if of == 1 {
-			return
-		}
-		if time.Now().After(deadline) {
-			t.Fatalf("%d goroutines are there for connections, want 1:\n%s", of, stacks)
-		}
-		time.Sleep(5 * time.Millisecond)
-	}
+		return connectionGoroutines() == 1
+	})
 }
 
 // connectionGoroutines counts the server's goroutines that serve connections.
-func connectionGoroutines() (n int, stacks string) {
+func connectionGoroutines() (n int) {
 	buf := make([]byte, 1<<20)
-	stacks = string(buf[:runtime.Stack(buf, true)])
-	for _, stack := range strings.Split(stacks, "\n\n") {
+	for stack := range strings.SplitSeq(string(buf[:runtime.Stack(buf, true)]), "\n\n") {
 		if strings.Contains(stack, "session-replay.(*conn).") || strings.Contains(stack, "net/http.(*conn).serve(") {
 			n++
 		}
 	}
-	return n, stacks
+	return n
 }

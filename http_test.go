@@ -72,7 +72,8 @@ func (a answer) wantJSON(t testing.TB, what string) {
 
 // The fields of a session in lists; one session has its chunks too.
 const (
-	sessionFields = "sessionId userId metadata eventCount errorCount isActive createdAt updatedAt endedAt startTime endTime " +
+	sessionFields = "sessionId userId metadata eventCount errorCount isActive createdAt updatedAt endedAt " +
+		"startTime endTime " +
 		"storedBytes rawBytes snapshotIndex"
 	chunkFields = "fromIndex count startTime endTime snapshotIndex bytes"
 )
@@ -100,7 +101,7 @@ func restTest(t *testing.T) *insideServer {
 	}
 	old.send("session_end", `{}`)
 	waitUntil(t, "the old session is stored", func() bool { return first.memory().sessions == 0 })
-	old.CloseNow()
+	old.Close()
 	if err := first.stop(); err != nil {
 		t.Fatal(err)
 	}
@@ -515,7 +516,8 @@ func TestRESTDelete(t *testing.T) {
 func TestRESTCleanup(t *testing.T) {
 	s := restTest(t)
 	execSQL(t, s.database, "update sessions set ended_at = now() - interval '5 hours' where session_id = 'old'")
-	execSQL(t, s.database, `update sessions set created_at = now() - interval '1 year', updated_at = now() - interval '1 year'
+	execSQL(t, s.database, `update sessions set created_at = now() - interval '1 year',
+		updated_at = now() - interval '1 year'
 		where session_id <> 'old'`)
 	for _, tt := range []struct {
 		query string

@@ -49,7 +49,8 @@ type healthJSON struct {
 
 func TestProcessVersion(t *testing.T) {
 	var out bytes.Buffer
-	if err := run(t.Context(), []string{"-version"}, os.Getenv, &out, io.Discard); err != nil || !strings.HasPrefix(out.String(), "session-replay ") {
+	if err := run(t.Context(), []string{"-version"}, os.Getenv, &out, io.Discard); err != nil ||
+		!strings.HasPrefix(out.String(), "session-replay ") {
 		t.Errorf("-version: got %q, error %v", &out, err)
 	}
 	if err := run(t.Context(), []string{"-nonsense"}, os.Getenv, io.Discard, io.Discard); err == nil {
@@ -77,7 +78,8 @@ func oddEvents() (events []json.RawMessage) {
 	for i, odd := range oddities {
 		events = append(events,
 			json.RawMessage(fmt.Sprintf(`{"type":3,"data":%s,"timestamp":%d}`, odd, 1700000000000+i)),
-			json.RawMessage(fmt.Sprintf("{ \"data\" :\n\t[ %s ,%s ] ,\r\n \"timestamp\": %d , \"type\" : 3 }", odd, odd, 1700000000000+i)))
+			json.RawMessage(fmt.Sprintf("{ \"data\" :\n\t[ %s ,%s ] ,\r\n \"timestamp\": %d , \"type\" : 3 }", odd, odd,
+				1700000000000+i)))
 	}
 	return append(events,
 		json.RawMessage(`{}`), json.RawMessage(`{ }`), json.RawMessage(`{"":""}`),
@@ -214,8 +216,10 @@ func (s *serverProcess) restEvents(id string, limit int) (all []json.RawMessage)
 			FromIndex, Count *int
 		}
 		s.getJSON(fmt.Sprintf("/sessions/%s/events?fromIndex=%d&limit=%d", id, len(all), limit), &page)
-		if page.SessionID != id || page.FromIndex == nil || *page.FromIndex != len(all) || page.Count == nil || *page.Count != len(page.Events) {
-			s.t.Fatalf("page at %d: got sessionId %q, fromIndex %v, count %v and %d events", len(all), page.SessionID, page.FromIndex, page.Count, len(page.Events))
+		if page.SessionID != id || page.FromIndex == nil || *page.FromIndex != len(all) || page.Count == nil ||
+			*page.Count != len(page.Events) {
+			s.t.Fatalf("page at %d: got sessionId %q, fromIndex %v, count %v and %d events", len(all), page.SessionID,
+				page.FromIndex, page.Count, len(page.Events))
 		}
 		all = append(all, page.Events...)
 		if len(page.Events) < limit {
@@ -249,11 +253,12 @@ func (s *serverProcess) chunkEvents(id string) (all []json.RawMessage) {
 func pagesOf(t testing.TB, s *insideServer, id string, limit int) (all []json.RawMessage) {
 	t.Helper()
 	c := dialServer(t, s.ws("viewer"))
-	defer c.CloseNow()
+	defer c.Close()
 	for more := true; more; {
 		c.send("get_session_events", map[string]any{"sessionId": id, "fromIndex": len(all), "limit": limit})
 		page := c.expect("session_events").Data
-		if page.SessionID != id || page.FromIndex != len(all) || len(page.Events) > limit || page.HasMore != (len(all)+len(page.Events) < page.TotalEvents) {
+		if page.SessionID != id || page.FromIndex != len(all) || len(page.Events) > limit ||
+			page.HasMore != (len(all)+len(page.Events) < page.TotalEvents) {
 			t.Fatalf("page at %d: got sessionId %q, fromIndex %d, %d events of %d, hasMore %v",
 				len(all), page.SessionID, page.FromIndex, len(page.Events), page.TotalEvents, page.HasMore)
 		}
@@ -314,13 +319,15 @@ func TestHugeSnapshot(t *testing.T) {
 		page = fmt.Appendf(page, "<li>%d %x</li>", i, uint64(i)*0x9E3779B97F4A7C15)
 	}
 	snapshot := slices.Concat([]byte(`{"type":2,"data":{"node":"`), page, []byte(`"},"timestamp":1700000000001}`))
-	events := slices.Concat([]byte(`{"type":4,"timestamp":1700000000000},`), snapshot, []byte(`,{"type":3,"timestamp":1700000000002}`))
+	events := slices.Concat([]byte(`{"type":4,"timestamp":1700000000000},`), snapshot,
+		[]byte(`,{"type":3,"timestamp":1700000000002}`))
 	tracker, viewer := dialServer(t, s.ws("tracker")), dialServer(t, s.ws("viewer"))
 	tracker.send("session_start", `{"sessionId":"huge","resume":""}`)
 	tracker.expect("session_ready")
 	viewer.send("viewer_join_session", `{"sessionId":"huge"}`)
 	viewer.expect("session_joined")
-	if _, err := tracker.Write(maskedText(slices.Concat([]byte(`{"type":"events_batch","data":{"seq":1,"events":[`), events, []byte(`]}}`)))); err != nil {
+	if _, err := tracker.Write(maskedText(slices.Concat([]byte(`{"type":"events_batch","data":{"seq":1,"events":[`),
+		events, []byte(`]}}`)))); err != nil {
 		t.Fatal(err)
 	}
 	whole := func(way string, text []byte, err error) {
@@ -337,8 +344,10 @@ func TestHugeSnapshot(t *testing.T) {
 	first = bytes.Clone(first)
 	viewer.send("get_session_events", `{"sessionId":"huge","fromIndex":2}`)
 	second, err2 := viewer.read()
-	if !bytes.Contains(first, snapshot) || !bytes.Contains(first, []byte(`"hasMore":true`)) || !bytes.Contains(second, []byte(`1700000000002`)) || err != nil || err2 != nil {
-		t.Errorf("pages: got %d and %d bytes, %v, %v, want the snapshot in the first, the rest in the second", len(first), len(second), err, err2)
+	if !bytes.Contains(first, snapshot) || !bytes.Contains(first, []byte(`"hasMore":true`)) || !bytes.Contains(second,
+		[]byte(`1700000000002`)) || err != nil || err2 != nil {
+		t.Errorf("pages: got %d and %d bytes, %v, %v, want the snapshot in the first, the rest in the second", len(first),
+			len(second), err, err2)
 	}
 	_, text = s.get("/sessions/huge/events") // ends where it has 4 MB
 	if !bytes.Contains(text, snapshot) || !bytes.HasSuffix(text, []byte(`"count":2}`)) {
@@ -358,12 +367,18 @@ func TestStartWithoutDatabase(t *testing.T) {
 	database := testDatabase(t)
 	gate := newGate(t, database)
 	s := launchInside(t, "DATABASE_URL="+gate.url)
-	if status, body := s.get("/health"); status != http.StatusServiceUnavailable || !bytes.Contains(body, []byte(`"unhealthy"`)) {
+	if status, body := s.get("/health"); status != http.StatusServiceUnavailable || !bytes.Contains(body,
+		[]byte(`"unhealthy"`)) {
 		t.Errorf("/health without a database: got %d %s, want 503 and unhealthy", status, body)
 	}
-	waitUntil(t, "the log says what it waits for", func() bool { return strings.Contains(s.output.String(), "waiting for the database") })
-	for _, path := range []string{"/sessions", "/sessions/active", "/sessions/x", "/sessions/x/events", "/sessions/x/chunks/0"} {
-		if status, body := s.get(path); status != http.StatusServiceUnavailable || !bytes.Contains(body, []byte(`{"error":`)) {
+	waitUntil(t, "the log says what it waits for", func() bool {
+		return strings.Contains(s.output.String(),
+			"waiting for the database")
+	})
+	for _, path := range []string{"/sessions", "/sessions/active", "/sessions/x", "/sessions/x/events",
+		"/sessions/x/chunks/0"} {
+		if status, body := s.get(path); status != http.StatusServiceUnavailable || !bytes.Contains(body,
+			[]byte(`{"error":`)) {
 			t.Errorf("GET %s without a database: got %d %.100s, want 503 and an error", path, status, body)
 		}
 	}
@@ -425,8 +440,9 @@ func TestServersStartTogether(t *testing.T) {
 			tracker.expect("session_ready")
 			tracker.sendRaw(batchOf(1, oddEvents()))
 			tracker.expect("events_ack")
-			tracker.CloseNow()
-			if out := s.output.String(); strings.Contains(out, "level=ERROR") || strings.Contains(out, "level=WARN") && !strings.Contains(out, "bundled") {
+			tracker.Close()
+			if out := s.output.String(); strings.Contains(out, "level=ERROR") || strings.Contains(out, "level=WARN") &&
+				!strings.Contains(out, "bundled") {
 				t.Errorf("round %d: server %d complains:\n%s", round, i, out)
 			}
 		}
@@ -504,9 +520,10 @@ func TestShutdown(t *testing.T) {
 		if _, err := conn.receive(); websocket.CloseStatus(err) != websocket.StatusGoingAway {
 			t.Errorf("a late connection ended with %v, want close code 1001", err)
 		}
-		conn.CloseNow()
+		conn.Close()
 	}
-	if n := querySQL[int](t, s.database, "select sum(event_count) from sessions where not is_active"); n != 3*len(oddEvents()) {
+	const ended = "select sum(event_count) from sessions where not is_active"
+	if n := querySQL[int](t, s.database, ended); n != 3*len(oddEvents()) {
 		t.Errorf("%d events are stored, want %d", n, 3*len(oddEvents()))
 	}
 	if _, err := net.Dial("tcp", "127.0.0.1:"+s.port); err == nil {

@@ -71,7 +71,8 @@ func playModel(t *testing.T, seed uint64) {
 		rows: map[string]*modelRow{}, users: map[*outbox]*modelTracker{}}
 	defer func() {
 		if t.Failed() {
-			t.Logf("seed %d (onlySeed repeats it), the last steps:\n\t%s", seed, strings.Join(m.did[max(0, len(m.did)-25):], "\n\t"))
+			t.Logf("seed %d (onlySeed repeats it), the last steps:\n\t%s", seed, strings.Join(m.did[max(0, len(m.did)-25):],
+				"\n\t"))
 		}
 	}()
 	inHub(t, func(c *config) {
@@ -534,7 +535,8 @@ func (m *model) quiet() {
 	}
 	for row, tr := range sent {
 		if row.seq != tr.seq || row.active {
-			m.t.Errorf("%s: at the end batch %d of %d is the last that is stored, active is %v", tr.id, row.seq, tr.seq, row.active)
+			m.t.Errorf("%s: at the end batch %d of %d is the last that is stored, active is %v", tr.id, row.seq, tr.seq,
+				row.active)
 		}
 	}
 }
