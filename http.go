@@ -3,24 +3,22 @@ package main
 import (
 	"bufio"
 	"bytes"
-	"compress/gzip"
 	"context"
-	"crypto/sha256"
-	"embed"
-	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io/fs"
-	"log/slog"
+	"maps"
 	"net"
 	"net/http"
+	"net/netip"
 	"net/url"
-	"path"
+	"runtime"
+	rt "runtime/metrics"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"nhooyr.io/websocket"
@@ -29,15 +27,9 @@ import (
 // server answers HTTP and WebSocket requests. It owns the connections' readers
 // and writers; its parts are safe for concurrent use.
 type server struct {
-	cfg     config
-	hub     *hub
-	store   *store
-	budget  *budget
-	metrics *metrics
+	core
 	writers []*writer
 	access  *access
-	logs    *logs
-	log     *slog.Logger
 	started time.Time
 	files   map[string]asset
 
@@ -175,7 +167,7 @@ func (s *server) recovered(next http.Handler) http.Handler {
 					panic(v)
 				}
 				s.fail(w, r, http.StatusInternalServerError, "internal error", nil)
-				func() { defer s.catch("handler"); panic(v) }()
+				func() { defer s.logs.catch("handler"); panic(v) }()
 			}
 		}()
 		next.ServeHTTP(w, r)
@@ -278,23 +270,8 @@ func queryNumber(r *http.Request, name string, preset, least, most int64) (int64
 // it lasts; smaller ones serve a tracker, which is sent little, as well.
 type hijacker struct {
 	http.ResponseWriter
-	small  bool
-	conn   net.Conn
-	status int    // what Accept answers
-	reason string // if it is a refusal
-}
-
-// WriteHeader and Write keep back what Accept says of a handshake that it does
-// not like: it is answered like all else that is refused.
-func (h *hijacker) WriteHeader(status int) {
-	if h.status = status; status == http.StatusSwitchingProtocols {
-		h.ResponseWriter.WriteHeader(status)
-	}
-}
-
-func (h *hijacker) Write(text []byte) (int, error) {
-	h.reason += string(text)
-	return len(text), nil
+	small bool
+	conn  net.Conn
 }
 
 func (h *hijacker) Hijack() (net.Conn, *bufio.ReadWriter, error) {
@@ -320,86 +297,50 @@ func (s *server) handleWebSocket(w http.ResponseWriter, r *http.Request) {
 	h := &hijacker{ResponseWriter: w, small: kind != "viewer"}
 	ws, err := websocket.Accept(h, r, &websocket.AcceptOptions{InsecureSkipVerify: true, CompressionMode: websocket.CompressionDisabled})
 	if err != nil {
-		s.access.leave(addr)
-		if h.status >= http.StatusBadRequest {
-			s.fail(w, r, h.status, strings.TrimSpace(h.reason), nil)
-		}
+		s.access.leave(addr) // Accept has answered
 		return
 	}
-	ws.SetReadLimit(-1) // conn.read has its own
-	c := &conn{srv: s, ws: ws, net: h.conn, addr: addr, viewer: kind == "viewer"}
+	ws.SetReadLimit(-1)                                     // conn.read has its own
+	go s.serveWebSocket(ws, h.conn, addr, kind == "viewer") // ends with the connection
+}
+
+// serveWebSocket is a connection from its handshake to its end.
+func (s *server) serveWebSocket(ws *websocket.Conn, nc net.Conn, addr netip.Addr, isViewer bool) {
+	defer s.access.leave(addr)
+	c := &conn{core: &s.core, ws: ws, net: nc, urgent: isViewer}
 	c.ctx, c.cancel = context.WithCancel(s.ctx)
-	c.limit = time.AfterFunc(time.Hour, func() {
-		s.metrics.refuse("message_time")
-		c.shut(closePolicy, "the message took too long")
-	})
-	c.limit.Stop()
-	c.pulse = time.AfterFunc(time.Hour, c.heartbeat)
+	if isViewer {
+		c.maxMessage, c.out = maxViewerMessage, newOutbox(viewerOutbox, s.outgoing)
+		c.handle = (&viewer{&s.core, c.ctx, c.out}).handle
+	} else {
+		c.maxMessage, c.out = s.cfg.maxMessageBytes, newOutbox(trackerOutbox, nil)
+		c.handle = (&tracker{core: &s.core, ctx: c.ctx, out: c.out}).handle
+	}
+	c.open()
 	s.open.Store(c, nil)
-	go c.serve()
+	defer s.open.Delete(c)
+	defer c.close()
+	if !s.hub.send(enter{c.out, isViewer}) {
+		c.out.closeAfterSending(closeGoingAway, "the server stops")
+	}
+	defer s.hub.send(leave{c.out})
+	c.serve()
 }
 
-// forget is called when a connection has ended.
-func (s *server) forget(c *conn) {
-	s.open.Delete(c)
-	s.access.leave(c.addr)
-}
-
-// goodbye tells every connection that the server stops, also those that are
+// closeAll tells every connection that the server stops, also those that are
 // about to open, and waits until all have ended or ctx has.
-func (s *server) goodbye(ctx context.Context) {
+func (s *server) closeAll(ctx context.Context) {
 	s.budget.open()
 	for s.access.close() > 0 && ctx.Err() == nil {
 		s.open.Range(func(c, _ any) bool {
-			c.(*conn).shut(closeGoingAway, "the server stops")
+			c.(*conn).out.closeAfterSending(closeGoingAway, "the server stops")
 			return true
 		})
 		time.Sleep(5 * time.Millisecond)
 	}
 }
 
-// Pages of events.
-
-// events calls emit with the events of a session from one number on, at most
-// limit, until emit says false; those not yet committed too. What is in memory
-// is asked for first: everything before it was committed by then.
-func (s *server) events(ctx context.Context, id string, from, limit int64, emit func([]byte) bool) (summary, error) {
-	reply := make(chan found, 1)
-	f, ok := ask(s.hub, reply, find{id, from, from + limit, reply})
-	if !ok {
-		return summary{}, net.ErrClosed
-	}
-	if !f.ok {
-		row, err := s.store.session(ctx, id)
-		if err != nil {
-			return summary{}, err
-		}
-		f.session = row.summary
-	}
-	to := min(from+limit, f.session.now.events)
-	inMemory := to
-	if len(f.batches) > 0 {
-		inMemory = min(to, f.batches[0].first)
-	}
-	more := true
-	if from < inMemory {
-		err := s.store.events(ctx, id, from, inMemory, func(event []byte) bool {
-			from++
-			more = emit(event)
-			return more
-		})
-		if err != nil || from < inMemory {
-			return f.session, err
-		}
-	}
-	for _, b := range f.batches {
-		for ; more && from < min(to, b.end()); from++ {
-			e := b.events[from-b.first]
-			more = emit(b.body[e.start:e.end])
-		}
-	}
-	return f.session, nil
-}
+// Recordings.
 
 const maxIndex = 1 << 53
 
@@ -410,51 +351,26 @@ func (s *server) handleEvents(w http.ResponseWriter, r *http.Request) error {
 	if err := errors.Join(err, err2); err != nil {
 		return err
 	}
-	out := &eventsWriter{w: w, id: id}
-	_, err = s.events(r.Context(), id, from, limit, out.add)
-	switch {
-	case err != nil && out.count == 0:
+	p, err := s.eventPage(r.Context(), id, from, limit)
+	if err != nil {
 		return err
-	case err != nil || out.err != nil:
-		panic(http.ErrAbortHandler) // the client sees that the answer is cut
 	}
-	out.finish(from)
+	w.Header().Set("Content-Type", "application/json; charset=utf-8")
+	w.Header().Set("Cache-Control", "no-store")
+	fmt.Fprintf(w, `{"sessionId":"%s","events":[`, id)
+	s.writeSlowly(w, p.events)
+	fmt.Fprintf(w, `],"fromIndex":%d,"count":%d}`, from, p.count)
 	return nil
 }
 
-// eventsWriter writes a page of events as they come.
-type eventsWriter struct {
-	w     http.ResponseWriter
-	id    string
-	count int64
-	err   error
-}
-
-func (o *eventsWriter) begin() {
-	o.w.Header().Set("Content-Type", "application/json; charset=utf-8")
-	o.w.Header().Set("Cache-Control", "no-store")
-	fmt.Fprintf(o.w, `{"sessionId":"%s","events":[`, o.id)
-}
-
-func (o *eventsWriter) add(event []byte) bool {
-	if o.count == 0 {
-		o.begin()
-	} else {
-		o.w.Write([]byte{','})
+// writeSlowly gives a client that reads at all the time that a large answer takes.
+func (s *server) writeSlowly(w http.ResponseWriter, body []byte) {
+	for piece := range slices.Chunk(body, writePiece) {
+		http.NewResponseController(w).SetWriteDeadline(time.Now().Add(time.Minute))
+		if _, err := w.Write(piece); err != nil {
+			return
+		}
 	}
-	o.count++
-	if len(event) > writePiece || o.count%100 == 0 {
-		http.NewResponseController(o.w).SetWriteDeadline(time.Now().Add(time.Minute))
-	}
-	_, o.err = o.w.Write(event)
-	return o.err == nil
-}
-
-func (o *eventsWriter) finish(from int64) {
-	if o.count == 0 {
-		o.begin()
-	}
-	fmt.Fprintf(o.w, `],"fromIndex":%d,"count":%d}`, from, o.count)
 }
 
 func (s *server) handleChunk(w http.ResponseWriter, r *http.Request) error {
@@ -472,7 +388,7 @@ func (s *server) handleChunk(w http.ResponseWriter, r *http.Request) error {
 	h.Set("Cache-Control", "private, max-age=31536000, immutable")
 	h.Add("Vary", "Accept-Encoding")
 	if !strings.Contains(r.Header.Get("Accept-Encoding"), "gzip") {
-		if data, err = gunzip(data, 4*len(data)); err != nil {
+		if data, err = unzip(data, 4*len(data)); err != nil {
 			s.fail(w, r, http.StatusInternalServerError, "the chunk is damaged", err)
 			return nil
 		}
@@ -480,7 +396,7 @@ func (s *server) handleChunk(w http.ResponseWriter, r *http.Request) error {
 		h.Set("Content-Encoding", "gzip")
 	}
 	h.Set("Content-Length", strconv.Itoa(len(data)))
-	w.Write(data)
+	s.writeSlowly(w, data)
 	return nil
 }
 
@@ -504,46 +420,33 @@ type sessionJSON struct {
 	SnapshotIndex *int64          `json:"snapshotIndex"`
 }
 
-// millis gives a timestamp as JSON has it: null when there is none.
-func millis(t int64) *int64 {
+// nullableMillis gives a timestamp as JSON has it: null for none.
+func nullableMillis(t int64) *int64 {
 	if t == 0 {
 		return nil
 	}
 	return &t
 }
 
-// toJSON takes a row, and what memory knows better of it.
-func toJSON(row storedSession, live map[string]summary) sessionJSON {
+// toJSON gives a row as lists show it.
+func toJSON(row storedSession) sessionJSON {
 	s := row.summary
-	if l, ok := live[s.id]; ok && l.now.events >= s.now.events { // it may be on another server by now
-		stored := s.now.stored
-		s = l
-		s.now.stored = stored
-	}
 	return sessionJSON{
-		sessionID: sessionID{s.id}, UserID: s.about.userID, Metadata: s.about.metadata, EventCount: s.now.events, ErrorCount: s.now.errors,
+		sessionID: sessionID{s.id}, UserID: s.about.userID, Metadata: s.about.brief, EventCount: s.now.events, ErrorCount: s.now.errors,
 		IsActive: s.isActive, CreatedAt: row.createdAt.UTC(), UpdatedAt: row.updatedAt.UTC(), EndedAt: row.endedAt,
-		StartTime: millis(s.now.firstTime), EndTime: millis(s.now.endTime), StoredBytes: s.now.stored, RawBytes: s.now.raw,
-		SnapshotIndex: index(s.now.snapshot),
+		StartTime: nullableMillis(s.now.firstTime), EndTime: nullableMillis(s.now.endTime), StoredBytes: s.now.stored, RawBytes: s.now.raw,
+		SnapshotIndex: nullableIndex(s.now.snapshot),
 	}
 }
 
-// live gives the sessions in memory by their ids.
-func (s *server) live() map[string]summary {
-	reply := make(chan []summary, 1)
-	all, _ := ask(s.hub, reply, active{reply})
-	byID := make(map[string]summary, len(all))
-	for _, l := range all {
-		byID[l.id] = l
-	}
-	return byID
-}
-
-func (s *server) toJSON(rows []storedSession) []sessionJSON {
-	live := s.live()
-	all := make([]sessionJSON, len(rows))
-	for i, row := range rows {
-		all[i] = toJSON(row, live)
+// listJSON gives the rows of a list, as many as a page has room for.
+func listJSON(rows []storedSession) []sessionJSON {
+	all, size := make([]sessionJSON, 0, len(rows)), 0
+	for _, row := range rows {
+		if size += row.listSize(); size > pageBytes && len(all) > 0 {
+			break
+		}
+		all = append(all, toJSON(row))
 	}
 	return all
 }
@@ -558,7 +461,7 @@ func (s *server) handleSessions(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	s.write(w, http.StatusOK, map[string]any{"sessions": s.toJSON(rows), "limit": limit, "offset": offset})
+	s.write(w, http.StatusOK, map[string]any{"sessions": listJSON(rows), "limit": limit, "offset": offset})
 	return nil
 }
 
@@ -567,7 +470,7 @@ func (s *server) handleActive(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	s.write(w, http.StatusOK, map[string]any{"sessions": s.toJSON(rows)})
+	s.write(w, http.StatusOK, map[string]any{"sessions": listJSON(rows)})
 	return nil
 }
 
@@ -591,12 +494,14 @@ func (s *server) handleSession(w http.ResponseWriter, r *http.Request) error {
 	}
 	seek := make([]chunkJSON, len(chunks))
 	for i, c := range chunks {
-		seek[i] = chunkJSON{c.first, c.count, millis(c.startTime), millis(c.endTime), index(c.snapshot), c.raw}
+		seek[i] = chunkJSON{c.first, c.count, nullableMillis(c.startTime), nullableMillis(c.endTime), nullableIndex(c.snapshot), c.raw}
 	}
+	one := toJSON(row)
+	one.Metadata = row.about.metadata
 	s.write(w, http.StatusOK, struct {
 		sessionJSON
 		Chunks []chunkJSON `json:"chunks"`
-	}{toJSON(row, s.live()), seek})
+	}{one, seek})
 	return nil
 }
 
@@ -633,7 +538,7 @@ func (s *server) handleCleanup(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	n, err := s.store.removeEnded(r.Context(), time.Now().Add(-time.Duration(hours)*time.Hour))
+	n, err := s.store.removeOld(r.Context(), time.Duration(hours)*time.Hour, 0)
 	if err != nil {
 		return err
 	}
@@ -645,8 +550,8 @@ func (s *server) handleCleanup(w http.ResponseWriter, r *http.Request) error {
 
 func (s *server) stats() hubStats {
 	reply := make(chan hubStats, 1)
-	st, _ := ask(s.hub, reply, look{reply})
-	return st
+	stats, _ := ask(s.hub, reply, statsQuery{reply})
+	return stats
 }
 
 func (s *server) uptime() int64 { return time.Since(s.started).Milliseconds() }
@@ -683,117 +588,68 @@ func (s *server) handleStats(w http.ResponseWriter, r *http.Request) {
 	})
 }
 
-// The browser's side.
-
-//go:embed web/*.html web/*.js web/*.css web/dist
-var web embed.FS
-
-// asset is an embedded file, ready to be served.
-type asset struct {
-	body, zipped []byte
-	contentType  string
-	etag         string
+// metric is a line of /metrics. Those of one name, with different labels, stand
+// together.
+type metric struct {
+	name, help, kind string
+	value            float64
 }
 
-func newAsset(name string, body []byte) asset {
-	sum := sha256.Sum256(body)
-	types := map[string]string{".html": "text/html", ".js": "text/javascript", ".css": "text/css"}
-	var zipped bytes.Buffer
-	z, _ := gzip.NewWriterLevel(&zipped, gzip.BestCompression)
-	z.Write(body)
-	z.Close()
-	return asset{body, zipped.Bytes(), types[path.Ext(name)] + "; charset=utf-8", `"` + hex.EncodeToString(sum[:8]) + `"`}
+func (s *server) metricsNow() []metric {
+	st, m := s.stats(), s.metrics
+	memory := []rt.Sample{{Name: "/memory/classes/heap/objects:bytes"}, {Name: "/memory/classes/total:bytes"}}
+	rt.Read(memory)
+	n := func(c *atomic.Int64) float64 { return float64(c.Load()) }
+	const counter, gauge = "counter", "gauge"
+	all := []metric{
+		{`session_replay_connections{type="tracker"}`, "WebSockets that are open.", gauge, float64(st.trackers)},
+		{`session_replay_connections{type="viewer"}`, "", gauge, float64(st.viewers)},
+		{"session_replay_sessions_live", "Sessions that are being recorded.", gauge, float64(st.live)},
+		{"session_replay_sessions_in_memory", "Those, and ended ones that are not wholly stored.", gauge, float64(st.sessions)},
+		{"session_replay_sessions_started_total", "Sessions begun or continued.", counter, n(&m.sessionsStarted)},
+		{"session_replay_sessions_deleted_total", "Sessions deleted for their age or MAX_STORAGE_BYTES.", counter, n(&m.sessionsDeleted)},
+		{"session_replay_sessions_refused_total", "Sessions given up because PostgreSQL refused their data.", counter, n(&m.refusedSessions)},
+		{"session_replay_events_received_total", "Events accepted.", counter, n(&m.eventsIn)},
+		{"session_replay_received_bytes_total", "JSON of these.", counter, n(&m.bytesIn)},
+		{"session_replay_events_stored_total", "Events committed.", counter, n(&m.eventsStored)},
+		{"session_replay_stored_bytes_total", "Chunks of these, compressed.", counter, n(&m.bytesStored)},
+		{"session_replay_acks_total", "Acks sent; one may stand for many batches.", counter, n(&m.acks)},
+		{"session_replay_oldest_pending_seconds", "Age of the oldest event not committed.", gauge, st.oldest.Seconds()},
+		{"session_replay_buffer_bytes", "Memory in use of MAX_BUFFER_BYTES.", gauge, float64(int64(s.cfg.maxBufferBytes) - s.budget.left())},
+		{"session_replay_buffer_limit_bytes", "MAX_BUFFER_BYTES.", gauge, float64(s.cfg.maxBufferBytes)},
+		{"session_replay_tail_bytes", "Memory in use for events that are committed.", gauge, float64(st.tailBytes)},
+		{"session_replay_viewers_lagged_total", "Times that a viewer was too slow.", counter, n(&m.viewersLagged)},
+		{"session_replay_database_errors_total", "Transactions and questions that failed.", counter, n(&m.databaseErrors)},
+		{"session_replay_log_write_errors_total", "Lines that did not reach a log file.", counter, float64(s.logs.writeErrors())},
+		{"go_goroutines", "Goroutines.", gauge, float64(runtime.NumGoroutine())},
+		{"go_memstats_alloc_bytes", "Memory of Go objects.", gauge, float64(memory[0].Value.Uint64())},
+		{"go_memstats_sys_bytes", "Memory taken from the system.", gauge, float64(memory[1].Value.Uint64())},
+		{"process_start_time_seconds", "Start, in seconds since 1970.", gauge, float64(s.started.Unix())},
+	}
+	refused := m.refused()
+	for _, reason := range slices.Sorted(maps.Keys(refused)) {
+		all = append(all, metric{`session_replay_refusals_total{reason="` + reason + `"}`, "Requests, messages and connections refused.", counter,
+			float64(refused[reason])})
+	}
+	return all
 }
 
-// assets are the embedded files by their base names, and whether the recorder is
-// among them. The tracker is put together here: rrweb's recorder and ours, in a
-// function of their own, so that the recorder's bundle finds neither the page's
-// globals nor its module loader.
-var assets = sync.OnceValues(func() (map[string]asset, bool) {
-	files := map[string]asset{}
-	fs.WalkDir(web, "web", func(name string, d fs.DirEntry, err error) error {
-		if err == nil && !d.IsDir() && path.Ext(name) != ".txt" {
-			body, _ := web.ReadFile(name)
-			files[path.Base(name)] = newAsset(name, body)
+// handleMetrics answers in Prometheus' text format 0.0.4,
+// https://prometheus.io/docs/instrumenting/exposition_formats/.
+func (s *server) handleMetrics(w http.ResponseWriter, r *http.Request) {
+	var out bytes.Buffer
+	before := ""
+	for _, m := range s.metricsNow() {
+		if name, _, _ := strings.Cut(m.name, "{"); name != before {
+			fmt.Fprintf(&out, "# HELP %s %s\n# TYPE %[1]s %[3]s\n", name, m.help, m.kind)
+			before = name
 		}
-		return err
-	})
-	recorder, bundled := files["rrweb-record.js"]
-	script := []byte(`console.warn("session-replay: the recorder was not bundled: run 'make web' and build again");`)
-	if bundled {
-		script = []byte("(function(){var module={exports:{}},exports=module.exports,define;" + string(recorder.body) +
-			"\n;var rrwebRecord=module.exports;(()=>{\"use strict\";" + string(files["tracker-privacy.js"].body) +
-			string(files["tracker-picture.js"].body) + string(files["tracker.js"].body) + "})()})();")
+		fmt.Fprintf(&out, "%s %v\n", m.name, m.value)
 	}
-	files["tracker.js"] = newAsset("tracker.js", script)
-	return files, bundled
-})
-
-func (s *server) serve(w http.ResponseWriter, r *http.Request, name, cache string) {
-	a, ok := s.files[name]
-	if !ok {
-		s.fail(w, r, http.StatusNotFound, "no such file", nil)
-		return
-	}
-	h := w.Header()
-	h.Set("Content-Type", a.contentType)
-	h.Set("Cache-Control", cache)
-	h.Set("ETag", a.etag)
-	h.Add("Vary", "Accept-Encoding")
-	if r.Header.Get("If-None-Match") == a.etag {
-		w.WriteHeader(http.StatusNotModified)
-		return
-	}
-	body := a.body
-	if strings.Contains(r.Header.Get("Accept-Encoding"), "gzip") {
-		h.Set("Content-Encoding", "gzip")
-		body = a.zipped
-	}
-	h.Set("Content-Length", strconv.Itoa(len(body)))
-	w.Write(body)
-}
-
-const (
-	// viewerPolicy keeps what was recorded, which may be hostile, from running
-	// scripts, sending requests and reaching the viewer's session.
-	viewerPolicy = "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src data:; " +
-		"font-src data:; connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
-	demoPolicy = "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; " +
-		"connect-src 'self' ws: wss:; form-action 'self'; base-uri 'none'"
-)
-
-func (s *server) page(w http.ResponseWriter, r *http.Request, name, policy string) {
-	w.Header().Set("Content-Security-Policy", policy)
-	w.Header().Set("Referrer-Policy", "no-referrer")
-	s.serve(w, r, name, "no-cache")
-}
-
-func (s *server) handleRoot(w http.ResponseWriter, r *http.Request) {
-	if isBrowser(r) {
-		s.page(w, r, "index.html", viewerPolicy)
-		return
-	}
-	s.write(w, http.StatusOK, map[string]any{
-		"name": "session-replay", "version": version(),
-		"endpoints": map[string]string{"websocket": "/ws", "health": "/health", "stats": "/stats", "activeSessions": "/sessions/active",
-			"sessionEvents": "/sessions/:sessionId/events", "cleanup": "/sessions/cleanup"},
-		"documentation": "README.md", "signedIn": s.access.signedIn(r),
-	})
-}
-
-func (s *server) handleView(w http.ResponseWriter, r *http.Request) {
-	s.page(w, r, "view.html", viewerPolicy)
-}
-func (s *server) handleDemo(w http.ResponseWriter, r *http.Request) {
-	s.page(w, r, "demo.html", demoPolicy)
-}
-
-func (s *server) handleAsset(w http.ResponseWriter, r *http.Request) {
-	s.serve(w, r, r.PathValue("file"), "no-cache")
-}
-
-func (s *server) handleTracker(w http.ResponseWriter, r *http.Request) {
-	w.Header().Set("Access-Control-Allow-Origin", "*")
-	w.Header().Set("Cross-Origin-Resource-Policy", "cross-origin")
-	s.serve(w, r, "tracker.js", "public, max-age=3600")
+	s.metrics.mu.Lock()
+	s.metrics.seconds.write(&out, "session_replay_batch_seconds", "Time to compress and commit a batch, or to fail.")
+	s.metrics.size.write(&out, "session_replay_batch_bytes", "JSON in a batch.")
+	s.metrics.mu.Unlock()
+	w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+	w.Write(out.Bytes())
 }

@@ -91,6 +91,14 @@ func (l *logs) handler(kind string, level slog.Level) slog.Handler {
 	return slog.NewJSONHandler(f, &slog.HandlerOptions{Level: level})
 }
 
+// catch is deferred by what serves one client: a panic is written down, and ends
+// only that. One of the hub or a writer ends the server.
+func (l *logs) catch(where string) {
+	if v := recover(); v != nil {
+		l.exception(where, v, debug.Stack())
+	}
+}
+
 // exception logs a recovered panic: recover's value and debug.Stack.
 func (l *logs) exception(where string, v any, stack []byte) {
 	l.panicked.Error("panic", "where", where, "panic", fmt.Sprint(v), "stack", string(stack))

@@ -20,10 +20,18 @@ create table if not exists sessions (
     snapshot_index   bigint,                    -- number of the newest full snapshot
     last_seq         bigint not null default 0, -- highest batch number that is stored
     resume_hash      bytea,                     -- SHA-256 of the token that continues it
+    server           text not null default '',  -- which of the servers records it, or did last
     -- Raised by each claim; writes of an older one are refused. It begins at the
     -- time in microseconds: a row made again after its deletion has a higher one.
     epoch            bigint not null default extract(epoch from clock_timestamp()) * 1000000
 ) with (fillfactor = 80);                       -- room for updates in place
+
+-- The column was added later. Not unless it must be, as below.
+do $$ begin
+    if not exists (select from pg_attribute where attrelid = 'sessions'::regclass and attname = 'server') then
+        alter table sessions add column server text not null default '';
+    end if;
+end $$;
 
 create index if not exists sessions_created on sessions (created_at desc, session_id);
 create index if not exists sessions_past on sessions (created_at desc, session_id) where not is_active;
@@ -57,4 +65,10 @@ create table if not exists session_errors (
     error_data json not null,
     created_at timestamptz not null default now(),
     primary key (session_id, id)
+);
+
+-- The servers that share this database; each says now and then that it is there.
+create table if not exists servers (
+    server  text primary key,
+    seen_at timestamptz not null default now()
 );

@@ -1,0 +1,327 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"strconv"
+	"sync"
+	"time"
+
+	"nhooyr.io/websocket"
+)
+
+// message is something to be sent to a client. The goroutine that sends it calls
+// encode.
+type message interface {
+	encode() []byte
+	size() int // about, in bytes
+}
+
+func (b *batch) encode() []byte { return b.frame }
+func (b *batch) size() int      { return len(b.frame) }
+
+// text is a message that is encoded already.
+type text []byte
+
+func (t text) encode() []byte { return t }
+func (t text) size() int      { return len(t) }
+
+// outboxLimits are the most that an outbox holds; an answer to the client's own
+// request goes in all the same, but the next request is not read before that.
+type outboxLimits struct{ messages, bytes int }
+
+var (
+	viewerOutbox  = outboxLimits{1024, 4 << 20}
+	trackerOutbox = outboxLimits{64, 64 << 10}
+)
+
+// outbox is what one client is to be sent: messages up to a bound, the newest
+// ack, and at last the reason why the connection closes. The hub knows clients
+// by their outboxes. Every method is safe for concurrent use, and none waits but
+// wait.
+type outbox struct {
+	limits outboxLimits
+	shared *budget // bounds all viewers' outboxes together; nil for trackers
+	wake   func()  // starts the goroutine that sends; called with mu locked
+	abort  func()  // ends a connection whose peer does not take the last messages
+
+	mu       sync.Mutex
+	queue    []message
+	bytes    int
+	acked    ack // the newest that is not sent
+	closing  *closeFrame
+	closed   bool          // nothing is sent any more
+	sending  bool          // a goroutine sends
+	progress chan struct{} // has room for one; told when something was sent
+}
+
+// ack tells a tracker that everything up to seq is committed.
+type ack struct {
+	session string
+	seq     int64
+}
+
+func (a ack) size() int { return 64 }
+func (a ack) encode() []byte {
+	return []byte(`{"type":"events_ack","data":{"sessionId":"` + a.session + `","seq":` + strconv.FormatInt(a.seq, 10) + `}}`)
+}
+
+// closeFrame says why the server closes a connection.
+type closeFrame struct {
+	code   closeCode
+	reason string
+}
+
+type closeCode = websocket.StatusCode
+
+// Why the server closes a connection. The codes from 4000 on are the protocol's.
+const (
+	closeGoingAway closeCode = websocket.StatusGoingAway
+	closePolicy    closeCode = websocket.StatusPolicyViolation
+	closeTooBig    closeCode = websocket.StatusMessageTooBig
+	closeTryAgain  closeCode = websocket.StatusTryAgainLater
+	closeTaken     closeCode = 4001
+	closeDeleted   closeCode = 4004
+)
+
+// closeTime is how long a peer may take for its last messages and the close
+// handshake.
+const closeTime = 2 * time.Second
+
+func newOutbox(limits outboxLimits, shared *budget) *outbox {
+	return &outbox{limits: limits, shared: shared, progress: make(chan struct{}, 1),
+		wake: func() {}, abort: func() {}}
+}
+
+// trySend gives the client a message, and reports whether there was room.
+func (o *outbox) trySend(m message) bool {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.full() || o.shared != nil && o.shared.left() <= 0 {
+		return false
+	}
+	return o.add(m)
+}
+
+// send gives the client an answer to its own request, which has room always.
+func (o *outbox) send(m message) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.add(m)
+}
+
+func (o *outbox) full() bool {
+	return len(o.queue) >= o.limits.messages || o.bytes >= o.limits.bytes
+}
+
+func (o *outbox) add(m message) bool {
+	if o.closed || o.closing != nil {
+		return false
+	}
+	o.queue = append(o.queue, m)
+	o.count(m.size())
+	o.start()
+	return true
+}
+
+func (o *outbox) count(n int) {
+	o.bytes += n
+	if o.shared != nil {
+		o.shared.give(-int64(n))
+	}
+}
+
+// ack tells the tracker that everything up to seq is committed. It replaces an
+// ack of the same session that is not sent yet.
+func (o *outbox) ack(session string, seq int64) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.closed || o.closing != nil {
+		return
+	}
+	if o.acked.seq > 0 && o.acked.session != session { // the connection has begun another session
+		o.add(o.acked)
+	}
+	o.acked = ack{session, seq}
+	o.start()
+}
+
+// closeAfterSending closes the connection, with a reason, when what the outbox
+// holds is sent.
+func (o *outbox) closeAfterSending(code closeCode, reason string) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.closing != nil || o.closed {
+		return
+	}
+	o.closing = &closeFrame{code, reason}
+	time.AfterFunc(closeTime, o.abort)
+	o.start()
+}
+
+// start sees to it that somebody sends.
+func (o *outbox) start() {
+	if !o.sending && !o.closed {
+		o.sending = true
+		o.wake()
+	}
+}
+
+// next takes what is to be sent now: a message, or the reason to close, behind
+// which nothing follows. When there is neither, the sender's work is done.
+func (o *outbox) next() (m message, last *closeFrame) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	switch {
+	case o.closed:
+	case len(o.queue) > 0:
+		m = o.queue[0]
+		o.queue[0] = nil
+		o.queue = o.queue[1:]
+		o.count(-m.size())
+		select {
+		case o.progress <- struct{}{}:
+		default:
+		}
+		return m, nil
+	case o.acked.seq > 0:
+		m, o.acked = o.acked, ack{}
+		return m, nil
+	case o.closing != nil:
+		o.closed = true
+		return nil, o.closing
+	}
+	o.queue, o.sending = nil, false // an idle connection holds no memory for it
+	return nil, nil
+}
+
+// wait returns when there is room in the outbox, or with ctx.
+func (o *outbox) wait(ctx context.Context) error {
+	for {
+		o.mu.Lock()
+		full := o.full()
+		o.mu.Unlock()
+		if !full {
+			return nil
+		}
+		select {
+		case <-o.progress:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+// isEmpty reports whether everything is sent.
+func (o *outbox) isEmpty() bool {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return len(o.queue) == 0
+}
+
+func (o *outbox) isSending() bool {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.sending
+}
+
+// end lets nothing more in, and reports whether a reason to close is still to be
+// sent. With now it is not sent either.
+func (o *outbox) end(now bool) (parting bool) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if parting = o.closing != nil && !o.closed && !now; parting {
+		return true
+	}
+	o.closed = true
+	o.count(-o.bytes)
+	o.queue = nil
+	return false
+}
+
+// The messages that the hub and sessions send.
+
+// envelope makes a message of small parts. data must be fit for JSON.
+func envelope(typ string, data any) text {
+	return encodeJSON(struct {
+		Type string `json:"type"`
+		Data any    `json:"data"`
+	}{typ, data})
+}
+
+func errorMessage(code, reason string) text {
+	return envelope("error", map[string]string{"message": reason, "code": code})
+}
+
+type sessionID struct {
+	ID string `json:"sessionId"`
+}
+
+func sessionEnded(id string) text { return envelope("session_ended", sessionID{id}) }
+func takeSnapshot(id string) text { return envelope("take_snapshot", sessionID{id}) }
+
+func lagged(id string, next int64) text {
+	return envelope("session_lagged", map[string]any{"sessionId": id, "nextIndex": next})
+}
+
+func sessionStarted(id string, about *description) text {
+	return envelope("session_started", map[string]any{"sessionId": id, "userId": about.userID, "metadata": json.RawMessage(about.brief)})
+}
+
+// summary is a session as lists show it.
+type summary struct {
+	id       string
+	epoch    int64
+	about    *description
+	now      counters
+	isActive bool
+}
+
+// joined answers viewer_join_session.
+type joined struct{ summary }
+
+func (j joined) size() int { return 256 + len(j.about.metadata) }
+func (j joined) encode() []byte {
+	return envelope("session_joined", map[string]any{
+		"sessionId": j.id, "events": []any{}, "metadata": json.RawMessage(j.about.metadata),
+		"totalEvents": j.now.events, "isActive": j.isActive, "snapshotIndex": nullableIndex(j.now.snapshot),
+	})
+}
+
+// nullableIndex gives the number of an event as JSON has it: null for none.
+func nullableIndex(n int64) *int64 {
+	if n < 0 {
+		return nil
+	}
+	return &n
+}
+
+// activeSessions is the list of live sessions.
+type activeSessions []summary
+
+const maxListBytes = 1 << 20 // of JSON in active_sessions; sessions beyond it are left out
+
+func (a activeSessions) size() int {
+	n := 64
+	for _, s := range a {
+		n += s.listSize()
+	}
+	return n
+}
+
+func (s *summary) listSize() int { return 160 + len(s.id) + len(s.about.userID) + len(s.about.brief) }
+
+func (a activeSessions) encode() []byte {
+	type entry struct {
+		sessionID
+		UserID     string          `json:"userId"`
+		Metadata   json.RawMessage `json:"metadata"`
+		EventCount int64           `json:"eventCount"`
+		ErrorCount int64           `json:"errorCount"`
+	}
+	all := make([]entry, len(a))
+	for i, s := range a {
+		all[i] = entry{sessionID{s.id}, s.about.userID, s.about.brief, s.now.events, s.now.errors}
+	}
+	return envelope("active_sessions", map[string]any{"sessions": all})
+}
