@@ -103,6 +103,7 @@ func assemble(cfg config, logs *logs) (*server, error) {
 	h := newHub(cfg, b, m)
 	s := &server{core: core{cfg: cfg, hub: h, store: st, budget: b, outgoing: newBudget(int64(cfg.maxBufferBytes) / 4),
 		metrics: m, logs: logs, log: logs.app}, started: time.Now(), access: newAccess(cfg.accessConfig, cfg.host, cfg.port)}
+	s.audit = &audit{log: s.log, opened: map[string]time.Time{}}
 	for range writers {
 		s.writers = append(s.writers, &writer{hub: s.hub, store: st, metrics: m, log: logs.rejected})
 	}

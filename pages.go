@@ -106,7 +106,7 @@ func (s *server) handleRoot(w http.ResponseWriter, r *http.Request) {
 		"name": "session-replay", "version": version(),
 		"endpoints": map[string]string{"websocket": "/ws", "health": "/health", "stats": "/stats", "activeSessions": "/sessions/active",
 			"sessionEvents": "/sessions/:sessionId/events", "cleanup": "/sessions/cleanup"},
-		"documentation": "README.md", "signedIn": s.access.signedIn(r),
+		"documentation": "README.md", "signedIn": s.access.signedIn(r), "ingestKey": s.access.key,
 	})
 }
 
