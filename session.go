@@ -532,6 +532,7 @@ func (v *viewer) sendPage(f frame) error {
 	if err != nil {
 		return v.queryError(err)
 	}
+	v.opened(r.ID)
 	total := p.session.now.events
 	m := append(text(`{"type":"session_events","data":{"sessionId":"`+r.ID+`","events":[`), p.events...)
 	v.out.send(text(fmt.Appendf(m, `],"fromIndex":%d,"totalEvents":%d,"hasMore":%t,"isActive":%t}}`,
