@@ -47,7 +47,7 @@ func (f filter) where() (clause string, args []any) {
 		and("user_id = $%d", f.userID)
 	}
 	if f.url != "" {
-		and("strpos(lower(url), lower($%d)) > 0", f.url)
+		and(`strpos(lower(url collate "C"), lower($%d collate "C")) > 0`, f.url)
 	}
 	if !f.from.IsZero() {
 		and("created_at >= $%d", f.from)
@@ -56,7 +56,8 @@ func (f filter) where() (clause string, args []any) {
 		and("created_at <= $%d", f.to)
 	}
 	if f.minDuration > 0 {
-		and("last_event_time - first_event_time >= $%d", f.minDuration)
+		and(`(length >= $%d or session_id in
+			(select session_id from sessions where is_active and last_event_time - first_event_time >= $%[1]d))`, f.minDuration)
 	}
 	return clause, args
 }
