@@ -30,6 +30,7 @@ type server struct {
 	core
 	writers []*writer
 	access  *access
+	audit   *audit
 	started time.Time
 	files   map[string]asset
 	reason  atomic.Pointer[string] // why the server is unhealthy, "" when it is not
@@ -52,16 +53,19 @@ func (s *server) table() []route {
 	return []route{
 		{"GET /{$}", browsers, s.handleRoot},
 		{"GET /ws", sockets, s.handleWebSocket},
-		{"GET /health", anyone, s.handleHealth},
-		{"GET /stats", viewers, s.handleStats},
-		{"GET /metrics", scrapers, s.handleMetrics},
-		{"GET /sessions", viewers, s.query(s.handleSessions)},
+		{"GET /health", anyone, s.query(s.handleHealth)},
+		{"GET /stats", viewers, s.query(s.handleStats)},
+		{"GET /metrics", scrapers, s.query(s.handleMetrics)},
+		{"GET /sessions", viewers, s.query(s.handleSessions, append(filterNames, "limit", "offset")...)},
+		{"DELETE /sessions", viewers, s.query(s.handleDeleteUser, "userId")},
+		{"GET /sessions/export", viewers, s.query(s.handleExportUser, "userId")},
 		{"GET /sessions/active", viewers, s.query(s.handleActive)},
 		{"GET /sessions/{id}", viewers, s.query(s.handleSession)},
-		{"GET /sessions/{id}/events", viewers, s.query(s.handleEvents)},
+		{"GET /sessions/{id}/events", viewers, s.query(s.handleEvents, "fromIndex", "limit")},
 		{"GET /sessions/{id}/errors", viewers, s.query(s.handleErrors)},
-		{"GET /sessions/{id}/chunks/{index}", viewers, s.query(s.handleChunk)},
-		{"DELETE /sessions/cleanup", viewers, s.query(s.handleCleanup)},
+		{"GET /sessions/{id}/chunks/{index}", viewers, s.query(s.handleChunk, "of")},
+		{"GET /sessions/{id}/export", viewers, s.query(s.handleExport)},
+		{"DELETE /sessions/cleanup", viewers, s.query(s.handleCleanup, "maxAgeHours")},
 		{"DELETE /sessions/{id}", viewers, s.query(s.handleDelete)},
 		{"GET /view/{id}", browsers, s.page("view.html", viewerPolicy)},
 		{"POST /signin", visitors, s.handleSignIn},
@@ -148,6 +152,7 @@ func (s *server) guard(route route) http.HandlerFunc {
 		if query := r.URL.Query(); page && query.Has("token") {
 			query.Del("token")
 			s.access.signIn(w, r, signInAge)
+			s.audit.note(s.access.address(r), "signed in")
 			w.Header().Set("Referrer-Policy", "no-referrer")
 			clean := url.URL{Path: r.URL.Path, RawPath: r.URL.RawPath, RawQuery: query.Encode()}
 			http.Redirect(w, r, clean.String(), http.StatusSeeOther)
@@ -162,6 +167,9 @@ func isBrowser(r *http.Request) bool { return strings.Contains(r.Header.Get("Acc
 // deny answers a request that is not let in; with page, by the sign-in page.
 func (s *server) deny(w http.ResponseWriter, r *http.Request, page bool, d *denial) {
 	s.metrics.refuse(d.reason)
+	if d.reason == "wrong_token" {
+		s.audit.note(s.access.address(r), "sign-in refused")
+	}
 	h := w.Header()
 	if d.retryAfter > 0 {
 		h.Set("Retry-After", strconv.Itoa(d.retryAfter))
@@ -204,6 +212,7 @@ func (s *server) handleSignIn(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	s.access.signIn(w, r, signInAge)
+	s.audit.note(s.access.address(r), "signed in")
 	w.WriteHeader(http.StatusNoContent)
 }
 
@@ -230,17 +239,22 @@ func (s *server) write(w http.ResponseWriter, status int, v any) {
 	w.Write(encodeJSON(v))
 }
 
-// query makes a handler of one that asks the database, when there is room in memory
-// for its answer. handle writes nothing when it returns an error: the error is
-// answered here.
-func (s *server) query(handle func(http.ResponseWriter, *http.Request) error) http.HandlerFunc {
+// query makes a handler of one that may fail, and that takes these parameters. It
+// writes nothing when it returns an error: the error is answered here. What reads
+// sessions waits until there is room in memory for its answer.
+func (s *server) query(handle func(http.ResponseWriter, *http.Request) error, names ...string) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
-		if s.outgoing.take(r.Context(), pageBytes) != nil {
-			return // the client has left
+		if strings.HasPrefix(r.URL.Path, "/sessions") {
+			if s.outgoing.take(r.Context(), pageBytes) != nil {
+				return // the client has left
+			}
+			defer s.outgoing.give(pageBytes)
 		}
-		defer s.outgoing.give(pageBytes)
-		err := errNotFound
-		if !strings.Contains(r.Pattern, "{id}") || validID(r.PathValue("id")) {
+		err := checkParams(r, names)
+		if err == nil && strings.Contains(r.Pattern, "{id}") && !validID(r.PathValue("id")) {
+			err = errNotFound
+		}
+		if err == nil {
 			err = handle(w, r)
 		}
 		var bad badRequest
@@ -266,11 +280,7 @@ func (b badRequest) Error() string { return string(b) }
 
 // queryNumber reads a whole number from the query string, between bounds.
 func queryNumber(r *http.Request, name string, preset, least, most int64) (int64, error) {
-	values, err := url.ParseQuery(r.URL.RawQuery)
-	if err != nil {
-		return 0, badRequest("the query string cannot be read")
-	}
-	raw := values.Get(name)
+	raw := r.URL.Query().Get(name)
 	if raw == "" {
 		return preset, nil
 	}
@@ -310,7 +320,7 @@ func (s *server) handleRoot(w http.ResponseWriter, r *http.Request) {
 		"endpoints": map[string]string{"websocket": "/ws", "health": "/health", "stats": "/stats",
 			"activeSessions": "/sessions/active",
 			"sessionEvents":  "/sessions/:sessionId/events", "cleanup": "/sessions/cleanup"},
-		"documentation": "README.md", "signedIn": s.access.signedIn(r),
+		"documentation": "README.md", "signedIn": s.access.signedIn(r), "ingestKey": s.access.key,
 	})
 }
 
@@ -372,7 +382,7 @@ func (s *server) serveWebSocket(ws *websocket.Conn, nc net.Conn, addr netip.Addr
 	c.ctx, c.cancel = context.WithCancel(s.ctx)
 	if isViewer {
 		c.maxMessage, c.out = maxViewerMessage, newOutbox()
-		c.handle = (&viewer{&s.core, c.ctx, c.out}).handle
+		c.handle = (&viewer{&s.core, c.ctx, c.out, func(id string) { s.audit.open(addr, id) }}).handle
 	} else {
 		c.maxMessage, c.out = s.cfg.maxMessageBytes, newOutbox()
 		c.handle = (&tracker{core: &s.core, ctx: c.ctx, out: c.out, mayStart: func() bool { return s.access.mayStart(addr, s.cfg.maxSessionsPerMinute) }}).handle
@@ -417,6 +427,7 @@ func (s *server) handleEvents(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
+	s.audit.open(s.access.address(r), id)
 	w.Header().Set("Content-Type", "application/json; charset=utf-8")
 	w.Header().Set("Cache-Control", "no-store")
 	s.writeSlowly(w, fmt.Appendf(p.text, `],"fromIndex":%d,"count":%d}`, from, p.count))
@@ -443,6 +454,7 @@ func (s *server) handleChunk(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
+	s.audit.open(s.access.address(r), id)
 	h := w.Header()
 	h.Set("Content-Type", "application/json; charset=utf-8")
 	h.Set("Cache-Control", "private, max-age=31536000, immutable")
@@ -478,6 +490,7 @@ type sessionJSON struct {
 	StoredBytes   int64           `json:"storedBytes"`
 	RawBytes      int64           `json:"rawBytes"`
 	SnapshotIndex *int64          `json:"snapshotIndex"`
+	State         string          `json:"state,omitempty"` // of a live session: see session.state
 }
 
 // nullableMillis gives a timestamp as JSON has it: null for none.
@@ -499,30 +512,25 @@ func toJSON(row storedSession) sessionJSON {
 	}
 }
 
-// listJSON gives the rows of a list, as many as a page has room for.
-func listJSON(rows []storedSession) []sessionJSON {
+// listJSON gives the rows of a list, as many as a page has room for. Whether the
+// pages of live ones are there is in this server's memory only.
+func (s *server) listJSON(rows []storedSession) []sessionJSON {
+	reply := make(chan []summary, 1)
+	live, _ := ask(s.hub, reply, liveQuery{reply})
+	states := map[string]string{}
+	for _, l := range live {
+		states[l.id] = l.state
+	}
 	all, size := make([]sessionJSON, 0, len(rows)), 0
 	for _, row := range rows {
 		if size += row.listSize(); size > pageBytes && len(all) > 0 {
 			break
 		}
-		all = append(all, toJSON(row))
+		one := toJSON(row)
+		one.State = states[row.id]
+		all = append(all, one)
 	}
 	return all
-}
-
-func (s *server) handleSessions(w http.ResponseWriter, r *http.Request) error {
-	limit, err := queryNumber(r, "limit", 100, 1, 1000)
-	offset, err2 := queryNumber(r, "offset", 0, 0, maxIndex)
-	if err := errors.Join(err, err2); err != nil {
-		return err
-	}
-	rows, err := s.store.newest(r.Context(), limit, offset, r.URL.Query().Get("active") != "false")
-	if err != nil {
-		return err
-	}
-	s.write(w, http.StatusOK, map[string]any{"sessions": listJSON(rows), "limit": limit, "offset": offset})
-	return nil
 }
 
 func (s *server) handleActive(w http.ResponseWriter, r *http.Request) error {
@@ -530,7 +538,7 @@ func (s *server) handleActive(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	s.write(w, http.StatusOK, map[string]any{"sessions": listJSON(rows)})
+	s.write(w, http.StatusOK, map[string]any{"sessions": s.listJSON(rows)})
 	return nil
 }
 
@@ -556,6 +564,7 @@ func (s *server) handleSession(w http.ResponseWriter, r *http.Request) error {
 	for i, c := range chunks {
 		seek[i] = chunkJSON{c.first, c.count, nullableMillis(c.startTime), nullableMillis(c.endTime), nullableIndex(c.snapshot), c.raw}
 	}
+	s.audit.open(s.access.address(r), id)
 	one := toJSON(row)
 	one.Metadata = row.about.metadata
 	s.write(w, http.StatusOK, struct {
@@ -575,21 +584,6 @@ func (s *server) handleErrors(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	s.write(w, http.StatusOK, map[string]any{"sessionId": id, "errors": reports})
-	return nil
-}
-
-func (s *server) handleDelete(w http.ResponseWriter, r *http.Request) error {
-	id := r.PathValue("id")
-	err := s.store.remove(r.Context(), id)
-	if err == nil || errors.Is(err, errNotFound) {
-		reply := make(chan struct{}, 1)
-		ask(s.hub, reply, evict{id, reply})
-	}
-	if err != nil {
-		return err
-	}
-	s.log.Info("session deleted", "session", id)
-	w.WriteHeader(http.StatusNoContent)
 	return nil
 }
 
@@ -617,14 +611,14 @@ func (s *server) stats() hubStats {
 func (s *server) uptime() int64 { return time.Since(s.started).Milliseconds() }
 
 // handleHealth tells everyone how the server is, and viewers what it does.
-func (s *server) handleHealth(w http.ResponseWriter, r *http.Request) {
+func (s *server) handleHealth(w http.ResponseWriter, r *http.Request) error {
 	status, code, reason := "healthy", http.StatusOK, *s.reason.Load()
 	if reason != "" {
 		status, code = "unhealthy", http.StatusServiceUnavailable
 	}
 	if s.access.admit(viewers, r) != nil {
 		s.write(w, code, map[string]string{"status": status})
-		return
+		return nil
 	}
 	st := s.stats()
 	t, err := s.store.totals(r.Context())
@@ -644,15 +638,17 @@ func (s *server) handleHealth(w http.ResponseWriter, r *http.Request) {
 		answer["reason"] = reason
 	}
 	s.write(w, code, answer)
+	return nil
 }
 
-func (s *server) handleStats(w http.ResponseWriter, r *http.Request) {
+func (s *server) handleStats(w http.ResponseWriter, r *http.Request) error {
 	st := s.stats()
 	s.write(w, http.StatusOK, map[string]any{
 		"totalClients": st.trackers + st.viewers, "activeSessions": st.live, "viewers": st.viewers, "trackers": st.trackers,
 		"totalEvents": st.events, "uptime": s.uptime(),
 		"refusedSessions": s.metrics.refusedSessions.Load(), "viewersLagged": s.metrics.viewersLagged.Load(), "refusals": s.metrics.refused(),
 	})
+	return nil
 }
 
 func (s *server) metricsNow() []metric {
@@ -699,7 +695,8 @@ func (s *server) metricsNow() []metric {
 	return all
 }
 
-func (s *server) handleMetrics(w http.ResponseWriter, r *http.Request) {
+func (s *server) handleMetrics(w http.ResponseWriter, r *http.Request) error {
 	w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
 	writeMetrics(w, s.metricsNow())
+	return nil
 }

@@ -28,6 +28,7 @@ type session struct {
 	detachedAt time.Time // when the tracker had gone
 	ackTo      *outbox   // the last tracker
 	ended      bool
+	hidden     bool // its page is in the background
 
 	now     counters // with all that was accepted
 	durable counters // with what is committed
@@ -53,7 +54,20 @@ func (s *session) dirty() bool { return s.flush != nil || len(s.pending) > 0 || 
 func (s *session) hurries() bool { return s.ended || s.flush != nil || s.hurry }
 
 func (s *session) summary() summary {
-	return summary{id: s.id, epoch: s.epoch, about: s.about, now: s.now, isActive: !s.ended}
+	return summary{id: s.id, epoch: s.epoch, about: s.about, now: s.now, isActive: !s.ended, state: s.state()}
+}
+
+// state says whether the page that is recorded is there.
+func (s *session) state() string {
+	switch {
+	case s.ended:
+		return ""
+	case s.tracker == nil:
+		return "left"
+	case s.hidden:
+		return "hidden"
+	}
+	return "live"
 }
 
 // memory gives the batches that hold events from one number up to, not
@@ -118,6 +132,10 @@ type (
 	forward struct { // to the viewers of the tracker's session
 		out *outbox
 		m   message
+	}
+	hide struct { // the tracker's page goes into the background, or comes back
+		out    *outbox
+		hidden bool
 	}
 	finish struct{ out *outbox } // the tracker ends its session
 
@@ -305,6 +323,11 @@ func (h *hubState) handle(cmd command) {
 		if s := h.recorded[cmd.out]; s != nil {
 			h.toWatchers(s.id, cmd.m)
 		}
+	case hide:
+		if s := h.recorded[cmd.out]; s != nil {
+			s.hidden = cmd.hidden
+			h.tellState(s)
+		}
 	case finish:
 		if s := h.recorded[cmd.out]; s != nil {
 			h.end(s)
@@ -464,9 +487,13 @@ func (h *hubState) setTracker(s *session, out *outbox) {
 	if h.recorded[out] != s {
 		h.detach(out)
 	}
+	if s.tracker != out {
+		s.hidden = false
+	}
 	h.recorded[out] = s
 	s.tracker, s.ackTo = out, out
 	delete(h.grace, s)
+	h.tellState(s)
 }
 
 // detach takes the session from a tracker that has gone. It can be resumed in
@@ -476,6 +503,7 @@ func (h *hubState) detach(out *outbox) {
 		s.tracker, s.detachedAt = nil, time.Now()
 		delete(h.recorded, out)
 		h.grace[s] = struct{}{}
+		h.tellState(s)
 	}
 }
 

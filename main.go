@@ -105,7 +105,8 @@ func assemble(cfg config, logs *logs) (*server, error) {
 	h := newHub(cfg, b, m)
 	s := &server{core: core{cfg: cfg, hub: h, store: st, budget: b, outgoing: newBudget(outgoingBytes(cfg)),
 		metrics: m, logs: logs, log: logs.app}, started: time.Now(),
-		access: newAccess(cfg.accessConfig, cfg.host, cfg.port, logs.app)}
+		access: newAccess(cfg.accessConfig, cfg.host, cfg.port, logs.app),
+		audit:  &audit{log: logs.app, opened: map[string]time.Time{}}}
 	starting := "the database has not answered yet"
 	s.reason.Store(&starting)
 	for range writers {

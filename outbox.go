@@ -248,6 +248,10 @@ type sessionID struct {
 func sessionEnded(id string) text { return envelope("session_ended", sessionID{id}) }
 func takeSnapshot(id string) text { return envelope("take_snapshot", sessionID{id}) }
 
+func sessionState(id, state string) text {
+	return envelope("session_state", map[string]string{"sessionId": id, "state": state})
+}
+
 func lagged(id string, next int64) text {
 	return envelope("session_lagged", map[string]any{"sessionId": id, "nextIndex": next})
 }
@@ -263,6 +267,7 @@ type summary struct {
 	about    *description
 	now      counters
 	isActive bool
+	state    string // see session.state; empty when it is not in memory
 }
 
 // joined answers viewer_join_session.
@@ -272,7 +277,7 @@ func (j joined) size() int { return 256 + len(j.about.metadata) }
 func (j joined) encode() []byte {
 	return envelope("session_joined", map[string]any{
 		"sessionId": j.id, "events": []any{}, "metadata": json.RawMessage(j.about.metadata),
-		"totalEvents": j.now.events, "isActive": j.isActive, "snapshotIndex": nullableIndex(j.now.snapshot),
+		"totalEvents": j.now.events, "isActive": j.isActive, "snapshotIndex": nullableIndex(j.now.snapshot), "state": j.state,
 	})
 }
 

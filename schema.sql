@@ -26,15 +26,24 @@ create table if not exists sessions (
     epoch            bigint not null default extract(epoch from clock_timestamp()) * 1000000
 ) with (fillfactor = 80);                       -- room for updates in place
 
--- The column was added later. Not unless it must be, as below.
+-- These columns were added later. Not unless they must be, as below. length is the
+-- duration of a session that has ended. Of a live one it is null: a column that
+-- an index has and that changes with each batch would end the updates in place.
 do $$ begin
     if not exists (select from pg_attribute where attrelid = 'sessions'::regclass and attname = 'server') then
         alter table sessions add column server text not null default '';
     end if;
+    if not exists (select from pg_attribute where attrelid = 'sessions'::regclass and attname = 'length') then
+        alter table sessions add column length bigint
+            generated always as (case when not is_active then last_event_time - first_event_time end) stored;
+    end if;
 end $$;
 
-create index if not exists sessions_created on sessions (created_at desc, session_id);
-create index if not exists sessions_past on sessions (created_at desc, session_id) where not is_active;
+-- A search reads sessions_found alone, and the rows of the page that it gives.
+drop index if exists sessions_created, sessions_past;
+create index if not exists sessions_found on sessions (created_at desc, session_id) include (is_active, url, length);
+create index if not exists sessions_user on sessions (user_id, created_at desc);
+create index if not exists sessions_errors on sessions (created_at desc, session_id) where error_count > 0;
 create index if not exists sessions_active on sessions (created_at desc) where is_active;
 create index if not exists sessions_ended on sessions (ended_at) where not is_active;
 

@@ -151,7 +151,7 @@ func (t *tracker) takeReport(f frame) (kept int64, err error) {
 	return b.cost, nil
 }
 
-// passOn sends a message as it is to the session's viewers.
+// passOn sends visibility_change as it is to the session's viewers.
 func (t *tracker) passOn(f frame) error {
 	if t.id == "" {
 		return errNotStarted
@@ -160,10 +160,14 @@ func (t *tracker) passOn(f frame) error {
 		return &protocolError{"too_large", "data is larger than 64 KiB"}
 	}
 	m, err := withSession(f.typ, f.data, t.id)
-	if err == nil {
-		t.hub.send(forward{t.out, m})
+	if err != nil {
+		return err
 	}
-	return err
+	var page struct{ Hidden bool }
+	json.Unmarshal(f.data, &page) // what is no bool leaves it false
+	t.hub.send(forward{t.out, m})
+	t.hub.send(hide{t.out, page.Hidden})
+	return nil
 }
 
 // withSession makes a message of data as the page sent it and the session's id.
@@ -191,7 +195,8 @@ type start struct {
 }
 
 // documented are the members of a session_start that lists show.
-var documented = []string{"sessionId", "userId", "url", "userAgent", "viewport", "startTime", "referrer", "timeZone"}
+var documented = []string{"sessionId", "userId", "url", "userAgent", "viewport", "startTime", "referrer", "timeZone",
+	"lastUrl", "pages", "clicks"}
 
 // parseStart reads a session_start's data. What it does not understand stays in
 // the metadata and is no reason not to record.
@@ -418,6 +423,8 @@ type viewer struct {
 	*core
 	ctx context.Context // ends with its connection
 	out *outbox
+
+	opened func(id string) // is told which sessions the viewer has joined
 }
 
 // handle does what a message asks.
@@ -478,6 +485,7 @@ func (v *viewer) joinSession(f frame) error {
 	}
 	reply := make(chan bool, 1)
 	if ok, _ := ask(v.hub, reply, join{v.out, r.ID, nil, reply}); ok {
+		v.opened(r.ID)
 		return nil
 	}
 	row, err := v.store.session(v.ctx, r.ID)
@@ -485,6 +493,7 @@ func (v *viewer) joinSession(f frame) error {
 		return v.queryError(err)
 	}
 	ask(v.hub, reply, join{v.out, r.ID, &row.summary, reply})
+	v.opened(r.ID)
 	return nil
 }
 
@@ -517,6 +526,7 @@ func (v *viewer) sendPage(f frame) error {
 	if err != nil {
 		return v.queryError(err)
 	}
+	v.opened(r.ID)
 	total := p.session.now.events
 	v.out.send(text(fmt.Appendf(p.text, `],"fromIndex":%d,"totalEvents":%d,"hasMore":%t,"isActive":%t}}`,
 		r.FromIndex, total, r.FromIndex+p.count < total, p.session.isActive)))

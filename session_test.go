@@ -106,8 +106,8 @@ func (c *testConn) acked(seq int) {
 	}
 }
 
-// sessionState is what GET /sessions/{id} says.
-type sessionState struct {
+// sessionRow is what GET /sessions/{id} says.
+type sessionRow struct {
 	UserID                 string
 	Metadata               json.RawMessage
 	EventCount, ErrorCount int
@@ -115,7 +115,7 @@ type sessionState struct {
 	EndedAt                *time.Time
 }
 
-func (s *testServer) session(id string) (st sessionState) {
+func (s *testServer) session(id string) (st sessionRow) {
 	s.t.Helper()
 	s.getJSON("/sessions/"+id, &st)
 	return st

@@ -210,16 +210,6 @@ func (st *store) active(ctx context.Context) ([]storedSession, error) {
 	return st.list(ctx, "where is_active order by created_at desc limit $1", maxActive)
 }
 
-// newest gives a page of sessions: of all, or of those that are not live.
-func (st *store) newest(ctx context.Context, limit, offset int64, all bool) ([]storedSession, error) {
-	which := "where not is_active"
-	if all {
-		which = ""
-	}
-	return st.list(ctx, `where session_id in (select session_id from sessions `+which+` order by created_at desc, session_id limit $1 offset $2)
-		order by created_at desc, session_id`, limit, offset) // the inner one reads the index alone, however far the offset
-}
-
 // session gives one session; errNotFound when there is none.
 func (st *store) session(ctx context.Context, id string) (storedSession, error) {
 	found, err := st.list(ctx, "where session_id = $1", id)

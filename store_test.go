@@ -377,14 +377,24 @@ func TestStoreLists(t *testing.T) {
 		}
 		return all
 	}
-	newest := ids(st.newest(t.Context(), 10, 0, true))
+	page := func(limit, offset int64, all bool) []string {
+		t.Helper()
+		no := false
+		f := filter{active: &no}
+		if all {
+			f.active = nil
+		}
+		rows, _, err := st.find(t.Context(), f, limit, offset)
+		return ids(rows[:min(len(rows), int(limit))], err)
+	}
+	newest := page(10, 0, true)
 	if want := []string{"s3", "s2", "s1", "s0", "s4"}; !slices.Equal(newest, want) {
 		t.Errorf("got %v, want %v", newest, want)
 	}
-	if page := ids(st.newest(t.Context(), 2, 3, true)); !slices.Equal(page, []string{"s0", "s4"}) {
-		t.Errorf("got the page %v, want s0, s4", page)
+	if got := page(2, 3, true); !slices.Equal(got, []string{"s0", "s4"}) {
+		t.Errorf("got the page %v, want s0, s4", got)
 	}
-	if over := ids(st.newest(t.Context(), 10, 0, false)); !slices.Equal(over, []string{"s3", "s1"}) {
+	if over := page(10, 0, false); !slices.Equal(over, []string{"s3", "s1"}) {
 		t.Errorf("got %v as not live, want s3, s1", over)
 	}
 	active := ids(st.active(t.Context()))

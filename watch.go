@@ -51,6 +51,12 @@ func (h *hubState) toWatchers(id string, m message) {
 	}
 }
 
+func (h *hubState) tellState(s *session) {
+	if state := s.state(); state != "" && len(h.watchers[s.id]) > 0 {
+		h.toWatchers(s.id, sessionState(s.id, state))
+	}
+}
+
 func (h *hubState) tellEnded(id string) {
 	m := sessionEnded(id)
 	for out, watching := range h.viewers {

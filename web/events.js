@@ -1,17 +1,14 @@
 // Recorded events come from other people's browsers and may be anything. Here
 // they become what rrweb's Replayer can play: well-formed, in order, disarmed.
 
-import { words } from './api.js';
+import { Story } from './story.js';
 
 export const FULL = 2, META = 4;
-const INCREMENTAL = 3, CUSTOM = 5;
+const INCREMENTAL = 3;
 const MUTATION = 0, RESIZE = 4, POSITIONS = [1, 6, 12]; // mouse, touch, drag
 
 const isObject = (v) => v !== null && typeof v === 'object';
 const finite = (...numbers) => numbers.every(Number.isFinite);
-
-// What rrweb's recorder calls user interaction: mouse, scroll, resize, input.
-export const isInteraction = (e) => e.type === INCREMENTAL && e.data.source > MUTATION && e.data.source <= 5;
 
 // A time that is no number, or an empty list of positions, becomes a NaN in the
 // Replayer's queue, which then waits for it for ever.
@@ -75,23 +72,23 @@ export class Cleaner {
     const { width, height } = viewport ?? {};
     this.size = finite(width, height) ? { width, height } : { width: 1280, height: 720 };
     this.meta = null; // a Meta event whose snapshot has not come yet
-    this.href = null;
     this.last = null; // time of the newest event
     this.frames = new Set(); // ids of nodes that load documents
+    this.story = new Story();
   }
 
-  // take returns what the Replayer gets, and the marks for the time line.
+  // take returns what the Replayer gets, and the moments for the time line.
   take(raw) {
     const events = [], marks = [];
     for (const e of raw) {
       if (!wellFormed(e)) continue;
       // Order is the index's, never the clock's; the Replayer sorts by time.
       e.timestamp = this.last = Math.max(e.timestamp, this.last ?? e.timestamp);
+      this.story.take(e, marks);
       disarm(e, this.frames);
-      if (e.type === META) this.takeMeta(e, marks);
+      if (e.type === META) this.takeMeta(e);
       else if (e.type === FULL) events.push(this.metaFor(e), e);
       else if (e.type === INCREMENTAL) events.push(...this.unpaired(), e);
-      else if (e.type === CUSTOM) this.takeCustom(e, marks);
     }
     return { events, marks };
   }
@@ -110,23 +107,8 @@ export class Cleaner {
     return [{ type: INCREMENTAL, data: { source: RESIZE, ...this.size }, timestamp }];
   }
 
-  takeMeta(e, marks) {
-    const { href, width, height } = e.data;
-    if (this.href !== null && this.href !== href) marks.push(mark(e, 'navigation', `went to ${words(href)}`));
-    this.href = href;
-    this.size = { width, height };
+  takeMeta(e) {
+    this.size = { width: e.data.width, height: e.data.height };
     this.meta = e;
   }
-
-  takeCustom(e, marks) {
-    const { tag, payload } = e.data;
-    if (tag === 'gap') marks.push({ ...mark(e, 'gap', 'a gap'), ms: payload?.to - payload?.from });
-    if (tag === 'navigation') {
-      const href = words(payload?.href);
-      if (href !== this.href) marks.push(mark(e, 'navigation', `went to ${href}`));
-      this.href = href;
-    }
-  }
 }
-
-const mark = (e, kind, text) => ({ time: e.timestamp, kind, text });

@@ -4,6 +4,8 @@
 import { el } from './api.js';
 import { Cleaner, FULL } from './events.js';
 
+const calm = matchMedia('(prefers-reduced-motion: reduce)');
+
 // A Replayer that one bad event cannot stop: an exception in its timer would
 // end the replay without a word.
 function tolerantReplayer(events, root, onBroken) {
@@ -26,7 +28,7 @@ function tolerantReplayer(events, root, onBroken) {
     useVirtualDom: false,
     triggerFocus: false, // the keyboard stays with the player
     showWarning: false,
-    mouseTail: { duration: 500, lineWidth: 2, strokeStyle: '#4950f6' },
+    mouseTail: !calm.matches && { duration: 500, lineWidth: 2, strokeStyle: '#4950f6' },
   });
 }
 
@@ -59,7 +61,7 @@ export class Scene {
     const before = this.end;
     const { events, marks } = this.cleaner.take(piece.events);
     if (this.next !== null && piece.from > this.next) {
-      marks.unshift({ time: before ?? this.end, kind: 'gap', text: 'a gap' });
+      marks.unshift({ key: `gap ${piece.from}`, time: before ?? this.end, to: events[0]?.timestamp, kind: 'gap', text: 'A gap' });
     }
     this.next = piece.next;
     this.pieces.push({ bytes: piece.bytes, events: events.length, end: this.end });
