@@ -102,7 +102,7 @@ func assemble(cfg config, logs *logs) (*server, error) {
 	b := newBudget(int64(cfg.maxBufferBytes))
 	h := newHub(cfg, b, m)
 	s := &server{core: core{cfg: cfg, hub: h, store: st, budget: b, outgoing: newBudget(int64(cfg.maxBufferBytes) / 4),
-		metrics: m, logs: logs, log: logs.app}, started: time.Now(), access: newAccess(cfg.accessConfig, cfg.host, cfg.port)}
+		metrics: m, logs: logs, log: logs.app}, started: time.Now(), origins: &origins{}, access: newAccess(cfg.accessConfig, cfg.host, cfg.port)}
 	for range writers {
 		s.writers = append(s.writers, &writer{hub: s.hub, store: st, metrics: m, log: logs.rejected})
 	}

@@ -21,15 +21,17 @@ create table if not exists sessions (
     last_seq         bigint not null default 0, -- highest batch number that is stored
     resume_hash      bytea,                     -- SHA-256 of the token that continues it
     server           text not null default '',  -- which of the servers records it, or did last
+    page             bigint not null default 0, -- which page of its tab; an earlier one does not get it back
     -- Raised by each claim; writes of an older one are refused. It begins at the
     -- time in microseconds: a row made again after its deletion has a higher one.
     epoch            bigint not null default extract(epoch from clock_timestamp()) * 1000000
 ) with (fillfactor = 80);                       -- room for updates in place
 
--- The column was added later. Not unless it must be, as below.
+-- The columns were added later. Not unless it must be, as below.
 do $$ begin
-    if not exists (select from pg_attribute where attrelid = 'sessions'::regclass and attname = 'server') then
-        alter table sessions add column server text not null default '';
+    if (select count(*) < 2 from pg_attribute where attrelid = 'sessions'::regclass and attname in ('server', 'page')) then
+        alter table sessions add column if not exists server text not null default '',
+            add column if not exists page bigint not null default 0;
     end if;
 end $$;
 
