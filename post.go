@@ -125,10 +125,13 @@ func (p *post) handleLines(body []byte) error {
 	return nil
 }
 
-// take gives a message to the handler, and remembers whose session it was of.
+// take gives a message to the handler, and remembers which session it was of.
 func (p *post) take(handle func([]byte) (int64, error), msg []byte) error {
 	kept, err := handle(msg)
 	p.reserved -= kept
+	taken := min(kept, p.grown) // is the hub's, and keeps no other message from growing
+	p.grown -= taken
+	p.budget.finish(0, taken)
 	if last := p.tracker.last; last != "" && !slices.Contains(p.sessions, last) {
 		p.sessions = append(p.sessions, last)
 	}
@@ -136,12 +139,13 @@ func (p *post) take(handle func([]byte) (int64, error), msg []byte) error {
 }
 
 // keepRoom takes room for what is left of the body where batches took more than
-// their JSON.
+// their JSON. Their commit, which gives room back, is not to wait for its interval.
 func (p *post) keepRoom(left int64) error {
 	short := left + p.inflater - p.reserved
 	if short <= 0 {
 		return nil
 	}
+	p.hub.send(awaitCommit{p.tracker.last, make(chan int64, 1)})
 	took, err := p.budget.grow(p.ctx, short, short)
 	p.reserved += took
 	p.grown += took
