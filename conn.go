@@ -7,6 +7,7 @@ import (
 	"io"
 	"math/bits"
 	"net"
+	"runtime"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -211,6 +212,9 @@ func (c *conn) readAll(r io.Reader) ([]byte, error) {
 		}
 		n, err := r.Read(buf[len(buf):min(int64(cap(buf)), room)])
 		buf = buf[:len(buf)+n]
+		if c.inflater > 0 {
+			runtime.Gosched() // others would wait for a processor for 10 ms at a time
+		}
 		switch {
 		case len(buf) > c.maxMessage:
 			c.metrics.refuse("message_bytes")
