@@ -2,7 +2,6 @@ package main
 
 import (
 	"bufio"
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -14,6 +13,7 @@ import (
 	"net/netip"
 	"net/url"
 	"runtime"
+	"runtime/debug"
 	rt "runtime/metrics"
 	"slices"
 	"strconv"
@@ -34,6 +34,9 @@ type server struct {
 	origins *origins
 	started time.Time
 	files   map[string]asset
+	reason  atomic.Pointer[string] // why the server is unhealthy, "" when it is not
+
+	reasonLogged time.Time // beat's own
 
 	ctx  context.Context // ends the connections when all else has failed
 	open sync.Map        // of *conn: those to be told when the server stops
@@ -42,7 +45,7 @@ type server struct {
 // route is a pattern of net/http, for whom it is, and what answers.
 type route struct {
 	pattern string
-	who     who
+	who     audience
 	handle  http.HandlerFunc
 }
 
@@ -67,44 +70,94 @@ func (s *server) table() []route {
 		{"GET /sessions/{id}/chunks/{index}", viewers, s.query(s.handleChunk)},
 		{"DELETE /sessions/cleanup", viewers, s.query(s.handleCleanup)},
 		{"DELETE /sessions/{id}", viewers, s.query(s.handleDelete)},
-		{"GET /view/{id}", browsers, s.handleView},
+		{"GET /view/{id}", browsers, s.page("view.html", viewerPolicy)},
 		{"POST /signin", visitors, s.handleSignIn},
 		{"POST /signout", visitors, s.handleSignOut},
-		{"GET /demo", anyone, s.handleDemo},
-		{"GET /demo/{page}", anyone, s.handleDemo},
+		{"GET /demo", anyone, s.page("demo.html", demoPolicy)},
+		{"GET /demo/{page}", anyone, s.page("demo.html", demoPolicy)},
 		{"GET /assets/{file}", anyone, s.handleAsset},
 		{"GET /tracker.js", anyone, s.handleTracker},
 	}
 }
 
+// routes gives the handler of all requests. What no route takes is answered as
+// the mux would, but in JSON.
 func (s *server) routes() http.Handler {
 	mux := http.NewServeMux()
 	for _, route := range s.table() {
 		mux.HandleFunc(route.pattern, s.guard(route))
 	}
-	mux.HandleFunc("/", s.guard(route{"/", anyone, s.handleElse(mux)}))
-	return s.recovered(mux)
-}
-
-// guard lets in whom the route is for. Whoever comes to a page by a link with
-// the token gets the cookie, and the page's URL without it.
-func (s *server) guard(route route) http.HandlerFunc {
-	return func(w http.ResponseWriter, r *http.Request) {
-		h := w.Header()
-		h.Set("X-Content-Type-Options", "nosniff")
-		h.Set("Vary", "Origin")
-		if origin := r.Header.Get("Origin"); slices.Contains(s.access.viewerOrigins, origin) {
-			h.Set("Access-Control-Allow-Origin", origin)
-		}
-		if d := s.access.admit(route.who, r); d != nil {
-			s.deny(w, r, route.who == browsers && isBrowser(r), d)
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		defer s.recoverHandler(w, r)
+		if s.allowOrigin(w.Header(), r) {
+			w.WriteHeader(http.StatusNoContent)
 			return
 		}
-		if query := r.URL.Query(); route.who == browsers && isBrowser(r) && query.Has("token") {
+		if builtIn, pattern := mux.Handler(r); pattern == "" {
+			answer := &statusOnly{ResponseWriter: w}
+			builtIn.ServeHTTP(answer, r)
+			s.fail(w, r, answer.status, strings.ToLower(http.StatusText(answer.status)), nil)
+			return
+		}
+		mux.ServeHTTP(w, r)
+	})
+}
+
+// statusOnly keeps back an answer's status and body, but not its header.
+type statusOnly struct {
+	http.ResponseWriter
+	status int
+}
+
+func (a *statusOnly) WriteHeader(status int)         { a.status = status }
+func (a *statusOnly) Write(body []byte) (int, error) { return len(body), nil }
+
+// recoverHandler logs a handler's panic and answers for it.
+func (s *server) recoverHandler(w http.ResponseWriter, r *http.Request) {
+	switch v := recover(); v {
+	case nil:
+	case http.ErrAbortHandler:
+		panic(v)
+	default:
+		s.logs.exception("handler", v, debug.Stack())
+		s.fail(w, r, http.StatusInternalServerError, "internal error", nil)
+	}
+}
+
+// allowOrigin lets the pages of VIEWER_ORIGINS read the answer. With preflight the
+// request asks for no more than that.
+func (s *server) allowOrigin(h http.Header, r *http.Request) (preflight bool) {
+	h.Set("X-Content-Type-Options", "nosniff")
+	h.Set("Vary", "Origin")
+	origin := r.Header.Get("Origin")
+	if !slices.Contains(s.access.viewerOrigins, origin) {
+		return false
+	}
+	h.Set("Access-Control-Allow-Origin", origin)
+	if r.Method != http.MethodOptions {
+		return false
+	}
+	h.Set("Access-Control-Allow-Methods", "GET, DELETE")
+	h.Set("Access-Control-Allow-Headers", "Authorization")
+	h.Set("Access-Control-Max-Age", "600")
+	return true
+}
+
+// guard lets in whom the route is for. A browser that comes to a page by a link
+// with the token gets the cookie, and the page's URL without the token.
+func (s *server) guard(route route) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		page := route.who == browsers && isBrowser(r)
+		if d := s.access.admit(route.who, r); d != nil {
+			s.deny(w, r, page, d)
+			return
+		}
+		if query := r.URL.Query(); page && query.Has("token") {
 			query.Del("token")
 			s.access.signIn(w, r, signInAge)
-			h.Set("Referrer-Policy", "no-referrer")
-			http.Redirect(w, r, (&url.URL{Path: r.URL.Path, RawPath: r.URL.RawPath, RawQuery: query.Encode()}).String(), http.StatusSeeOther)
+			w.Header().Set("Referrer-Policy", "no-referrer")
+			clean := url.URL{Path: r.URL.Path, RawPath: r.URL.RawPath, RawQuery: query.Encode()}
+			http.Redirect(w, r, clean.String(), http.StatusSeeOther)
 			return
 		}
 		route.handle(w, r)
@@ -113,29 +166,33 @@ func (s *server) guard(route route) http.HandlerFunc {
 
 func isBrowser(r *http.Request) bool { return strings.Contains(r.Header.Get("Accept"), "text/html") }
 
-// deny answers who is not let in; with page, by the sign-in page.
+// deny answers a request that is not let in; with page, by the sign-in page.
 func (s *server) deny(w http.ResponseWriter, r *http.Request, page bool, d *denial) {
 	s.metrics.refuse(d.reason)
 	if isTracker(r) {
 		s.origins.refused(originOf(r), d.reason)
 	}
 	h := w.Header()
-	if d.wait > 0 {
-		h.Set("Retry-After", strconv.Itoa(int((d.wait+time.Second-1)/time.Second)))
+	if d.retryAfter > 0 {
+		h.Set("Retry-After", strconv.Itoa(d.retryAfter))
 	}
-	if d.status == http.StatusUnauthorized {
-		h.Set("WWW-Authenticate", "Bearer")
-		if _, err := r.Cookie(s.access.cookieName); err == nil && !s.access.signedIn(r) {
-			s.access.signIn(w, r, -1) // it is of another token: the browser need not try it again
-		}
+	if d.status != http.StatusUnauthorized {
+		s.fail(w, r, d.status, d.message, nil)
+		return
+	}
+	h.Set("WWW-Authenticate", "Bearer")
+	if _, err := r.Cookie(s.access.cookieName); err == nil && !s.access.signedIn(r) {
+		s.access.signIn(w, r, -1) // the cookie stands for another token: the browser forgets it
 	}
 	file, ok := s.files["signin.html"]
-	if !page || !ok || d.status != http.StatusUnauthorized {
+	if !page || !ok {
 		s.fail(w, r, d.status, d.message, nil)
 		return
 	}
 	if r.Header.Get("Sec-Fetch-Site") == "cross-site" {
-		h.Set("Refresh", "0") // the cookie comes with requests of this site's own pages only: this is one now
+		// The browser followed a link of another site and kept its SameSite=Strict
+		// cookie back. It loads the page again: that request is of this site.
+		h.Set("Refresh", "0")
 	}
 	h.Set("Content-Security-Policy", viewerPolicy)
 	h.Set("Content-Type", file.contentType)
@@ -152,7 +209,7 @@ func (s *server) handleSignIn(w http.ResponseWriter, r *http.Request) {
 		s.fail(w, r, http.StatusBadRequest, `the body must be {"token": …}`, nil)
 		return
 	}
-	if d := s.access.judge(r, s.access.open || same(body.Token, s.access.token)); d != nil {
+	if d := s.access.compareToken(body.Token); d != nil && !s.access.open {
 		s.deny(w, r, false, d)
 		return
 	}
@@ -166,50 +223,6 @@ func (s *server) handleSignOut(w http.ResponseWriter, r *http.Request) {
 	s.access.signIn(w, r, -1)
 	w.Header().Set("Clear-Site-Data", `"cache"`)
 	w.WriteHeader(http.StatusNoContent)
-}
-
-// recovered writes down a handler's panic and answers for it.
-func (s *server) recovered(next http.Handler) http.Handler {
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		defer func() {
-			if v := recover(); v != nil {
-				if v == http.ErrAbortHandler {
-					panic(v)
-				}
-				s.fail(w, r, http.StatusInternalServerError, "internal error", nil)
-				func() { defer s.logs.catch("handler"); panic(v) }()
-			}
-		}()
-		next.ServeHTTP(w, r)
-	})
-}
-
-// handleElse answers what no route takes: 405 where another method would do.
-func (s *server) handleElse(mux *http.ServeMux) http.HandlerFunc {
-	return func(w http.ResponseWriter, r *http.Request) {
-		h := w.Header()
-		if r.Method == http.MethodOptions && h.Get("Access-Control-Allow-Origin") != "" { // a page of VIEWER_ORIGINS asks before it asks
-			h.Set("Access-Control-Allow-Methods", "GET, DELETE")
-			h.Set("Access-Control-Allow-Headers", "Authorization")
-			h.Set("Access-Control-Max-Age", "600")
-			w.WriteHeader(http.StatusNoContent)
-			return
-		}
-		var allowed []string
-		for _, method := range []string{"GET", "POST", "DELETE"} {
-			other := r.Clone(r.Context())
-			other.Method = method
-			if _, pattern := mux.Handler(other); pattern != "/" {
-				allowed = append(allowed, method)
-			}
-		}
-		if allowed == nil {
-			s.fail(w, r, http.StatusNotFound, "no such page", nil)
-			return
-		}
-		h.Set("Allow", strings.Join(allowed, ", "))
-		s.fail(w, r, http.StatusMethodNotAllowed, "method not allowed", nil)
-	}
 }
 
 // fail answers with an error, and logs its cause.
@@ -227,10 +240,15 @@ func (s *server) write(w http.ResponseWriter, status int, v any) {
 	w.Write(encodeJSON(v))
 }
 
-// query makes a handler of one that asks the database. What that returns as an
-// error is answered here: it has written nothing then.
+// query makes a handler of one that asks the database, when there is room in memory
+// for its answer. handle writes nothing when it returns an error: the error is
+// answered here.
 func (s *server) query(handle func(http.ResponseWriter, *http.Request) error) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
+		if s.outgoing.take(r.Context(), pageBytes) != nil {
+			return // the client has left
+		}
+		defer s.outgoing.give(pageBytes)
 		err := errNotFound
 		if !strings.Contains(r.Pattern, "{id}") || validID(r.PathValue("id")) {
 			err = handle(w, r)
@@ -239,11 +257,11 @@ func (s *server) query(handle func(http.ResponseWriter, *http.Request) error) ht
 		switch {
 		case err == nil:
 		case errors.As(err, &bad):
-			s.fail(w, r, http.StatusBadRequest, strings.ReplaceAll(err.Error(), "\n", "; "), nil)
+			s.fail(w, r, http.StatusBadRequest, bad.Error(), nil)
 		case errors.Is(err, errNotFound):
 			s.fail(w, r, http.StatusNotFound, "no such session", nil)
 		default:
-			if r.Context().Err() == nil { // otherwise it is the client that left
+			if r.Context().Err() == nil { // otherwise the client has left
 				s.metrics.databaseErrors.Add(1)
 			}
 			s.fail(w, r, http.StatusServiceUnavailable, "the database does not answer", err)
@@ -271,6 +289,50 @@ func queryNumber(r *http.Request, name string, preset, least, most int64) (int64
 		return 0, badRequest(fmt.Sprintf("%s must be a whole number from %d to %d", name, least, most))
 	}
 	return n, nil
+}
+
+// Embedded files.
+
+func (s *server) serve(w http.ResponseWriter, r *http.Request, name, cache string) {
+	file, ok := s.files[name]
+	if !ok {
+		s.fail(w, r, http.StatusNotFound, "no such file", nil)
+		return
+	}
+	file.serve(w, r, cache)
+}
+
+func (s *server) page(name, policy string) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Content-Security-Policy", policy)
+		w.Header().Set("Referrer-Policy", "no-referrer")
+		s.serve(w, r, name, "no-cache")
+	}
+}
+
+func (s *server) handleRoot(w http.ResponseWriter, r *http.Request) {
+	if isBrowser(r) {
+		s.page("index.html", viewerPolicy)(w, r)
+		return
+	}
+	s.write(w, http.StatusOK, map[string]any{
+		"name": "session-replay", "version": version(),
+		"endpoints": map[string]string{"websocket": "/ws", "health": "/health", "stats": "/stats",
+			"activeSessions": "/sessions/active",
+			"sessionEvents":  "/sessions/:sessionId/events", "cleanup": "/sessions/cleanup"},
+		"documentation": "README.md", "signedIn": s.access.signedIn(r),
+	})
+}
+
+func (s *server) handleAsset(w http.ResponseWriter, r *http.Request) {
+	s.serve(w, r, r.PathValue("file"), "no-cache")
+}
+
+func (s *server) handleTracker(w http.ResponseWriter, r *http.Request) {
+	s.origins.fetched(originOf(r))
+	w.Header().Set("Access-Control-Allow-Origin", "*")
+	w.Header().Set("Cross-Origin-Resource-Policy", "cross-origin")
+	s.serve(w, r, "tracker.js", "public, max-age=3600")
 }
 
 // WebSocket.
@@ -343,20 +405,22 @@ func (s *server) upgrade(w http.ResponseWriter, r *http.Request, isViewer bool) 
 	}
 	c.ctx, c.cancel = context.WithCancel(s.ctx)
 	if isViewer {
-		c.maxMessage, c.out = maxViewerMessage, newOutbox(viewerOutbox, s.outgoing)
+		c.maxMessage, c.out = maxViewerMessage, newOutbox()
 		c.handle = (&viewer{&s.core, c.ctx, c.out}).handle
 	} else {
-		c.maxMessage, c.out = s.cfg.maxMessageBytes, newOutbox(trackerOutbox, nil)
-		s.newTracker(c, r)
+		c.maxMessage, c.out = s.cfg.maxMessageBytes, newOutbox()
+		s.newTracker(c, r, addr)
 	}
 	go s.serveWebSocket(c, addr, isViewer) // ends with the connection
 }
 
 // newTracker makes a page the one that a connection hears. A path with an id is
 // that of rrweb's own client.
-func (s *server) newTracker(c *conn, r *http.Request) *tracker {
+func (s *server) newTracker(c *conn, r *http.Request, addr netip.Addr) *tracker {
 	origin := originOf(r)
-	t := &tracker{core: &s.core, ctx: c.ctx, out: c.out, started: func() { s.origins.started(origin) }}
+	t := &tracker{core: &s.core, ctx: c.ctx, out: c.out}
+	t.mayStart = func() bool { return s.access.mayStart(addr, s.cfg.maxSessionsPerMinute) }
+	t.started = func() { s.origins.started(origin) }
 	c.handle = t.handle
 	if id := r.PathValue("id"); id != "" {
 		t.share = true
@@ -403,15 +467,14 @@ func (s *server) handleEvents(w http.ResponseWriter, r *http.Request) error {
 	if err := errors.Join(err, err2); err != nil {
 		return err
 	}
-	p, err := s.eventPage(r.Context(), id, from, limit)
+	p, err := s.eventPage(r.Context(), id, from, limit, `{"sessionId":"`+id+`","events":[`)
+	defer p.release()
 	if err != nil {
 		return err
 	}
 	w.Header().Set("Content-Type", "application/json; charset=utf-8")
 	w.Header().Set("Cache-Control", "no-store")
-	fmt.Fprintf(w, `{"sessionId":"%s","events":[`, id)
-	s.writeSlowly(w, p.events)
-	fmt.Fprintf(w, `],"fromIndex":%d,"count":%d}`, from, p.count)
+	s.writeSlowly(w, fmt.Appendf(p.text, `],"fromIndex":%d,"count":%d}`, from, p.count))
 	return nil
 }
 
@@ -610,25 +673,32 @@ func (s *server) uptime() int64 { return time.Since(s.started).Milliseconds() }
 
 // handleHealth tells everyone how the server is, and viewers what it does.
 func (s *server) handleHealth(w http.ResponseWriter, r *http.Request) {
-	status, code := "healthy", http.StatusOK
+	status, code, reason := "healthy", http.StatusOK, *s.reason.Load()
+	if reason != "" {
+		status, code = "unhealthy", http.StatusServiceUnavailable
+	}
 	if s.access.admit(viewers, r) != nil {
-		if s.store.ping(r.Context()) != nil {
-			status, code = "unhealthy", http.StatusServiceUnavailable
-		}
 		s.write(w, code, map[string]string{"status": status})
 		return
 	}
 	st := s.stats()
 	t, err := s.store.totals(r.Context())
-	if err != nil {
-		status, code = "unhealthy", http.StatusServiceUnavailable
+	if err != nil && reason == "" {
+		status, code, reason = "unhealthy", http.StatusServiceUnavailable, "the database does not answer: "+err.Error()
 	}
-	s.write(w, code, map[string]any{
+	answer := map[string]any{
 		"status": status, "timestamp": time.Now().UTC(), "uptime": s.uptime(),
 		"database":   map[string]int64{"totalSessions": t.sessions, "activeSessions": t.active, "totalEvents": t.events},
 		"sessions":   map[string]int64{"totalSessions": int64(st.sessions), "activeSessions": int64(st.live), "totalEvents": st.events},
 		"websockets": map[string]int{"totalClients": st.trackers + st.viewers, "viewers": st.viewers, "trackers": st.trackers},
-	})
+	}
+	if skew := time.Duration(s.store.skew.Load()); skew.Abs() > maxClockSkew && reason == "" {
+		reason = fmt.Sprintf("this machine's clock is %v ahead of the database's: nothing is deleted for its age", skew.Round(time.Second))
+	}
+	if reason != "" {
+		answer["reason"] = reason
+	}
+	s.write(w, code, answer)
 }
 
 func (s *server) handleStats(w http.ResponseWriter, r *http.Request) {
@@ -639,13 +709,6 @@ func (s *server) handleStats(w http.ResponseWriter, r *http.Request) {
 		"trackerFetches":  s.origins.recent(),
 		"refusedSessions": s.metrics.refusedSessions.Load(), "viewersLagged": s.metrics.viewersLagged.Load(), "refusals": s.metrics.refused(),
 	})
-}
-
-// metric is a line of /metrics. Those of one name, with different labels, stand
-// together.
-type metric struct {
-	name, help, kind string
-	value            float64
 }
 
 func (s *server) metricsNow() []metric {
@@ -675,35 +738,25 @@ func (s *server) metricsNow() []metric {
 		{"session_replay_viewers_lagged_total", "Times that a viewer was too slow.", counter, n(&m.viewersLagged)},
 		{"session_replay_database_errors_total", "Transactions and questions that failed.", counter, n(&m.databaseErrors)},
 		{"session_replay_log_write_errors_total", "Lines that did not reach a log file.", counter, float64(s.logs.writeErrors())},
+		{"session_replay_batch_seconds_sum", "Time to compress and commit a batch, or to fail.", "summary", n(&m.batchNanos) / 1e9},
+		{"session_replay_batch_seconds_count", "", "", n(&m.batches)},
+		{"session_replay_batch_bytes_sum", "JSON in a batch.", "summary", n(&m.batchBytes)},
+		{"session_replay_batch_bytes_count", "", "", n(&m.batches)},
 		{"go_goroutines", "Goroutines.", gauge, float64(runtime.NumGoroutine())},
 		{"go_memstats_alloc_bytes", "Memory of Go objects.", gauge, float64(memory[0].Value.Uint64())},
 		{"go_memstats_sys_bytes", "Memory taken from the system.", gauge, float64(memory[1].Value.Uint64())},
 		{"process_start_time_seconds", "Start, in seconds since 1970.", gauge, float64(s.started.Unix())},
 	}
-	refused := m.refused()
+	refused, help := m.refused(), "Requests, messages and connections refused."
 	for _, reason := range slices.Sorted(maps.Keys(refused)) {
-		all = append(all, metric{`session_replay_refusals_total{reason="` + reason + `"}`, "Requests, messages and connections refused.", counter,
-			float64(refused[reason])})
+		name := `session_replay_refusals_total{reason="` + reason + `"}`
+		all = append(all, metric{name, help, counter, float64(refused[reason])})
+		help = ""
 	}
 	return all
 }
 
-// handleMetrics answers in Prometheus' text format 0.0.4,
-// https://prometheus.io/docs/instrumenting/exposition_formats/.
 func (s *server) handleMetrics(w http.ResponseWriter, r *http.Request) {
-	var out bytes.Buffer
-	before := ""
-	for _, m := range s.metricsNow() {
-		if name, _, _ := strings.Cut(m.name, "{"); name != before {
-			fmt.Fprintf(&out, "# HELP %s %s\n# TYPE %[1]s %[3]s\n", name, m.help, m.kind)
-			before = name
-		}
-		fmt.Fprintf(&out, "%s %v\n", m.name, m.value)
-	}
-	s.metrics.mu.Lock()
-	s.metrics.seconds.write(&out, "session_replay_batch_seconds", "Time to compress and commit a batch, or to fail.")
-	s.metrics.size.write(&out, "session_replay_batch_bytes", "JSON in a batch.")
-	s.metrics.mu.Unlock()
 	w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
-	w.Write(out.Bytes())
+	writeMetrics(w, s.metricsNow())
 }

@@ -205,7 +205,7 @@ type hubStats struct {
 	events            int64
 	trackers, viewers int
 	tailBytes         int64
-	oldest            time.Duration // age of the oldest event that is not committed
+	oldest            time.Duration // how long the database has kept an event or a tracker waiting
 }
 
 // hub is how others reach the hub's goroutine, run, which owns all state of
@@ -252,7 +252,7 @@ type hubState struct {
 	*hub
 	sessions map[string]*session
 	recorded map[*outbox]*session // what each tracker records
-	claiming map[string]int       // claims in the database that are not attached yet
+	claiming map[string]claiming  // claims in the database that are not attached yet
 	grace    map[*session]struct{}
 	trackers int
 
@@ -279,7 +279,7 @@ func (h *hub) run(ctx context.Context) {
 		hub:      h,
 		sessions: map[string]*session{},
 		recorded: map[*outbox]*session{},
-		claiming: map[string]int{},
+		claiming: map[string]claiming{},
 		grace:    map[*session]struct{}{},
 		viewers:  map[*outbox]map[string]*watch{},
 		watchers: map[string]map[*outbox]*watch{},
@@ -412,17 +412,37 @@ func (h *hubState) reserve(cmd reserve) reservation {
 	case cmd.share && s != nil && s.shared && s.tracker != nil && s.tracker != cmd.out:
 		h.recorded[cmd.out] = s
 		return joins
-	case !cmd.byToken && (h.claiming[cmd.id] > 0 || s != nil && s.tracker != nil && s.tracker != cmd.out):
+	case !cmd.byToken && (h.claiming[cmd.id].n > 0 || s != nil && s.tracker != nil && s.tracker != cmd.out):
 		return taken
-	case s == nil && h.aboutBytes+cmd.cost > int64(h.cfg.maxBufferBytes)/8:
+	case h.aboutBytes+cmd.cost-s.aboutCost() > int64(h.cfg.maxBufferBytes)/8:
 		return noRoom
 	}
-	h.claiming[cmd.id]++
+	c := h.claiming[cmd.id]
+	if c.n++; c.n == 1 {
+		c.since = time.Now()
+	}
+	h.claiming[cmd.id] = c
 	return granted
 }
 
+// claiming are the claims of one session that are under way.
+type claiming struct {
+	n     int
+	since time.Time // of the first
+}
+
+func (s *session) aboutCost() int64 {
+	if s == nil {
+		return 0
+	}
+	return s.about.cost()
+}
+
 func (h *hubState) unreserve(id string) {
-	if h.claiming[id]--; h.claiming[id] <= 0 {
+	c := h.claiming[id]
+	if c.n--; c.n > 0 {
+		h.claiming[id] = c
+	} else {
 		delete(h.claiming, id)
 	}
 }
@@ -531,10 +551,10 @@ func (h *hubState) abandon(s *session, why outcome) {
 	case epochLost:
 		out.closeAfterSending(closeTaken, "the session continues on another connection")
 	case deleted:
-		out.trySend(errorMessage("session_deleted", "the session was deleted"))
+		out.trySend(errorMessage("session_deleted", "the session was deleted"), trackerOutbox)
 		out.closeAfterSending(closeDeleted, "the session was deleted")
 	case refused:
-		out.trySend(errorMessage("not_stored", "the database refused the session's data"))
+		out.trySend(errorMessage("not_stored", "the database refused the session's data"), trackerOutbox)
 	}
 }
 
@@ -572,15 +592,15 @@ func (h *hubState) publish(cmd publish) {
 	s, b := h.sessionOf(cmd), cmd.b
 	switch {
 	case s == nil || s.ended:
-		cmd.out.trySend(errorMessage("no_session", "this connection records no session"))
+		cmd.out.trySend(errorMessage("no_session", "this connection records no session"), trackerOutbox)
 	case b.seq > 0 && b.seq <= s.now.seq:
 		h.ack(s)
 	case b.seq > s.now.seq+1:
 		h.metrics.refuse("sequence_gap")
-		cmd.out.trySend(sequenceGap(s.now.seq + 1))
+		cmd.out.trySend(sequenceGap(s.now.seq+1), trackerOutbox)
 	case s.now.raw+b.raw() > int64(h.cfg.maxSessionBytes):
 		h.metrics.refuse("session_bytes")
-		cmd.out.trySend(errorMessage("session_full", "the session has reached MAX_SESSION_BYTES"))
+		cmd.out.trySend(errorMessage("session_full", "the session has reached MAX_SESSION_BYTES"), trackerOutbox)
 		h.end(s)
 	default:
 		h.take(s, b)
@@ -662,15 +682,15 @@ func (h *hubState) inMemory(cmd memoryQuery) inMemory {
 	return inMemory{true, s.summary(), s.memory(cmd.from, cmd.to)}
 }
 
-// live gives the live sessions, as many as a list has room for.
+// live gives the live sessions, as many as a viewer's share has room for.
 func (h *hubState) live() (all []summary) {
-	size := 0
+	size, most := 0, h.share()
 	for _, s := range h.sessions {
 		if s.ended {
 			continue
 		}
 		listed := s.summary()
-		if size += listed.listSize(); size > maxListBytes {
+		if size += listed.listSize(); size > most {
 			break
 		}
 		all = append(all, listed)
@@ -689,6 +709,9 @@ func (h *hubState) stats() hubStats {
 		if b := s.oldestPending(); b != nil {
 			stats.oldest = max(stats.oldest, now.Sub(b.received))
 		}
+	}
+	for _, c := range h.claiming {
+		stats.oldest = max(stats.oldest, now.Sub(c.since))
 	}
 	return stats
 }

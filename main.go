@@ -15,6 +15,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -30,12 +31,11 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
-
-	"github.com/jackc/pgx/v5"
 )
 
 const (
 	beatEvery    = 2 * time.Second  // that this server is there
+	maxWaiting   = time.Minute      // of an event for its commit, in health
 	shutdownTime = 18 * time.Second // for everything; systemd and others wait about 20
 )
 
@@ -53,20 +53,21 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 	flags := flag.NewFlagSet("session-replay", flag.ContinueOnError)
 	flags.SetOutput(stderr)
 	printVersion := flags.Bool("version", false, "print what was built, and exit")
-	checkOnly := flags.Bool("check", false, "read the settings, connect to the database, print what the server would do, and exit")
-	if err := flags.Parse(args); err != nil {
+	checkOnly := flags.Bool("check", false, "try what the start would do, print what it finds, and exit")
+	if err := flags.Parse(args); errors.Is(err, flag.ErrHelp) {
+		return nil
+	} else if err != nil {
 		return err
+	}
+	if flags.NArg() > 0 {
+		return fmt.Errorf("unexpected argument %q: settings come from the environment and .env", flags.Arg(0))
 	}
 	if *printVersion {
 		info, _ := debug.ReadBuildInfo()
 		fmt.Fprintf(stdout, "session-replay %s\n%v", version(), info)
 		return nil
 	}
-	env, err := withDotEnv(getenv, ".env")
-	if err != nil {
-		return err
-	}
-	cfg, err := loadConfig(env)
+	cfg, err := readConfig(getenv, ".env")
 	if err != nil {
 		return err
 	}
@@ -79,16 +80,17 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 	if getenv("GOMEMLIMIT") == "" {
 		debug.SetMemoryLimit(int64(cfg.maxBufferBytes)*9/8 + 64<<20)
 	}
-	logs := openLogs(cfg.log, stdout, stderr, env("JOURNAL_STREAM") != "")
+	logs := openLogs(cfg.log, stdout, stderr, getenv("JOURNAL_STREAM") != "")
 	defer logs.Close()
 	s, err := assemble(cfg, logs)
 	if err != nil {
 		return err
 	}
 	defer s.store.close()
-	if s.access.made {
-		fmt.Fprintf(stdout, "ACCESS_TOKEN is not set and HOST is open to a network; until the next start, viewers come by this link:\n%s/?token=%s\n",
-			cfg.url(cfg.host, cfg.port), s.access.token)
+	if s.access.generated {
+		fmt.Fprintf(stdout, "ACCESS_TOKEN is not set and HOST is open to a network; "+
+			"until the next start, viewers come by this link:\n%s/?token=%s\n", cfg.url(cfg.host, cfg.port),
+			s.access.token)
 	}
 	return s.run(ctx)
 }
@@ -101,8 +103,11 @@ func assemble(cfg config, logs *logs) (*server, error) {
 	m := newMetrics()
 	b := newBudget(int64(cfg.maxBufferBytes))
 	h := newHub(cfg, b, m)
-	s := &server{core: core{cfg: cfg, hub: h, store: st, budget: b, outgoing: newBudget(int64(cfg.maxBufferBytes) / 4),
-		metrics: m, logs: logs, log: logs.app}, started: time.Now(), origins: &origins{}, access: newAccess(cfg.accessConfig, cfg.host, cfg.port)}
+	s := &server{core: core{cfg: cfg, hub: h, store: st, budget: b, outgoing: newBudget(outgoingBytes(cfg)),
+		metrics: m, logs: logs, log: logs.app}, started: time.Now(), origins: &origins{},
+		access: newAccess(cfg.accessConfig, cfg.host, cfg.port, logs.app)}
+	starting := "the database has not answered yet"
+	s.reason.Store(&starting)
 	for range writers {
 		s.writers = append(s.writers, &writer{hub: s.hub, store: st, metrics: m, log: logs.rejected})
 	}
@@ -120,6 +125,8 @@ func (s *server) run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	// work ends when run returns. When not everything was stored by then, that cuts
+	// a commit short: PostgreSQL has all of it or nothing, and trackers send again.
 	work, giveUp := context.WithCancel(context.Background())
 	defer giveUp()
 	s.ctx = work
@@ -129,8 +136,8 @@ func (s *server) run(ctx context.Context) error {
 	for _, w := range s.writers {
 		go w.run(work) // ends with the hub
 	}
-	go s.keepHouse(house) // ends with house
-	go s.attend(house)    // ends with house
+	go s.housekeep(house)     // ends with house
+	go s.handleSignals(house) // ends with house
 	srv := &http.Server{
 		Handler:           s.routes(),
 		ReadHeaderTimeout: s.cfg.readHeaderTimeout,
@@ -143,7 +150,8 @@ func (s *server) run(ctx context.Context) error {
 	failed := make(chan error, 1)
 	go func() { failed <- srv.Serve(listener) }() // ends with srv
 	_, port, _ := net.SplitHostPort(listener.Addr().String())
-	s.log.Info("listening", "url", s.cfg.url(s.cfg.host, port), "version", version())
+	s.log.Info("listening", "url", s.cfg.url(s.cfg.host, port), "version", version(),
+		"retention", inWords(int64(s.cfg.retention), times))
 	s.notify("READY=1")
 	select {
 	case err = <-failed:
@@ -161,11 +169,7 @@ func (s *server) stop(srv *http.Server) error {
 	s.notify("STOPPING=1")
 	ctx, cancel := context.WithTimeout(context.Background(), shutdownTime)
 	defer cancel()
-	httpEnds := make(chan struct{})
-	go func() { // ends with ctx at the latest
-		srv.Shutdown(ctx)
-		close(httpEnds)
-	}()
+	go srv.Shutdown(ctx) // ends with ctx at the latest
 	s.closeAll(ctx)
 	s.hub.send(drain{})
 	select {
@@ -174,10 +178,9 @@ func (s *server) stop(srv *http.Server) error {
 	case <-ctx.Done():
 		return errors.New("stopped before everything was stored: the database did not take it in time")
 	}
-	select {
-	case <-httpEnds:
-	case <-time.After(time.Second):
-	}
+	answering, cancel := context.WithTimeout(ctx, time.Second)
+	defer cancel()
+	srv.Shutdown(answering)
 	srv.Close()
 	return nil
 }
@@ -211,12 +214,12 @@ func (c *certificate) load() error {
 	return err
 }
 
-// attend reads the certificate again on SIGHUP, and tells systemd's watchdog
-// that the server works, for as long as it does.
-func (s *server) attend(ctx context.Context) {
+// handleSignals reads the certificate again on SIGHUP, and tells systemd's
+// watchdog each time that the hub answers. While the hub hangs it waits here, and
+// systemd starts the server anew.
+func (s *server) handleSignals(ctx context.Context) {
 	hangup := make(chan os.Signal, 1)
-	signal.Notify(hangup, syscall.SIGHUP)
-	defer signal.Stop(hangup)
+	signal.Notify(hangup, syscall.SIGHUP) // to the end: without it SIGHUP ends the process
 	var watchdog <-chan time.Time
 	if s.cfg.watchdog > 0 {
 		watchdog = time.Tick(s.cfg.watchdog / 2)
@@ -224,39 +227,25 @@ func (s *server) attend(ctx context.Context) {
 	for {
 		select {
 		case <-hangup:
-			if s.cfg.certificate == nil {
-				continue
-			}
-			if err := s.cfg.certificate.load(); err != nil {
-				s.logs.rejected.Error("certificate not read again, the old one stays", "err", err)
-			} else {
-				s.log.Info("certificate read again")
-			}
+			s.reloadCertificate()
 		case <-watchdog:
-			if err := s.works(s.cfg.watchdog / 4); err != nil {
-				s.logs.rejected.Error("the watchdog is not told", "err", err)
-			} else {
-				s.notify("WATCHDOG=1")
-			}
+			s.stats()
+			s.notify("WATCHDOG=1")
 		case <-ctx.Done():
 			return
 		}
 	}
 }
 
-// works asks the hub.
-func (s *server) works(patience time.Duration) error {
-	answered := make(chan struct{})
-	go func() { // ends with the hub's answer
-		s.stats()
-		close(answered)
-	}()
-	select {
-	case <-answered:
-	case <-time.After(patience):
-		return errors.New("the hub does not answer")
+func (s *server) reloadCertificate() {
+	if s.cfg.certificate == nil {
+		return
 	}
-	return nil
+	if err := s.cfg.certificate.load(); err != nil {
+		s.logs.rejected.Error("certificate not read again, the old one stays", "err", err)
+		return
+	}
+	s.log.Info("certificate read again")
 }
 
 // notify tells systemd, if it listens, as sd_notify(3) does.
@@ -274,9 +263,9 @@ func (s *server) notify(state string) {
 	}
 }
 
-// keepHouse applies the schema as soon as the database is there, and from then
+// housekeep applies the schema as soon as the database is there, and from then
 // on marks live sessions and deletes old ones.
-func (s *server) keepHouse(ctx context.Context) {
+func (s *server) housekeep(ctx context.Context) {
 	for attempt := 0; ; attempt++ {
 		err := s.store.applySchema(ctx)
 		if err == nil {
@@ -308,10 +297,37 @@ func (s *server) every(ctx context.Context, interval time.Duration, do func(cont
 	}
 }
 
+// beat tells the database that this server is there, and looks whether what is
+// sent to it can be stored: /health answers with what it finds, and the log says
+// it once a minute.
 func (s *server) beat(ctx context.Context) {
-	if err := s.store.beat(ctx); err != nil && ctx.Err() == nil {
-		s.logs.rejected.Warn("the database was not told that this server is there", "err", err)
+	reason := s.illness(s.store.beat(ctx))
+	if ctx.Err() != nil {
+		return
 	}
+	s.reason.Store(&reason)
+	if reason == "" {
+		s.reasonLogged = time.Time{}
+	} else if time.Since(s.reasonLogged) > time.Minute {
+		s.reasonLogged = time.Now()
+		s.logs.rejected.Error("unhealthy", "reason", reason)
+	}
+}
+
+// illness says why the server cannot store what it is sent; "" when it can.
+func (s *server) illness(beat error) string {
+	waiting, last := s.stats().oldest, s.store.last.Load()
+	switch {
+	case beat != nil:
+		return fmt.Sprintf("the database takes no writes: %v", beat)
+	case last != nil && isOperatorError(last.err) && time.Since(last.at) < time.Minute:
+		return fmt.Sprintf("the database refuses a statement: %v", last.err)
+	case waiting > maxWaiting && last != nil:
+		return fmt.Sprintf("the oldest event has waited %v for its commit: %v", waiting.Round(time.Second), last.err)
+	case waiting > maxWaiting:
+		return fmt.Sprintf("the oldest event has waited %v for its commit", waiting.Round(time.Second))
+	}
+	return ""
 }
 
 func (s *server) cleanUp(ctx context.Context) {
@@ -326,41 +342,10 @@ func (s *server) cleanUp(ctx context.Context) {
 
 // version is what the binary knows of how it was built.
 func version() string {
-	info, ok := debug.ReadBuildInfo()
-	if !ok {
-		return "unknown"
+	if info, ok := debug.ReadBuildInfo(); ok {
+		return cmp.Or(stamped, info.Main.Version)
 	}
-	if stamped != "" {
-		return stamped
-	}
-	return info.Main.Version
-}
-
-// check prints what the server would do, without secrets, and whether the
-// database is there.
-func check(ctx context.Context, cfg config, stdout io.Writer) error {
-	a, db, viewing, recording := newAccess(cfg.accessConfig, cfg.host, cfg.port), cfg.database.ConnConfig, "who has ACCESS_TOKEN", "anyone"
-	switch {
-	case a.open:
-		viewing = "whoever is on this machine (no ACCESS_TOKEN)"
-	case a.made:
-		viewing = "who has the token that it makes and prints (no ACCESS_TOKEN)"
-	}
-	if a.key != "" {
-		recording = "who has INGEST_KEY"
-	}
-	fmt.Fprintf(stdout, "listens at     %s, port %s; TLS: %t, trusts a proxy: %t\n", cfg.host, cfg.port, cfg.certificate != nil, a.trustProxy)
-	fmt.Fprintf(stdout, "may view       %s; pages of its own and %v; public hosts %v\n", viewing, a.viewerOrigins, a.publicHosts)
-	fmt.Fprintf(stdout, "may record     %s; pages of %v\n", recording, a.trackerOrigins)
-	fmt.Fprintf(stdout, "keeps          sessions %v after their end, logs in %s\n", cfg.retention, cfg.log.dir)
-	fmt.Fprintf(stdout, "database       %s at %s, port %d, as %s\n", db.Database, db.Host, db.Port, db.User)
-	conn, err := pgx.ConnectConfig(ctx, db)
-	if err != nil {
-		return fmt.Errorf("database: %w", err)
-	}
-	defer conn.Close(ctx)
-	fmt.Fprintf(stdout, "               PostgreSQL %s\n", conn.PgConn().ParameterStatus("server_version"))
-	return nil
+	return cmp.Or(stamped, "unknown")
 }
 
 // stamped is set by the linker (-X main.stamped=…).

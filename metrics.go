@@ -21,17 +21,13 @@ type metrics struct {
 	eventsStored, bytesStored             atomic.Int64
 	refusedSessions, databaseErrors, acks atomic.Int64
 	viewersLagged                         atomic.Int64
+	batches, batchNanos, batchBytes       atomic.Int64 // that were tried, their time and JSON
 
-	mu            sync.Mutex
-	refusals      map[string]int64 // by reason
-	seconds, size histogram        // of batches: time, and JSON bytes
+	mu       sync.Mutex
+	refusals map[string]int64 // by reason
 }
 
-func newMetrics() *metrics {
-	return &metrics{refusals: map[string]int64{},
-		seconds: histogram{bounds: []float64{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30}},
-		size:    histogram{bounds: []float64{1 << 10, 4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20}}}
-}
+func newMetrics() *metrics { return &metrics{refusals: map[string]int64{}} }
 
 // refuse counts something that was refused to a client.
 func (m *metrics) refuse(reason string) {
@@ -48,7 +44,8 @@ func (m *metrics) refused() map[string]int64 {
 
 // batch counts a batch that the writer has tried to store.
 func (m *metrics) batch(work []*flush, took time.Duration) {
-	raw := 0
+	m.batches.Add(1)
+	m.batchNanos.Add(int64(took))
 	for _, f := range work {
 		if f.outcome != stored {
 			continue
@@ -56,36 +53,31 @@ func (m *metrics) batch(work []*flush, took time.Duration) {
 		for _, c := range f.chunks {
 			m.eventsStored.Add(c.count)
 			m.bytesStored.Add(int64(len(c.events)))
-			raw += c.raw
+			m.batchBytes.Add(int64(c.raw))
 		}
 	}
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	m.seconds.observe(took.Seconds())
-	m.size.observe(float64(raw))
 }
 
-// histogram counts observations by size. Its owner guards it.
-type histogram struct {
-	bounds []float64
-	counts [16]int64 // up to each bound; then all
-	sum    float64
+// metric is a line of /metrics. Those of one family stand together; the first
+// has its help and kind.
+type metric struct {
+	name, help, kind string
+	value            float64
 }
 
-func (h *histogram) observe(v float64) {
-	for i := len(h.bounds); i >= 0 && (i == len(h.bounds) || v <= h.bounds[i]); i-- {
-		h.counts[i]++
+// writeMetrics writes Prometheus' text format 0.0.4,
+// https://prometheus.io/docs/instrumenting/exposition_formats/.
+func writeMetrics(w io.Writer, all []metric) {
+	for _, m := range all {
+		if m.help != "" {
+			family, _, _ := strings.Cut(m.name, "{")
+			if m.kind == "summary" {
+				family = strings.TrimSuffix(family, "_sum")
+			}
+			fmt.Fprintf(w, "# HELP %s %s\n# TYPE %[1]s %[3]s\n", family, m.help, m.kind)
+		}
+		fmt.Fprintf(w, "%s %v\n", m.name, m.value)
 	}
-	h.sum += v
-}
-
-func (h *histogram) write(w io.Writer, name, help string) {
-	fmt.Fprintf(w, "# HELP %s %s\n# TYPE %[1]s histogram\n", name, help)
-	for i, bound := range h.bounds {
-		fmt.Fprintf(w, "%s_bucket{le=\"%v\"} %d\n", name, bound, h.counts[i])
-	}
-	all := h.counts[len(h.bounds)]
-	fmt.Fprintf(w, "%s_bucket{le=\"+Inf\"} %d\n%[1]s_sum %[3]v\n%[1]s_count %[2]d\n", name, all, h.sum)
 }
 
 // origins counts how often pages fetched tracker.js and what came of it, by their

@@ -26,13 +26,9 @@ type text []byte
 func (t text) encode() []byte { return t }
 func (t text) size() int      { return len(t) }
 
-// outboxLimits are the most that an outbox holds; an answer to the client's own
-// request goes in all the same, but the next request is not read before that.
-type outboxLimits struct{ messages, bytes int }
-
-var (
-	viewerOutbox  = outboxLimits{1024, 4 << 20}
-	trackerOutbox = outboxLimits{64, 64 << 10}
+const (
+	outboxMessages = 1024
+	trackerOutbox  = 64 << 10 // bytes; viewers share an amount that grows with the settings
 )
 
 // outbox is what one client is to be sent: messages up to a bound, the newest
@@ -40,10 +36,8 @@ var (
 // by their outboxes. Every method is safe for concurrent use, and none waits but
 // wait.
 type outbox struct {
-	limits outboxLimits
-	shared *budget // bounds all viewers' outboxes together; nil for trackers
-	wake   func()  // starts the goroutine that sends; called with mu locked
-	abort  func()  // ends a connection whose peer does not take the last messages
+	wake  func() // starts the goroutine that sends; called with mu locked
+	abort func() // ends a connection whose peer does not take the last messages
 
 	mu       sync.Mutex
 	queue    []message
@@ -52,6 +46,9 @@ type outbox struct {
 	closing  *closeFrame
 	closed   bool          // nothing is sent any more
 	sending  bool          // a goroutine sends
+	taken    int           // messages taken from the queue so far
+	sent     int           // of these, those that are sent
+	answer   int           // what sent must be for the newest answer to a request
 	progress chan struct{} // has room for one; told when something was sent
 }
 
@@ -89,30 +86,29 @@ const (
 // handshake.
 const closeTime = 2 * time.Second
 
-func newOutbox(limits outboxLimits, shared *budget) *outbox {
-	return &outbox{limits: limits, shared: shared, progress: make(chan struct{}, 1),
-		wake: func() {}, abort: func() {}}
+func newOutbox() *outbox {
+	return &outbox{progress: make(chan struct{}, 1), wake: func() {}, abort: func() {}}
 }
 
-// trySend gives the client a message, and reports whether there was room.
-func (o *outbox) trySend(m message) bool {
+// trySend gives the client a message, and reports whether there was room: less
+// than most bytes before it.
+func (o *outbox) trySend(m message, most int) bool {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	if o.full() || o.shared != nil && o.shared.left() <= 0 {
+	if len(o.queue) >= outboxMessages || o.bytes >= most {
 		return false
 	}
 	return o.add(m)
 }
 
-// send gives the client an answer to its own request, which has room always.
+// send gives the client an answer to its request, which has room always. The next
+// request is not read before it is sent: see wait.
 func (o *outbox) send(m message) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	o.add(m)
-}
-
-func (o *outbox) full() bool {
-	return len(o.queue) >= o.limits.messages || o.bytes >= o.limits.bytes
+	if o.add(m) {
+		o.answer = o.taken + len(o.queue)
+	}
 }
 
 func (o *outbox) add(m message) bool {
@@ -120,16 +116,9 @@ func (o *outbox) add(m message) bool {
 		return false
 	}
 	o.queue = append(o.queue, m)
-	o.count(m.size())
+	o.bytes += m.size()
 	o.start()
 	return true
-}
-
-func (o *outbox) count(n int) {
-	o.bytes += n
-	if o.shared != nil {
-		o.shared.give(-int64(n))
-	}
 }
 
 // ack tells the tracker that everything up to seq is committed. It replaces an
@@ -173,17 +162,19 @@ func (o *outbox) start() {
 func (o *outbox) next() (m message, last *closeFrame) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
+	o.sent = o.taken
+	select {
+	case o.progress <- struct{}{}:
+	default:
+	}
 	switch {
 	case o.closed:
 	case len(o.queue) > 0:
 		m = o.queue[0]
 		o.queue[0] = nil
 		o.queue = o.queue[1:]
-		o.count(-m.size())
-		select {
-		case o.progress <- struct{}{}:
-		default:
-		}
+		o.taken++
+		o.bytes -= m.size()
 		return m, nil
 	case o.acked.seq > 0:
 		m, o.acked = o.acked, ack{}
@@ -196,13 +187,13 @@ func (o *outbox) next() (m message, last *closeFrame) {
 	return nil, nil
 }
 
-// wait returns when there is room in the outbox, or with ctx.
+// wait returns when the answers to the client's requests are sent, or with ctx.
 func (o *outbox) wait(ctx context.Context) error {
 	for {
 		o.mu.Lock()
-		full := o.full()
+		done := o.sent >= o.answer
 		o.mu.Unlock()
-		if !full {
+		if done {
 			return nil
 		}
 		select {
@@ -231,13 +222,10 @@ func (o *outbox) isSending() bool {
 func (o *outbox) end(now bool) (parting bool) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	if parting = o.closing != nil && !o.closed && !now; parting {
-		return true
+	if parting = o.closing != nil && !o.closed && !now; !parting {
+		o.closed, o.queue, o.bytes = true, nil, 0
 	}
-	o.closed = true
-	o.count(-o.bytes)
-	o.queue = nil
-	return false
+	return parting
 }
 
 // The messages that the hub and sessions send.
@@ -299,8 +287,6 @@ func nullableIndex(n int64) *int64 {
 
 // activeSessions is the list of live sessions.
 type activeSessions []summary
-
-const maxListBytes = 1 << 20 // of JSON in active_sessions; sessions beyond it are left out
 
 func (a activeSessions) size() int {
 	n := 64

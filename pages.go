@@ -9,9 +9,9 @@ import (
 	"io/fs"
 	"net/http"
 	"path"
-	"strconv"
 	"strings"
 	"sync"
+	"time"
 )
 
 //go:embed web/*.html web/*.js web/*.css web/dist
@@ -31,7 +31,8 @@ func newAsset(name string, body []byte) asset {
 	z, _ := gzip.NewWriterLevel(&zipped, gzip.BestCompression)
 	z.Write(body)
 	z.Close()
-	return asset{body, zipped.Bytes(), types[path.Ext(name)] + "; charset=utf-8", `"` + hex.EncodeToString(sum[:8]) + `"`}
+	return asset{body, zipped.Bytes(), types[path.Ext(name)] + "; charset=utf-8",
+		`"` + hex.EncodeToString(sum[:8]) + `"`}
 }
 
 // assets are the embedded files by their base names, and whether the recorder is
@@ -58,28 +59,19 @@ var assets = sync.OnceValues(func() (map[string]asset, bool) {
 	return files, bundled
 })
 
-func (s *server) serve(w http.ResponseWriter, r *http.Request, name, cache string) {
-	a, ok := s.files[name]
-	if !ok {
-		s.fail(w, r, http.StatusNotFound, "no such file", nil)
-		return
-	}
+// serve answers with the file, or says that it need not be sent again.
+func (a asset) serve(w http.ResponseWriter, r *http.Request, cache string) {
 	h := w.Header()
 	h.Set("Content-Type", a.contentType)
 	h.Set("Cache-Control", cache)
 	h.Set("ETag", a.etag)
 	h.Add("Vary", "Accept-Encoding")
-	if r.Header.Get("If-None-Match") == a.etag {
-		w.WriteHeader(http.StatusNotModified)
-		return
-	}
 	body := a.body
 	if strings.Contains(r.Header.Get("Accept-Encoding"), "gzip") {
 		h.Set("Content-Encoding", "gzip")
 		body = a.zipped
 	}
-	h.Set("Content-Length", strconv.Itoa(len(body)))
-	w.Write(body)
+	http.ServeContent(w, r, "", time.Time{}, bytes.NewReader(body))
 }
 
 const (
@@ -90,40 +82,3 @@ const (
 	demoPolicy = "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; " +
 		"connect-src 'self' ws: wss:; form-action 'self'; base-uri 'none'"
 )
-
-func (s *server) page(w http.ResponseWriter, r *http.Request, name, policy string) {
-	w.Header().Set("Content-Security-Policy", policy)
-	w.Header().Set("Referrer-Policy", "no-referrer")
-	s.serve(w, r, name, "no-cache")
-}
-
-func (s *server) handleRoot(w http.ResponseWriter, r *http.Request) {
-	if isBrowser(r) {
-		s.page(w, r, "index.html", viewerPolicy)
-		return
-	}
-	s.write(w, http.StatusOK, map[string]any{
-		"name": "session-replay", "version": version(),
-		"endpoints": map[string]string{"websocket": "/ws", "health": "/health", "stats": "/stats", "activeSessions": "/sessions/active",
-			"sessionEvents": "/sessions/:sessionId/events", "cleanup": "/sessions/cleanup"},
-		"documentation": "README.md", "signedIn": s.access.signedIn(r),
-	})
-}
-
-func (s *server) handleView(w http.ResponseWriter, r *http.Request) {
-	s.page(w, r, "view.html", viewerPolicy)
-}
-func (s *server) handleDemo(w http.ResponseWriter, r *http.Request) {
-	s.page(w, r, "demo.html", demoPolicy)
-}
-
-func (s *server) handleAsset(w http.ResponseWriter, r *http.Request) {
-	s.serve(w, r, r.PathValue("file"), "no-cache")
-}
-
-func (s *server) handleTracker(w http.ResponseWriter, r *http.Request) {
-	s.origins.fetched(originOf(r))
-	w.Header().Set("Access-Control-Allow-Origin", "*")
-	w.Header().Set("Cross-Origin-Resource-Policy", "cross-origin")
-	s.serve(w, r, "tracker.js", "public, max-age=3600")
-}

@@ -33,9 +33,7 @@ func (s *server) handlePost(w http.ResponseWriter, r *http.Request) {
 	if kind := query.Get("type"); kind != "" && kind != "tracker" {
 		s.fail(w, r, http.StatusBadRequest, "only trackers post", nil)
 	} else if s.admitPage(w, r, query.Get("key")) {
-		s.post(w, r, func(p *post, body []byte) {
-			p.answer(w, errors.Join(p.handleLines(body), p.awaitCommits()))
-		})
+		s.post(w, r, (*post).handleLines, func(p *post, err error) { p.answer(w, errors.Join(err, p.awaitCommits())) })
 	}
 }
 
@@ -62,33 +60,36 @@ func (s *server) handlePreflight(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// post reads the request's body, and calls handle with it.
-func (s *server) post(w http.ResponseWriter, r *http.Request, handle func(p *post, body []byte)) {
+// post reads the request's body, calls handle with it, and answer when the body's
+// room is given back.
+func (s *server) post(w http.ResponseWriter, r *http.Request, handle func(*post, []byte) error, answer func(*post, error)) {
 	addr := s.access.address(r)
 	if d := s.access.enter(addr); d != nil {
 		s.deny(w, r, false, d)
 		return
 	}
 	defer s.access.leave(addr)
-	p := &post{conn: conn{core: &s.core, maxMessage: s.cfg.maxMessageBytes, inflater: inflater, out: newOutbox(trackerOutbox, nil)}}
+	p := &post{conn: conn{core: &s.core, maxMessage: s.cfg.maxMessageBytes, inflater: inflater, out: newOutbox()}}
 	p.ctx, p.cancel = context.WithTimeout(r.Context(), maxPostTime)
 	defer p.cancel()
-	p.out.abort = func() {
-		http.NewResponseController(w).SetReadDeadline(time.Now())
-		p.cancel()
-	}
-	p.tracker = s.newTracker(&p.conn, r)
+	p.out.abort = p.cancel
+	stopReading := func() { http.NewResponseController(w).SetReadDeadline(time.Now()) }
+	defer context.AfterFunc(p.ctx, stopReading)()
+	p.tracker = s.newTracker(&p.conn, r, addr)
 	s.open.Store(&p.conn, nil)
 	defer s.open.Delete(&p.conn)
 	s.hub.send(enter{p.out, false})
 	defer s.hub.send(leave{p.out})
-	body, err := p.readAll(&unpacker{wire: bufio.NewReader(countedReader{r.Body, &s.metrics.wireBytes})})
+	answer(p, p.receive(r.Body, handle))
+}
+
+func (p *post) receive(r io.Reader, handle func(*post, []byte) error) error {
+	body, err := p.readAll(&unpacker{wire: bufio.NewReader(countedReader{r, &p.metrics.wireBytes})})
 	defer func() { p.release(body) }()
 	if err != nil {
-		p.answer(w, err)
-		return
+		return err
 	}
-	handle(p, body)
+	return handle(p, body)
 }
 
 // handleLines handles a body's messages, as conn.serve does those of a WebSocket.

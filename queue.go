@@ -130,7 +130,7 @@ func (h *hubState) settle(f *flush) {
 	switch {
 	case f.outcome == stored:
 		h.committed(s, f)
-	case f.outcome == failed, f.outcome == epochLost && h.claiming[s.id] > 0:
+	case f.outcome == failed, f.outcome == epochLost && h.claiming[s.id].n > 0:
 		f.attempts++
 		s.retryAt = time.Now().Add(min(maxPause, 50*time.Millisecond<<min(f.attempts, 10)))
 		h.retry[s] = true

@@ -32,8 +32,8 @@ func (s *server) handleRecordingPost(w http.ResponseWriter, r *http.Request) {
 	if !s.admitRecording(w, r, strings.TrimPrefix(r.Header.Get("Authorization"), "Bearer ")) {
 		return
 	}
-	s.post(w, r, func(p *post, body []byte) {
-		err := p.take(p.handle, body)
+	handle := func(p *post, body []byte) error { return p.take(p.handle, body) }
+	s.post(w, r, handle, func(p *post, err error) {
 		if err == nil {
 			p.awaitCommits() // if it cannot, the client may not send them again
 		}
@@ -85,6 +85,7 @@ func (c *rrwebClient) start(news []byte) error {
 		c.metadata = []byte("{}")
 		if err == nil {
 			c.metadata = row.about.metadata
+			c.mayStart = func() bool { return true } // it has begun already
 		}
 	}
 	known := rewrite(news, nil, 0, membersOf(c.metadata))

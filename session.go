@@ -13,7 +13,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"time"
 	"unicode"
 	"unicode/utf8"
 )
@@ -39,7 +38,7 @@ type core struct {
 	hub      *hub
 	store    *store
 	budget   *budget
-	outgoing *budget // of all viewers' outboxes
+	outgoing *budget // of answers to requests
 	metrics  *metrics
 	logs     *logs
 	log      *slog.Logger
@@ -51,14 +50,14 @@ type tracker struct {
 	ctx context.Context // ends with its connection
 	out *outbox
 
-	id       string // of the session that it records; empty for none
-	asked    string // the id that it had asked for
-	last     string // the last that it has recorded
-	token    string // which continues the session; empty for none
-	share    bool   // several may record one session: they cannot number their events
-	started  func() // called when a session has started
-	starts   int    // sessions started since startsAt
-	startsAt time.Time
+	id    string // of the session that it records; empty for none
+	asked string // the id that it had asked for
+	last  string // the last that it has recorded
+	token string // which continues the session; empty for none
+	share bool   // several may record one session: they cannot number their events
+
+	mayStart func() bool // counts the sessions that its address begins
+	started  func()      // called when a session has started, if set
 }
 
 // handle does what a message asks. kept is how much of the message's room in the
@@ -322,9 +321,6 @@ func cut(s string, most int) string {
 // startSession begins or continues a session. The one that the tracker records
 // already is claimed once more, for what is new in its metadata.
 func (t *tracker) startSession(f frame) error {
-	if !t.mayStart() {
-		return &protocolError{"too_many_sessions", "too many sessions in a minute on this connection"}
-	}
 	st := parseStart(f.data)
 	asked, known := st.id, ""
 	switch {
@@ -335,7 +331,7 @@ func (t *tracker) startSession(f frame) error {
 		t.hub.send(finish{t.out})
 		t.id = ""
 	}
-	got, err := t.begin(&st)
+	got, err := t.begin(&st, known != "")
 	if err == errLaterPage {
 		t.id, t.asked, t.last = st.id, asked, st.id // its batches are taken where their numbers fit
 	}
@@ -343,7 +339,9 @@ func (t *tracker) startSession(f frame) error {
 		return err
 	}
 	t.id, t.asked, t.last, t.token = st.id, asked, st.id, st.token
-	t.started()
+	if t.started != nil {
+		t.started()
+	}
 	if t.id != asked && t.id != known {
 		t.out.send(envelope("session_assigned", sessionID{t.id}))
 	}
@@ -354,23 +352,19 @@ func (t *tracker) startSession(f frame) error {
 	return nil
 }
 
-// mayStart counts the sessions of this connection and minute.
-func (t *tracker) mayStart() bool {
-	if now := time.Now(); now.Sub(t.startsAt) > time.Minute {
-		t.starts, t.startsAt = 0, now
-	}
-	t.starts++
-	return t.starts <= t.cfg.maxSessionsPerMinute
-}
-
 // begin gets the session that was asked for, or a new one whenever that may not
-// be had. It writes the session's id and token into st.
-func (t *tracker) begin(st *start) (attached, error) {
+// be had. It writes the session's id and token into st. counted says that the
+// session was begun on this connection before.
+func (t *tracker) begin(st *start, counted bool) (attached, error) {
 	resuming, isNew := len(st.token) >= minToken, !validID(st.id)
 	for attempt := 0; ; attempt++ {
 		if isNew {
 			st.id, st.token, resuming = rand.Text(), "", false
 		}
+		if !resuming && !counted && !t.mayStart() {
+			return attached{}, &protocolError{"too_many_sessions", "too many sessions in a minute from this address"}
+		}
+		counted = counted || !resuming
 		got, err := t.claim(st, resuming)
 		switch {
 		case err == errToken && resuming && st.create:
@@ -441,14 +435,17 @@ func (t *tracker) claimRow(st *start, about *description, resuming bool) (claim,
 		won, err := t.store.claim(ctx, st.id, about, keepUser, st.token, resuming, st.page)
 		switch {
 		case err == nil, err == errToken, err == errLaterPage:
+			t.store.last.Store(nil)
 			return won, err
 		case isDataError(err):
 			t.log.Warn("session refused by the database", "session", st.id, "err", err)
 			return won, &protocolError{"not_stored", "the database refused the session's data"}
 		case ctx.Err() == nil:
 			t.metrics.databaseErrors.Add(1)
-			t.store.resetIfReadOnly(err)
-			t.log.Debug("session waits for the database", "session", st.id, "err", err)
+			t.store.failed(err)
+			if attempt == 0 {
+				t.log.Warn("session waits for the database", "session", st.id, "err", err)
+			}
 		}
 		if !pause(ctx, attempt) {
 			t.out.closeAfterSending(closeTryAgain, "the database is away: try again later")
@@ -558,43 +555,60 @@ func (v *viewer) sendPage(f frame) error {
 	if r.Limit == 0 || r.Limit > maxPage {
 		r.Limit = maxPage
 	}
-	p, err := v.eventPage(v.ctx, r.ID, r.FromIndex, r.Limit)
+	p, err := v.eventPage(v.ctx, r.ID, r.FromIndex, r.Limit, `{"type":"session_events","data":{"sessionId":"`+r.ID+`","events":[`)
+	defer p.release()
 	if err != nil {
 		return v.queryError(err)
 	}
 	total := p.session.now.events
-	m := append(text(`{"type":"session_events","data":{"sessionId":"`+r.ID+`","events":[`), p.events...)
-	v.out.send(text(fmt.Appendf(m, `],"fromIndex":%d,"totalEvents":%d,"hasMore":%t,"isActive":%t}}`,
+	v.out.send(text(fmt.Appendf(p.text, `],"fromIndex":%d,"totalEvents":%d,"hasMore":%t,"isActive":%t}}`,
 		r.FromIndex, total, r.FromIndex+p.count < total, p.session.isActive)))
-	return nil
+	return v.out.wait(v.ctx)
 }
 
 // page is some events of a session, in order.
 type page struct {
 	session summary
-	events  []byte // JSON, with commas between them
+	text    []byte // what the caller began it with, and the events, with commas between them
 	count   int64
+	budget  *budget
+	cost    int64 // taken from the budget
 }
 
 func (p *page) add(event []byte) (more bool) {
 	if p.count > 0 {
-		p.events = append(p.events, ',')
+		p.text = append(p.text, ',')
 	}
-	p.events = append(p.events, event...)
+	p.text = append(p.text, event...)
 	p.count++
-	return len(p.events) < pageBytes
+	return len(p.text) < pageBytes
 }
 
-// eventPage gives the events of a session from one number on, at most limit and about
-// pageBytes, also those not yet committed. Memory is asked first: everything
-// before what it has was committed by then.
-func (c *core) eventPage(ctx context.Context, id string, from, limit int64) (page, error) {
+// grow takes room for a chunk of so much JSON, and for as much of it in the page.
+func (p *page) grow(ctx context.Context, raw int64) error {
+	n := max(0, 2*raw-p.cost)
+	took, err := p.budget.grow(ctx, n, n)
+	p.cost += took
+	return err
+}
+
+func (p *page) release() { p.budget.finish(p.cost, p.cost) }
+
+// eventPage gives the events of a session from one number on, at most limit and
+// about pageBytes, also those not yet committed. Memory is asked first:
+// everything before what it has was committed by then. The caller releases the
+// page, also with an error, when its text is sent.
+func (c *core) eventPage(ctx context.Context, id string, from, limit int64, start string) (*page, error) {
+	p := &page{text: []byte(start), budget: c.outgoing}
+	if err := p.grow(ctx, pageBytes); err != nil {
+		return p, err
+	}
 	reply := make(chan inMemory, 1)
 	memory, ok := ask(c.hub, reply, memoryQuery{id, from, from + limit, reply})
 	if !ok {
-		return page{}, net.ErrClosed
+		return p, net.ErrClosed
 	}
-	p := page{session: memory.session}
+	p.session = memory.session
 	if !memory.ok {
 		row, err := c.store.session(ctx, id)
 		if err != nil {
@@ -608,12 +622,12 @@ func (c *core) eventPage(ctx context.Context, id string, from, limit int64) (pag
 		committed = min(to, memory.batches[0].first)
 	}
 	if from < committed {
-		if err := c.store.events(ctx, id, from, committed, p.add); err != nil {
+		if err := c.store.events(ctx, id, from, committed, p.grow, p.add); err != nil {
 			return p, err
 		}
 	}
 	for _, b := range memory.batches {
-		for i := from + p.count; i >= b.first && i < min(to, b.end()) && len(p.events) < pageBytes; i++ {
+		for i := from + p.count; i >= b.first && i < min(to, b.end()) && len(p.text) < pageBytes; i++ {
 			e := b.events[i-b.first]
 			p.add(b.body[e.start:e.end])
 		}

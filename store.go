@@ -9,6 +9,8 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"slices"
+	"sync/atomic"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -25,15 +27,18 @@ const schemaLock = 0x5e55104e
 
 const (
 	queryTimeout = 15 * time.Second // of a question
-	deadAfter    = time.Minute      // a server that has not said for so long that it is there
-	deleteStep   = 50               // sessions that are looked up at once to be deleted
-	maxActive    = 10_000           // sessions in one list
+	beatTimeout  = 5 * time.Second
+	deadAfter    = time.Minute // a server that has not said for so long that it is there
+	deleteStep   = 50          // sessions that are looked up at once to be deleted
+	maxActive    = 10_000      // sessions in one list
+	maxClockSkew = time.Hour
 
 	cleanupTimeout = 10 * time.Minute
 )
 
 var (
 	errNotFound = errors.New("no such session")
+	errClocks   = errors.New("the clocks of this machine and the database differ by more than an hour: nothing is deleted for its age")
 	errToken    = errors.New("the session is continued only by its token")
 )
 
@@ -41,6 +46,14 @@ var (
 type store struct {
 	pool   *pgxpool.Pool
 	server string // this process among those that share the database
+	last   atomic.Pointer[failure]
+	skew   atomic.Int64 // how far this machine's clock is ahead of the database's, in nanoseconds
+}
+
+// failure is what the database last refused to do.
+type failure struct {
+	err error
+	at  time.Time
 }
 
 // openStore makes the pool; it connects when it is first used.
@@ -75,14 +88,6 @@ func (st *store) applySchema(ctx context.Context) error {
 		return fmt.Errorf("check the sessions table: %w", err)
 	}
 	return nil
-}
-
-// ping asks the database whether it is there, with its tables.
-func (st *store) ping(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
-	defer cancel()
-	_, err := st.pool.Exec(ctx, "select from sessions limit 1")
-	return err
 }
 
 // Claims.
@@ -147,27 +152,38 @@ func hashToken(token string) []byte {
 	return sum[:]
 }
 
-// resetIfReadOnly gives up the connections that there are when an error says that they
-// lead to a server which does not take writes: new ones may lead to another.
-func (st *store) resetIfReadOnly(err error) {
-	var e *pgconn.PgError
-	if errors.As(err, &e) && e.Code == "25006" {
+// failed takes notice of an error. When it says that the connections lead to a
+// server which does not take writes they are given up: new ones may lead to
+// another.
+func (st *store) failed(err error) {
+	st.last.Store(&failure{err, time.Now()})
+	if sqlState(err) == "25006" {
 		st.pool.Reset()
 	}
+}
+
+// sqlState gives the code of an error that PostgreSQL has answered with, "" for
+// any other error.
+func sqlState(err error) string {
+	var e *pgconn.PgError
+	if errors.As(err, &e) && len(e.Code) == 5 {
+		return e.Code
+	}
+	return ""
+}
+
+// isOperatorError tells an error that stays until somebody mends the database:
+// a feature not supported, a statement refused, a table or right that is missing.
+func isOperatorError(err error) bool {
+	state := sqlState(err)
+	return state != "" && (state[:2] == "0A" || state[:2] == "42")
 }
 
 // isDataError tells an error that lies in what was to be stored (data exception,
 // constraint violated, limit exceeded) from one that passes.
 func isDataError(err error) bool {
-	var e *pgconn.PgError
-	if !errors.As(err, &e) || len(e.Code) != 5 {
-		return false
-	}
-	switch e.Code[:2] {
-	case "22", "23", "54":
-		return true
-	}
-	return false
+	state := sqlState(err)
+	return state != "" && slices.Contains([]string{"22", "23", "54"}, state[:2])
 }
 
 // Questions.
@@ -257,10 +273,15 @@ func (st *store) chunk(ctx context.Context, id string, first int64) ([]byte, err
 }
 
 // events calls emit with each stored event from one number up to, not including,
-// another, until emit says false. It reads a chunk at a time.
-func (st *store) events(ctx context.Context, id string, from, to int64, emit func([]byte) bool) error {
+// another, until emit says false. It reads a chunk at a time, and calls room with
+// the size of its JSON before it unpacks it.
+func (st *store) events(ctx context.Context, id string, from, to int64,
+	room func(context.Context, int64) error, emit func([]byte) bool) error {
 	for from < to {
 		c, err := st.chunkWith(ctx, id, from)
+		if err == nil {
+			err = room(ctx, int64(c.raw))
+		}
 		if err != nil {
 			return err
 		}
@@ -361,9 +382,11 @@ func (st *store) remove(ctx context.Context, id string) error {
 
 // removeOld deletes ended sessions, the oldest first, and says how many: those
 // that ended longer ago than age by the database's clock, or a day ago without an
-// event, and, with a limit, as many more as it takes for limit bytes. Each of the
-// others has a transaction of its own, so that servers which clean up at the same
-// time do not wait for each other.
+// event, and, with a limit, as many more as it takes for limit bytes. While this
+// machine's clock and the database's differ, one of them is wrong, and nothing is
+// deleted for its age: errClocks. Each but those without events has a transaction
+// of its own, so that servers which clean up at the same time do not wait for each
+// other.
 func (st *store) removeOld(ctx context.Context, age time.Duration, limit int64) (deleted int64, err error) {
 	ctx, cancel := context.WithTimeout(ctx, cleanupTimeout)
 	defer cancel()
@@ -384,9 +407,10 @@ func (st *store) removeOld(ctx context.Context, age time.Duration, limit int64) 
 		ID    string
 		Bytes int64
 		Old   bool
+		Now   time.Time
 	}
 	for {
-		rows, err := st.pool.Query(ctx, "select session_id, "+rowBytes+`, ended_at < now() - $1::interval
+		rows, err := st.pool.Query(ctx, "select session_id, "+rowBytes+`, ended_at < now() - $1::interval, clock_timestamp()
 			from sessions where not is_active order by ended_at limit $2`, age, deleteStep)
 		if err != nil {
 			return deleted, err
@@ -396,7 +420,12 @@ func (st *store) removeOld(ctx context.Context, age time.Duration, limit int64) 
 			return deleted, err
 		}
 		for _, s := range oldest {
-			if !s.Old && excess <= 0 {
+			skewed := time.Since(s.Now).Abs() > maxClockSkew
+			switch {
+			case excess > 0 || s.Old && !skewed:
+			case s.Old:
+				return deleted, errClocks
+			default:
 				return deleted, nil
 			}
 			tag, err := st.pool.Exec(ctx, "delete from sessions where session_id = $1 and not is_active", s.ID)
@@ -412,19 +441,22 @@ func (st *store) removeOld(ctx context.Context, age time.Duration, limit int64) 
 	}
 }
 
-// beat says that this server is there, and ends the active sessions of servers
-// that have not said so for long: they were killed, or cannot reach the database.
-// What they store later makes their sessions active again.
+// beat says that this server is there, which shows that the database takes
+// writes, and ends the active sessions of servers that have not said so for long:
+// they were killed, or cannot reach the database. What they store later makes
+// their sessions active again.
 func (st *store) beat(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, commitTimeout)
+	ctx, cancel := context.WithTimeout(ctx, beatTimeout)
 	defer cancel()
-	tag, err := st.pool.Exec(ctx, "update servers set seen_at = now() where server = $1", st.server)
-	if err == nil && tag.RowsAffected() == 0 {
-		_, err = st.pool.Exec(ctx, "insert into servers (server) values ($1) on conflict do nothing", st.server)
+	var now time.Time
+	err := st.pool.QueryRow(ctx, "update servers set seen_at = now() where server = $1 returning clock_timestamp()", st.server).Scan(&now)
+	if errors.Is(err, pgx.ErrNoRows) {
+		err = st.pool.QueryRow(ctx, "insert into servers (server) values ($1) returning clock_timestamp()", st.server).Scan(&now)
 	}
 	if err != nil {
 		return err
 	}
+	st.skew.Store(int64(time.Since(now)))
 	rows, err := st.pool.Query(ctx, "select server from servers where seen_at > now() - $1::interval", deadAfter)
 	if err != nil {
 		return err

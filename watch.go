@@ -18,9 +18,21 @@ const (
 	snapshotPause = 5 * time.Second  // between two requests for one
 )
 
+// share is how many bytes may wait for each viewer: all together may hold a
+// quarter of the budget, and none so much that it would never catch up.
+func (h *hubState) share() int {
+	return min(4<<20, int(outgoingBytes(h.cfg))/max(1, len(h.viewers)))
+}
+
+// outgoingBytes is what viewers' messages, and as much again what answers to
+// requests, may take in memory.
+func outgoingBytes(cfg config) int64 { return max(int64(cfg.maxBufferBytes)/4, outgoingMin) }
+
+const outgoingMin = 4 * pageBytes
+
 // tell sends a viewer a message, and reports whether the viewer had room.
 func (h *hubState) tell(out *outbox, m message) bool {
-	if !h.lagging[out] && !out.trySend(m) {
+	if !h.lagging[out] && !out.trySend(m, h.share()) {
 		h.lagging[out] = true
 		h.metrics.viewersLagged.Add(1)
 	}
@@ -135,5 +147,5 @@ func (h *hubState) wantSnapshot(s *session) {
 		return
 	}
 	s.snapshotAskedAt = now
-	s.tracker.trySend(takeSnapshot(s.id))
+	s.tracker.trySend(takeSnapshot(s.id), trackerOutbox)
 }

@@ -94,7 +94,7 @@ func (w *writer) write(ctx context.Context, work []*flush) {
 // again, for as long as it takes, unless it is their data that PostgreSQL refuses.
 func (w *writer) keep(work []*flush, err error) {
 	w.metrics.databaseErrors.Add(1)
-	w.store.resetIfReadOnly(err)
+	w.store.failed(err)
 	result := failed
 	if len(work) == 1 && isDataError(err) {
 		result = refused
@@ -138,6 +138,7 @@ func (w *writer) commit(ctx context.Context, work []*flush) error {
 	if err := w.store.pool.SendBatch(ctx, batch).Close(); err != nil {
 		return err
 	}
+	w.store.last.Store(nil)
 	w.markDeleted(ctx, work)
 	return nil
 }
