@@ -106,10 +106,10 @@ func (a *access) admit(who audience, r *http.Request) *denial {
 // does not stand for the key.
 func (a *access) admitTracker(r *http.Request, key string) *denial {
 	switch {
-	case !a.mayRecord(r):
-		return &denial{http.StatusForbidden, "origin", "pages of this origin may not record: see TRACKER_ORIGINS", 0}
 	case a.key != "" && !equalSecret(key, a.key):
 		return &denial{http.StatusUnauthorized, "ingest_key", "this needs the ingest key", 0}
+	case !a.mayRecord(r):
+		return &denial{http.StatusForbidden, "origin", "pages of this origin may not record: see TRACKER_ORIGINS", 0}
 	}
 	return nil
 }

@@ -137,7 +137,9 @@ func (t *hubTest) attachAs(out *outbox, id string, cl claim, about *description)
 	if cl.snapshot == 0 {
 		cl.snapshot = -1
 	}
-	return askHub(t, func(reply chan attached) command { return attach{out, id, cl, about, sessionStarted(id, about), 0, false, reply} })
+	return askHub(t, func(reply chan attached) command {
+		return attach{out, id, cl, about, sessionStarted(id, about), 0, false, reply}
+	})
 }
 
 func (t *hubTest) reserve(out *outbox, id string, byToken bool, cost int64) reservation {

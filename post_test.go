@@ -289,6 +289,83 @@ func TestPostPages(t *testing.T) {
 	}
 }
 
+// TestRecordings speaks as rrweb's own client does, and as one that is wrong.
+func TestRecordings(t *testing.T) {
+	s := startServer(t, "INGEST_KEY=key", "TRACKER_ORIGINS=https://shop.example.com", "BATCH_INTERVAL=600000")
+	meta := `{"type":5,"timestamp":1,"data":{"tag":"recording-meta","payload":{"userId":"ann","plan":"pro","resume":"x","sessionId":"y"}}}`
+	page := `{"type":4,"timestamp":2,"data":{"href":"https://shop.example.com/","width":800,"height":600}}`
+	for _, c := range []struct {
+		name, id, key, origin, body string
+		status, events              int
+	}{
+		{"events", "r1", "key", "https://shop.example.com", meta + "\n" + page + "\r\n\n", 200, 2},
+		{"more of them", "r1", "key", "", `{"type":3,"timestamp":3}`, 200, 3},
+		{"as gzip", "r2", "key", "", zipped(meta), 200, 1},
+		{"a half", "r3", "key", "", meta + "\n" + page[:20], 400, -1},
+		{"without white space", "r3", "key", "", meta + page, 400, -1},
+		{"no objects", "r3", "key", "", "1\n2", 400, -1},
+		{"nothing", "r3", "key", "", "", 400, -1},
+		{"no UTF-8", "r3", "key", "", `{"type":"` + "\xff" + `"}`, 400, -1},
+		{"a wrong key", "r3", "wrong", "https://shop.example.com", meta, 401, -1},
+		{"a wrong origin", "r3", "key", "https://evil.example.com", meta, 403, -1},
+		{"a wrong id", "r%2f3", "key", "", meta, 400, -1},
+	} {
+		got := postTo(t, s.url+"/recordings/"+c.id+"/events", c.body, "Authorization", "Bearer "+c.key, "Origin", c.origin)
+		if allowed := got.header.Get("Access-Control-Allow-Origin"); got.status != c.status || (allowed != "") != (c.origin == "https://shop.example.com") {
+			t.Errorf("%s: got %d, pages of %q may read it; want %d", c.name, got.status, allowed, c.status)
+		}
+		var session struct {
+			EventCount int
+			UserID     string
+			Metadata   struct{ Plan, URL, SessionID string }
+		}
+		status, body := s.get("/sessions/" + c.id)
+		json.Unmarshal(body, &session)
+		m := session.Metadata
+		if c.events < 0 && status == 200 || c.events > 0 && (session.EventCount != c.events || session.UserID != "ann" || m.Plan != "pro" || m.SessionID != c.id) {
+			t.Errorf("%s: got %d, %+v, want %d events", c.name, status, session, c.events)
+		}
+	}
+	var first struct{ Metadata struct{ URL string } }
+	if s.getJSON("/sessions/r1", &first); first.Metadata.URL != "https://shop.example.com/" {
+		t.Errorf("got the URL %q", first.Metadata.URL)
+	}
+}
+
+// TestTrackerFetches asks why nothing is recorded.
+func TestTrackerFetches(t *testing.T) {
+	s := startServer(t, "INGEST_KEY=key", "TRACKER_ORIGINS=https://shop.example.com")
+	ask := func(path, header, origin string) {
+		r, _ := http.NewRequestWithContext(t.Context(), "GET", s.url+path, nil)
+		r.Header.Set(header, origin)
+		if resp, err := http.DefaultClient.Do(r); err == nil {
+			resp.Body.Close()
+		}
+	}
+	ask("/tracker.js", "Referer", "https://shop.example.com/a/page?x")
+	ask("/tracker.js", "Origin", "https://shop.example.com")
+	ask("/tracker.js", "Referer", "https://evil.example.com/")
+	ask("/tracker.js", "Referer", "no URL at all")
+	ask("/ws", "Origin", "https://shop.example.com")
+	ask("/ws?key=key", "Origin", "https://evil.example.com")
+	ask("/ws?key=key", "Origin", "https://never.example.com")
+	postTo(t, s.url+"/ws?key=key", postStart("one", 1, 1), "Origin", "https://shop.example.com")
+	var stats struct{ TrackerFetches json.RawMessage }
+	s.getJSON("/stats", &stats)
+	const want = `[{"origin":"https://shop.example.com","fetches":2,"sessions":1,"refusals":{"ingest_key":1}},` +
+		`{"origin":"https://evil.example.com","fetches":1,"sessions":0,"refusals":{"origin":1}}]`
+	if string(stats.TrackerFetches) != want {
+		t.Errorf("got %s, want %s", stats.TrackerFetches, want)
+	}
+	for i := range 300 {
+		ask("/tracker.js", "Referer", fmt.Sprintf("https://%d.example.com/", i))
+	}
+	var many struct{ TrackerFetches []any }
+	if s.getJSON("/stats", &many); len(many.TrackerFetches) > maxOrigins {
+		t.Errorf("%d origins are kept", len(many.TrackerFetches))
+	}
+}
+
 // TestPostKeepsRoom posts bodies of which the hub keeps more than the budget has.
 func TestPostKeepsRoom(t *testing.T) {
 	s := startServer(t, "BATCH_INTERVAL=600000", "MAX_BUFFER_BYTES=2000000")

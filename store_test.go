@@ -802,8 +802,10 @@ func TestStoreLists(t *testing.T) {
 	st := newStoreTest(t)
 	for i := range 5 {
 		st.begin(fmt.Sprintf("s%d", i))
-		st.exec("update sessions set created_at = timestamptz '2026-01-01' + $1 * interval '1 hour', is_active = $2 where session_id = $3", i%4, i%2 == 0, fmt.Sprintf("s%d", i))
+		st.exec("update sessions set created_at = timestamptz '2026-01-01' + $1 * interval '1 hour', is_active = $2, ended_at = now(), event_count = $4 where session_id = $3", i%4, i%2 == 0, fmt.Sprintf("s%d", i), i%2)
 	}
+	st.begin("empty") // an ended one without an event is not listed
+	st.exec("update sessions set is_active = false, ended_at = now() - interval '25 hours' where session_id = 'empty'")
 	ids := func(rows []storedSession, err error) (all []string) {
 		t.Helper()
 		if err != nil {
@@ -823,6 +825,12 @@ func TestStoreLists(t *testing.T) {
 	}
 	if over := ids(st.newest(t.Context(), 10, 0, false)); !slices.Equal(over, []string{"s3", "s1"}) {
 		t.Errorf("got %v as not live, want s3, s1", over)
+	}
+	if total, err := st.totals(t.Context()); err != nil || total.sessions != 5 {
+		t.Errorf("got %d sessions, %v, want 5", total.sessions, err)
+	}
+	if n, err := st.removeOld(t.Context(), 1000*time.Hour, 0); err != nil || n != 1 {
+		t.Errorf("deleted %d, %v, want the empty one", n, err)
 	}
 	active := ids(st.active(t.Context()))
 	slices.Sort(active[1:])
