@@ -134,7 +134,7 @@ func (s *server) allowOrigin(h http.Header, r *http.Request) (preflight bool) {
 		return false
 	}
 	h.Set("Access-Control-Allow-Origin", origin)
-	if r.Method != http.MethodOptions {
+	if r.Method != http.MethodOptions || isTracker(r) {
 		return false
 	}
 	h.Set("Access-Control-Allow-Methods", "GET, DELETE")

@@ -62,7 +62,8 @@ func (s *server) handlePreflight(w http.ResponseWriter, r *http.Request) {
 
 // post reads the request's body, calls handle with it, and answer when the body's
 // room is given back.
-func (s *server) post(w http.ResponseWriter, r *http.Request, handle func(*post, []byte) error, answer func(*post, error)) {
+func (s *server) post(w http.ResponseWriter, r *http.Request, handle func(*post, []byte) error,
+	answer func(*post, error)) {
 	addr := s.access.address(r)
 	if d := s.access.enter(addr); d != nil {
 		s.deny(w, r, false, d)

@@ -415,7 +415,8 @@ func (t *tracker) claim(st *start, resuming bool) (attached, error) {
 	}
 	about.userID = won.userID
 	reply := make(chan attached, 1)
-	got, ok := ask(t.hub, reply, attach{t.out, st.id, won, &about, sessionStarted(st.id, &about), st.first, t.share, reply})
+	started := sessionStarted(st.id, &about)
+	got, ok := ask(t.hub, reply, attach{t.out, st.id, won, &about, started, st.first, t.share, reply})
 	if !ok {
 		return got, net.ErrClosed
 	}

@@ -390,7 +390,8 @@ func (st *store) remove(ctx context.Context, id string) error {
 func (st *store) removeOld(ctx context.Context, age time.Duration, limit int64) (deleted int64, err error) {
 	ctx, cancel := context.WithTimeout(ctx, cleanupTimeout)
 	defer cancel()
-	tag, err := st.pool.Exec(ctx, "delete from sessions where not is_active and event_count = 0 and ended_at < now() - interval '1 day'")
+	tag, err := st.pool.Exec(ctx, `delete from sessions
+		where not is_active and event_count = 0 and ended_at < now() - interval '1 day'`)
 	if err != nil {
 		return 0, err
 	}
