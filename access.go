@@ -90,7 +90,7 @@ func (a *access) admit(who audience, r *http.Request) *denial {
 	case who == anyone, who == scrapers && a.metricsOpen:
 		return nil
 	case who == sockets && r.URL.Query().Get("type") != "viewer":
-		return a.admitTracker(r)
+		return a.admitTracker(r, r.URL.Query().Get("key"))
 	case a.open && !a.isKnownHost(strings.ToLower(r.Host)):
 		return &denial{http.StatusMisdirectedRequest, "host",
 			"unknown host: name it in PUBLIC_HOSTS or set ACCESS_TOKEN", 0}
@@ -102,19 +102,24 @@ func (a *access) admit(who audience, r *http.Request) *denial {
 	return a.checkToken(r, who == browsers || who == sockets)
 }
 
-// admitTracker asks for the key, and for an origin that may record; programs
-// have none. The token does not stand for the key.
-func (a *access) admitTracker(r *http.Request) *denial {
-	origin := r.Header.Get("Origin")
+// admitTracker asks for the key, and for an origin that may record. The token
+// does not stand for the key.
+func (a *access) admitTracker(r *http.Request, key string) *denial {
 	switch {
-	case a.key != "" && !equalSecret(r.URL.Query().Get("key"), a.key):
+	case a.key != "" && !equalSecret(key, a.key):
 		return &denial{http.StatusUnauthorized, "ingest_key", "this needs the ingest key", 0}
-	case origin == "", slices.Contains(a.trackerOrigins, "*"):
-		return nil
-	case slices.Contains(a.trackerOrigins, origin), a.isOwnOrigin(r, origin):
-		return nil
+	case !a.mayRecord(r):
+		return &denial{http.StatusForbidden, "origin", "pages of this origin may not record: see TRACKER_ORIGINS", 0}
 	}
-	return &denial{http.StatusForbidden, "origin", "pages of this origin may not record: see TRACKER_ORIGINS", 0}
+	return nil
+}
+
+// mayRecord says whether a request comes from a page of TRACKER_ORIGINS or of this
+// server, or from a program, which has no origin.
+func (a *access) mayRecord(r *http.Request) bool {
+	origin := r.Header.Get("Origin")
+	return origin == "" || slices.Contains(a.trackerOrigins, "*") || slices.Contains(a.trackerOrigins, origin) ||
+		a.isOwnOrigin(r, origin)
 }
 
 // Tokens.

@@ -135,6 +135,11 @@ var testRoutes = map[string]struct {
 }{
 	"GET /{$}":                          {"/", 200, "page"},
 	"GET /ws":                           {"/ws?type=viewer", 101, "watch"},
+	"POST /ws":                          {"/ws", 400, "record"}, // without a body
+	"OPTIONS /ws":                       {"", 0, "post"},
+	"GET /recordings/{id}/events/ws":    {"", 0, "post"}, // the key has another name: see post_test.go
+	"POST /recordings/{id}/events":      {"", 0, "post"},
+	"OPTIONS /recordings/{id}/events":   {"", 0, "post"},
 	"GET /health":                       {"/health", 200, "all"},
 	"GET /stats":                        {"/stats", 200, "view"},
 	"GET /metrics":                      {"/metrics", 200, "view"},
@@ -312,7 +317,9 @@ func (s *serverProcess) table(verdicts []verdict) {
 	}
 	for _, v := range verdicts {
 		for name, route := range testRoutes {
-			s.expect(v, name, route.path, route.ok, route.kind)
+			if route.kind != "post" {
+				s.expect(v, name, route.path, route.ok, route.kind)
+			}
 		}
 	}
 }

@@ -2,11 +2,13 @@ package main
 
 import (
 	"bytes"
+	"compress/flate"
 	"context"
 	"errors"
 	"io"
 	"math/bits"
 	"net"
+	"runtime"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -17,6 +19,7 @@ import (
 
 const (
 	firstRead  = 16 << 10  // room for a message before it is known to be larger
+	inflater   = 48 << 10  // room for what inflates a message
 	writePiece = 256 << 10 // of a large message, each with its own deadline
 	maxErrors  = 100       // in a row, then the connection is closed
 )
@@ -32,8 +35,9 @@ type conn struct {
 	out    *outbox
 	handle func(msg []byte) (kept int64, err error)
 	*core
-	maxMessage int  // bytes
-	urgent     bool // messages are read also while the budget has no room
+	maxMessage int   // bytes
+	inflater   int64 // room for what inflates a message; 0: messages come as they are
+	urgent     bool  // messages are read also while the budget has no room
 
 	readTimer *time.Timer // closes the connection when one message takes too long
 	pingTimer *time.Timer // starts the next ping
@@ -51,6 +55,8 @@ type conn struct {
 type protocolError struct{ code, reason string }
 
 func (e *protocolError) Error() string { return e.reason }
+
+var errTooLarge = &protocolError{"too_large", "the message is larger than MAX_MESSAGE_BYTES"}
 
 // open makes ready what works beside the reader: the writer and the pings.
 func (c *conn) open() {
@@ -152,20 +158,39 @@ func keepBuffer(b []byte) {
 	}
 }
 
-// read gives the next message, which the caller releases. Room for it is taken
-// from the budget before its bytes are read.
+// read gives the next message, which the caller releases. A message that is too
+// large, or does not inflate, cannot be read to its end: the connection closes.
 func (c *conn) read() ([]byte, error) {
 	typ, r, err := c.ws.Reader(c.ctx)
 	if err != nil {
 		return nil, err
 	}
 	c.busy.Store(true)
+	msg, err := c.readAll(r)
+	var corrupt flate.CorruptInputError
+	switch {
+	case err == errTooLarge:
+		c.out.send(errorMessage(errTooLarge.code, errTooLarge.reason))
+		c.out.closeAfterSending(closeTooBig, errTooLarge.reason)
+		return msg, net.ErrClosed
+	case errors.As(err, &corrupt):
+		c.metrics.refuse("not_inflated")
+		c.out.closeAfterSending(closeInvalid, "the message cannot be inflated")
+	case err == nil && typ != websocket.MessageText:
+		err = &protocolError{"invalid_message", "messages are text frames"}
+	}
+	return msg, err
+}
+
+// readAll reads a message to its end. Room for it is taken from the budget before
+// its bytes are read, or inflated.
+func (c *conn) readAll(r io.Reader) ([]byte, error) {
 	if c.urgent {
 		c.budget.give(-firstRead)
-	} else if err := c.budget.take(c.ctx, firstRead); err != nil {
+	} else if err := c.budget.take(c.ctx, firstRead+c.inflater); err != nil {
 		return nil, err
 	}
-	c.reserved = firstRead
+	c.reserved = firstRead + c.inflater
 	c.readBy = time.Now().Add(c.cfg.messageTimeout)
 	c.readTimer = time.AfterFunc(c.cfg.messageTimeout, func() {
 		c.metrics.refuse("message_time")
@@ -174,26 +199,27 @@ func (c *conn) read() ([]byte, error) {
 	defer c.readTimer.Stop()
 	buf := newBuffer(firstRead)
 	for {
-		if int64(len(buf)) == c.reserved {
-			if err := c.grow(c.reserved, int64(c.maxMessage)+1-c.reserved); err != nil {
+		room := c.reserved - c.inflater
+		if int64(len(buf)) == room {
+			if err := c.grow(room, int64(c.maxMessage)+1-room); err != nil {
 				return buf, err
 			}
+			room = c.reserved - c.inflater
 		}
 		if len(buf) == cap(buf) {
 			larger := append(newBuffer(min(2*len(buf), c.maxMessage+1)), buf...)
 			keepBuffer(buf)
 			buf = larger
 		}
-		n, err := r.Read(buf[len(buf):min(int64(cap(buf)), c.reserved)])
+		n, err := r.Read(buf[len(buf):min(int64(cap(buf)), room)])
 		buf = buf[:len(buf)+n]
+		if c.inflater > 0 {
+			runtime.Gosched() // others would wait for a processor for 10 ms at a time
+		}
 		switch {
 		case len(buf) > c.maxMessage:
 			c.metrics.refuse("message_bytes")
-			c.out.send(errorMessage("too_large", "the message is larger than MAX_MESSAGE_BYTES"))
-			c.out.closeAfterSending(closeTooBig, "the message is larger than MAX_MESSAGE_BYTES")
-			return buf, errors.New("message too large")
-		case err == io.EOF && typ != websocket.MessageText:
-			return buf, &protocolError{"invalid_message", "messages are text frames"}
+			return buf, errTooLarge
 		case err == io.EOF:
 			return buf, c.reserveIndex(buf)
 		case err != nil:

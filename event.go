@@ -46,7 +46,6 @@ type batch struct {
 	first    int64   // number of the first event
 	seq      int64   // 0: the tracker does not number its batches
 	cost     int64   // bytes of the budget
-	hurry    bool    // somebody waits for its commit
 	received time.Time
 }
 
@@ -95,8 +94,8 @@ func newBatch(id string, f frame, seq int64) *batch {
 	return b
 }
 
-func newReport(kind string, data []byte) *batch {
-	return &batch{report: &report{kind: kind, data: bytes.Clone(data)}, cost: int64(len(data)) + 256, received: time.Now()}
+func newReport(kind string, data []byte, seq int64) *batch {
+	return &batch{report: &report{kind: kind, data: bytes.Clone(data)}, seq: seq, cost: int64(len(data)) + 256, received: time.Now()}
 }
 
 // eventCost is what the bounds of one event take in memory.
@@ -113,6 +112,7 @@ type counters struct {
 
 func (c *counters) add(b *batch) {
 	c.raw += b.raw()
+	c.seq = max(c.seq, b.seq)
 	if b.report != nil {
 		c.errors++
 		c.stored += b.raw()
@@ -122,7 +122,6 @@ func (c *counters) add(b *batch) {
 		c.note(e, b.first+int64(i))
 	}
 	c.events = b.end()
-	c.seq = max(c.seq, b.seq)
 }
 
 // note takes in the time and the kind of one event.

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"math"
 	"net"
 	"net/http"
 	"net/netip"
@@ -31,6 +32,7 @@ type server struct {
 	writers []*writer
 	access  *access
 	audit   *audit
+	origins *origins
 	started time.Time
 	files   map[string]asset
 	reason  atomic.Pointer[string] // why the server is unhealthy, "" when it is not
@@ -53,6 +55,11 @@ func (s *server) table() []route {
 	return []route{
 		{"GET /{$}", browsers, s.handleRoot},
 		{"GET /ws", sockets, s.handleWebSocket},
+		{"POST /ws", anyone, s.handlePost}, // trackers', as the next four are: they look at the key themselves
+		{"OPTIONS /ws", anyone, s.handlePreflight},
+		{"GET /recordings/{id}/events/ws", anyone, s.handleRecordingSocket},
+		{"POST /recordings/{id}/events", anyone, s.handleRecordingPost},
+		{"OPTIONS /recordings/{id}/events", anyone, s.handlePreflight},
 		{"GET /health", anyone, s.query(s.handleHealth)},
 		{"GET /stats", viewers, s.query(s.handleStats)},
 		{"GET /metrics", scrapers, s.query(s.handleMetrics)},
@@ -131,7 +138,7 @@ func (s *server) allowOrigin(h http.Header, r *http.Request) (preflight bool) {
 		return false
 	}
 	h.Set("Access-Control-Allow-Origin", origin)
-	if r.Method != http.MethodOptions {
+	if r.Method != http.MethodOptions || isTracker(r) {
 		return false
 	}
 	h.Set("Access-Control-Allow-Methods", "GET, DELETE")
@@ -169,6 +176,9 @@ func (s *server) deny(w http.ResponseWriter, r *http.Request, page bool, d *deni
 	s.metrics.refuse(d.reason)
 	if d.reason == "wrong_token" {
 		s.audit.note(s.access.address(r), "sign-in refused")
+	}
+	if isTracker(r) {
+		s.origins.refused(originOf(r), d.reason)
 	}
 	h := w.Header()
 	if d.retryAfter > 0 {
@@ -329,6 +339,7 @@ func (s *server) handleAsset(w http.ResponseWriter, r *http.Request) {
 }
 
 func (s *server) handleTracker(w http.ResponseWriter, r *http.Request) {
+	s.origins.fetched(originOf(r))
 	w.Header().Set("Access-Control-Allow-Origin", "*")
 	w.Header().Set("Cross-Origin-Resource-Policy", "cross-origin")
 	s.serve(w, r, "tracker.js", "public, max-age=3600")
@@ -341,16 +352,32 @@ func (s *server) handleTracker(w http.ResponseWriter, r *http.Request) {
 // it lasts; smaller ones serve a tracker, which is sent little, as well.
 type hijacker struct {
 	http.ResponseWriter
-	small bool
-	conn  net.Conn
+	tracker bool
+	wire    *atomic.Int64 // counts what a tracker sends
+	conn    net.Conn
+}
+
+// countedConn counts the bytes that are read from it.
+type countedConn struct {
+	net.Conn
+	wire *atomic.Int64
+}
+
+func (c countedConn) Read(p []byte) (int, error) {
+	n, err := c.Conn.Read(p)
+	c.wire.Add(int64(n))
+	return n, err
 }
 
 func (h *hijacker) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 	conn, rw, err := http.NewResponseController(h.ResponseWriter).Hijack()
-	h.conn = conn
-	if err == nil && h.small && rw.Reader.Buffered() == 0 {
-		rw = bufio.NewReadWriter(bufio.NewReaderSize(conn, 1<<10), bufio.NewWriterSize(conn, 512))
+	if err == nil && h.tracker {
+		conn = countedConn{conn, h.wire}
+		if rw.Reader.Buffered() == 0 {
+			rw = bufio.NewReadWriter(bufio.NewReaderSize(conn, 1<<10), bufio.NewWriterSize(conn, 512))
+		}
 	}
+	h.conn = conn
 	return conn, rw, err
 }
 
@@ -360,33 +387,61 @@ func (s *server) handleWebSocket(w http.ResponseWriter, r *http.Request) {
 		s.fail(w, r, http.StatusBadRequest, `type must be "tracker" or "viewer"`, nil)
 		return
 	}
+	s.upgrade(w, r, kind == "viewer")
+}
+
+// upgrade makes a WebSocket of a request. Browsers compress what a tracker sends;
+// the server compresses nothing, which would take 1.2 MB for each that it writes to.
+func (s *server) upgrade(w http.ResponseWriter, r *http.Request, isViewer bool) {
 	addr := s.access.address(r)
 	if d := s.access.enter(addr); d != nil {
 		s.deny(w, r, false, d)
 		return
 	}
-	h := &hijacker{ResponseWriter: w, small: kind != "viewer"}
-	ws, err := websocket.Accept(h, r, &websocket.AcceptOptions{InsecureSkipVerify: true, CompressionMode: websocket.CompressionDisabled})
+	options := websocket.AcceptOptions{InsecureSkipVerify: true}
+	if !isViewer {
+		options.CompressionMode, options.CompressionThreshold = websocket.CompressionNoContextTakeover, math.MaxInt
+	}
+	h := &hijacker{ResponseWriter: w, tracker: !isViewer, wire: &s.metrics.wireBytes}
+	ws, err := websocket.Accept(h, r, &options)
 	if err != nil {
 		s.access.leave(addr) // Accept has answered
 		return
 	}
-	ws.SetReadLimit(-1)                                     // conn.read has its own
-	go s.serveWebSocket(ws, h.conn, addr, kind == "viewer") // ends with the connection
-}
-
-// serveWebSocket is a connection from its handshake to its end.
-func (s *server) serveWebSocket(ws *websocket.Conn, nc net.Conn, addr netip.Addr, isViewer bool) {
-	defer s.access.leave(addr)
-	c := &conn{core: &s.core, ws: ws, net: nc, urgent: isViewer}
+	ws.SetReadLimit(-1) // conn.read has its own
+	c := &conn{core: &s.core, ws: ws, net: h.conn, urgent: isViewer}
+	if w.Header().Get("Sec-WebSocket-Extensions") != "" {
+		c.inflater = inflater
+	}
 	c.ctx, c.cancel = context.WithCancel(s.ctx)
 	if isViewer {
 		c.maxMessage, c.out = maxViewerMessage, newOutbox()
 		c.handle = (&viewer{&s.core, c.ctx, c.out, func(id string) { s.audit.open(addr, id) }}).handle
 	} else {
 		c.maxMessage, c.out = s.cfg.maxMessageBytes, newOutbox()
-		c.handle = (&tracker{core: &s.core, ctx: c.ctx, out: c.out, mayStart: func() bool { return s.access.mayStart(addr, s.cfg.maxSessionsPerMinute) }}).handle
+		s.newTracker(c, r, addr)
 	}
+	go s.serveWebSocket(c, addr, isViewer) // ends with the connection
+}
+
+// newTracker makes a page the one that a connection hears. A path with an id is
+// that of rrweb's own client.
+func (s *server) newTracker(c *conn, r *http.Request, addr netip.Addr) *tracker {
+	origin := originOf(r)
+	t := &tracker{core: &s.core, ctx: c.ctx, out: c.out}
+	t.mayStart = func() bool { return s.access.mayStart(addr, s.cfg.maxSessionsPerMinute) }
+	t.started = func() { s.origins.started(origin) }
+	c.handle = t.handle
+	if id := r.PathValue("id"); id != "" {
+		t.share = true
+		c.handle = (&rrwebClient{tracker: t, recording: id}).handle
+	}
+	return t
+}
+
+// serveWebSocket is a connection from its handshake to its end.
+func (s *server) serveWebSocket(c *conn, addr netip.Addr, isViewer bool) {
+	defer s.access.leave(addr)
 	c.open()
 	s.open.Store(c, nil)
 	defer s.open.Delete(c)
@@ -646,6 +701,7 @@ func (s *server) handleStats(w http.ResponseWriter, r *http.Request) error {
 	s.write(w, http.StatusOK, map[string]any{
 		"totalClients": st.trackers + st.viewers, "activeSessions": st.live, "viewers": st.viewers, "trackers": st.trackers,
 		"totalEvents": st.events, "uptime": s.uptime(),
+		"trackerFetches":  s.origins.recent(),
 		"refusedSessions": s.metrics.refusedSessions.Load(), "viewersLagged": s.metrics.viewersLagged.Load(), "refusals": s.metrics.refused(),
 	})
 	return nil
@@ -667,6 +723,7 @@ func (s *server) metricsNow() []metric {
 		{"session_replay_sessions_refused_total", "Sessions given up because PostgreSQL refused their data.", counter, n(&m.refusedSessions)},
 		{"session_replay_events_received_total", "Events accepted.", counter, n(&m.eventsIn)},
 		{"session_replay_received_bytes_total", "JSON of these.", counter, n(&m.bytesIn)},
+		{"session_replay_wire_bytes_total", "What trackers have sent, compressed where it came so.", counter, n(&m.wireBytes)},
 		{"session_replay_events_stored_total", "Events committed.", counter, n(&m.eventsStored)},
 		{"session_replay_stored_bytes_total", "Chunks of these, compressed.", counter, n(&m.bytesStored)},
 		{"session_replay_acks_total", "Acks sent; one may stand for many batches.", counter, n(&m.acks)},

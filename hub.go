@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"slices"
 	"sort"
 	"time"
 )
@@ -27,6 +28,8 @@ type session struct {
 	tracker    *outbox   // who records it; nil in the grace period and after its end
 	detachedAt time.Time // when the tracker had gone
 	ackTo      *outbox   // the last tracker
+	firstSeq   int64     // of the tracker's own page: lower numbers are of pages before it
+	shared     bool      // others may record it beside its tracker
 	ended      bool
 	hidden     bool // its page is in the background
 
@@ -42,6 +45,8 @@ type session struct {
 	urgent  bool      // it stands among the hub's urgent
 	writing bool      // a writer has the flush
 	retryAt time.Time // when a flush that failed is tried again
+
+	waiting []waiting // for commits
 
 	snapshotAt      time.Time // when the newest full snapshot came
 	snapshotAskedAt time.Time
@@ -107,12 +112,13 @@ type (
 	// reserve precedes a claim in the database. Without a token, a session that a
 	// live connection records, or has reserved, is not to be had. Each reserve that
 	// is granted is followed by attach or unreserve.
+	// With share, a session that was begun so is recorded by out as well, without a claim.
 	reserve struct {
-		out     *outbox
-		id      string
-		byToken bool
-		cost    int64 // of its description
-		reply   chan reservation
+		out            *outbox
+		id             string
+		byToken, share bool
+		cost           int64 // of its description
+		reply          chan reservation
 	}
 	unreserve struct{ id string }
 	// attach makes out the tracker of a session that is claimed in the database.
@@ -122,12 +128,22 @@ type (
 		claim   claim
 		about   *description
 		started message // what viewers are told
-		reply   chan attached
+
+		firstSeq int64
+		share    bool
+		reply    chan attached
 	}
 	publish struct {
 		out *outbox
+		id  string // of its session
 		b   *batch
 		m   message // for the session's viewers, if b has no events; nil when they need not know
+	}
+	// awaitCommit asks for the commit of all that a session has, now. The reply is
+	// the seq that is committed then, 0 when the session is gone.
+	awaitCommit struct {
+		id    string
+		reply chan int64
 	}
 	forward struct { // to the viewers of the tracker's session
 		out *outbox
@@ -178,6 +194,7 @@ const (
 	granted reservation = iota
 	taken               // a live connection has the session
 	noRoom              // sessions fill their share of the budget
+	joins               // out records the session beside its tracker
 )
 
 // attached answers attach. With outdated, a newer claim came first.
@@ -185,6 +202,12 @@ type attached struct {
 	outdated bool
 	accepted int64 // seq of the last batch that was taken
 	stored   int64 // seq of the last batch that is committed
+}
+
+// waiting is an awaitCommit that is not answered yet.
+type waiting struct {
+	events, errors int64 // to be committed
+	reply          chan int64
 }
 
 // inMemory answers memoryQuery: the batches with the events asked for, in order;
@@ -319,6 +342,8 @@ func (h *hubState) handle(cmd command) {
 		h.unreserve(cmd.id)
 	case attach:
 		cmd.reply <- h.attach(cmd)
+	case awaitCommit:
+		h.awaitCommit(cmd)
 	case forward:
 		if s := h.recorded[cmd.out]; s != nil {
 			h.toWatchers(s.id, cmd.m)
@@ -407,6 +432,9 @@ func (h *hubState) leave(out *outbox) {
 func (h *hubState) reserve(cmd reserve) reservation {
 	s := h.sessions[cmd.id]
 	switch {
+	case cmd.share && s != nil && s.shared && s.tracker != nil && s.tracker != cmd.out:
+		h.recorded[cmd.out] = s
+		return joins
 	case !cmd.byToken && (h.claiming[cmd.id].n > 0 || s != nil && s.tracker != nil && s.tracker != cmd.out):
 		return taken
 	case h.aboutBytes+cmd.cost-s.aboutCost() > int64(h.cfg.maxBufferBytes)/8:
@@ -459,7 +487,7 @@ func (h *hubState) attach(cmd attach) attached {
 		h.discard(s)
 		s.now, s.durable = cmd.claim.counters, cmd.claim.counters
 	}
-	s.epoch = cmd.claim.epoch
+	s.epoch, s.firstSeq, s.shared = cmd.claim.epoch, cmd.firstSeq, cmd.share
 	h.describe(s, cmd.about)
 	h.setTracker(s, cmd.out)
 	if s.ended {
@@ -497,14 +525,24 @@ func (h *hubState) setTracker(s *session, out *outbox) {
 }
 
 // detach takes the session from a tracker that has gone. It can be resumed in
-// its grace period.
+// its grace period, unless others record it as well.
 func (h *hubState) detach(out *outbox) {
-	if s := h.recorded[out]; s != nil {
-		s.tracker, s.detachedAt = nil, time.Now()
-		delete(h.recorded, out)
-		h.grace[s] = struct{}{}
-		h.tellState(s)
+	s := h.recorded[out]
+	delete(h.recorded, out)
+	if s == nil || s.tracker != out {
+		return
 	}
+	s.tracker, s.detachedAt = nil, time.Now()
+	if s.shared {
+		for other, theirs := range h.recorded {
+			if theirs == s {
+				s.tracker = other
+				return
+			}
+		}
+	}
+	h.grace[s] = struct{}{}
+	h.tellState(s)
 }
 
 // end ends a session: what is left of it is stored at once, then it leaves memory.
@@ -561,10 +599,12 @@ func (h *hubState) discard(s *session) {
 	delete(h.retry, s)
 	h.trim(s, len(s.tail))
 	s.pending, s.flush, s.writing = nil, nil, false
+	s.answer(true)
 }
 
 // forget takes a session out of memory.
 func (h *hubState) forget(s *session) {
+	s.answer(true)
 	h.trim(s, len(s.tail))
 	h.budget.give(s.about.cost())
 	h.aboutBytes -= s.about.cost()
@@ -577,9 +617,9 @@ func (h *hubState) forget(s *session) {
 // publish takes a tracker's batch, or tells the tracker why not. A batch that was
 // taken before is only acked again.
 func (h *hubState) publish(cmd publish) {
-	s, b := h.recorded[cmd.out], cmd.b
+	s, b := h.sessionOf(cmd), cmd.b
 	switch {
-	case s == nil:
+	case s == nil || s.ended:
 		cmd.out.trySend(errorMessage("no_session", "this connection records no session"), trackerOutbox)
 	case b.seq > 0 && b.seq <= s.now.seq:
 		h.ack(s)
@@ -602,6 +642,19 @@ func (h *hubState) publish(cmd publish) {
 	h.budget.give(b.cost)
 }
 
+// sessionOf gives the session of a batch: the one that its tracker records, or
+// one that a later page of the tab has taken over. A batch of an earlier page has
+// a number of its own, and is taken where that fits.
+func (h *hubState) sessionOf(cmd publish) *session {
+	if s := h.recorded[cmd.out]; s != nil {
+		return s
+	}
+	if s := h.sessions[cmd.id]; s != nil && cmd.b.seq > 0 && cmd.b.seq < s.firstSeq {
+		return s
+	}
+	return nil
+}
+
 // take numbers a batch and keeps it for the next flush.
 func (h *hubState) take(s *session, b *batch) {
 	if b.report != nil {
@@ -615,11 +668,36 @@ func (h *hubState) take(s *session, b *batch) {
 		s.snapshotAt = b.received
 	}
 	s.pending = append(s.pending, b)
-	s.hurry = s.hurry || b.hurry
 	h.pendingBytes += b.cost
 	h.metrics.eventsIn.Add(int64(len(b.events)))
 	h.metrics.bytesIn.Add(int64(len(b.body)))
 	h.enqueue(s)
+}
+
+func (h *hubState) awaitCommit(cmd awaitCommit) {
+	s := h.sessions[cmd.id]
+	if s == nil {
+		cmd.reply <- 0
+		return
+	}
+	s.waiting = append(s.waiting, waiting{s.now.events, s.now.errors, cmd.reply})
+	s.answer(false)
+	s.hurry = len(s.pending) > 0
+	h.enqueue(s)
+}
+
+// answer answers those who wait for what is committed; everybody, when the
+// session is gone.
+func (s *session) answer(gone bool) {
+	s.waiting = slices.DeleteFunc(s.waiting, func(w waiting) bool {
+		done := w.events <= s.durable.events && w.errors <= s.durable.errors
+		if done {
+			w.reply <- s.durable.seq
+		} else if gone {
+			w.reply <- 0
+		}
+		return done || gone
+	})
 }
 
 // What is in memory.

@@ -135,14 +135,13 @@ func (t *hubTest) attachAs(out *outbox, id string, cl claim, about *description)
 		cl.snapshot = -1
 	}
 	return askHub(t, func(reply chan attached) command {
-		return attach{out, id, cl, about, sessionStarted(id, about),
-			reply}
+		return attach{out, id, cl, about, sessionStarted(id, about), 0, false, reply}
 	})
 }
 
 func (t *hubTest) reserve(out *outbox, id string, byToken bool, cost int64) reservation {
 	t.Helper()
-	return askHub(t, func(reply chan reservation) command { return reserve{out, id, byToken, cost, reply} })
+	return askHub(t, func(reply chan reservation) command { return reserve{out, id, byToken, false, cost, reply} })
 }
 
 // batch is one of so many events, with room taken from the budget as a reader
@@ -170,18 +169,18 @@ func (t *hubTest) batchOf(id string, seq int64, events ...string) *batch {
 func (t *hubTest) publish(out *outbox, id string, n int, seq int64) *batch {
 	t.Helper()
 	b := t.batch(id, n, seq, 0)
-	t.do(publish{out, b, nil})
+	t.do(publish{out, "", b, nil})
 	return b
 }
 
 func (t *hubTest) report(out *outbox, kind string) {
-	b := newReport(kind, []byte(`{}`))
+	b := newReport(kind, []byte(`{}`), 0)
 	t.budget.give(-b.cost)
 	m := message(nil)
 	if kind != "error" {
 		m = text(`{"type":"` + kind + `","data":{"sessionId":"s"}}`)
 	}
-	t.do(publish{out, b, m})
+	t.do(publish{out, "", b, m})
 }
 
 // messages empties a connection's outbox and says briefly what was in it.

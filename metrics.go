@@ -1,9 +1,13 @@
 package main
 
 import (
+	"cmp"
 	"fmt"
 	"io"
 	"maps"
+	"net/http"
+	"net/url"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -13,7 +17,7 @@ import (
 // metrics counts what happens, for /stats and /metrics. Anyone may add to it.
 type metrics struct {
 	sessionsStarted, sessionsDeleted      atomic.Int64
-	eventsIn, bytesIn                     atomic.Int64
+	eventsIn, bytesIn, wireBytes          atomic.Int64
 	eventsStored, bytesStored             atomic.Int64
 	refusedSessions, databaseErrors, acks atomic.Int64
 	viewersLagged                         atomic.Int64
@@ -74,4 +78,98 @@ func writeMetrics(w io.Writer, all []metric) {
 		}
 		fmt.Fprintf(w, "%s %v\n", m.name, m.value)
 	}
+}
+
+// origins counts how often pages fetched tracker.js and what came of it, by their
+// origin, for the last half hour to an hour: why nothing is recorded is often
+// known here alone. It is safe for concurrent use.
+type origins struct {
+	mu          sync.Mutex
+	now, before map[string]originCounts
+	since       time.Time // of now
+}
+
+type originCounts struct {
+	Origin   string           `json:"origin"`
+	Fetches  int64            `json:"fetches"`
+	Sessions int64            `json:"sessions"`
+	Refusals map[string]int64 `json:"refusals"` // by reason
+}
+
+const (
+	maxOrigins   = 100
+	maxOrigin    = 256 // bytes of one
+	originPeriod = 30 * time.Minute
+)
+
+func (o *origins) fetched(origin string) { o.count(origin, originCounts{Fetches: 1}) }
+func (o *origins) started(origin string) { o.count(origin, originCounts{Sessions: 1}) }
+func (o *origins) refused(origin, reason string) {
+	o.count(origin, originCounts{Refusals: map[string]int64{reason: 1}})
+}
+
+func (o *origins) count(origin string, more originCounts) {
+	if origin == "" || len(origin) > maxOrigin {
+		return
+	}
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.forget()
+	if _, known := o.now[origin]; known || len(o.now) < maxOrigins {
+		more.Origin = origin
+		o.now[origin] = o.now[origin].plus(more)
+	}
+}
+
+// forget drops what is too old.
+func (o *origins) forget() {
+	age := time.Since(o.since)
+	if age < originPeriod {
+		return
+	}
+	if o.before = o.now; age >= 2*originPeriod {
+		o.before = nil
+	}
+	o.now, o.since = map[string]originCounts{}, time.Now()
+}
+
+func (c originCounts) plus(more originCounts) originCounts {
+	sum := originCounts{more.Origin, c.Fetches + more.Fetches, c.Sessions + more.Sessions, map[string]int64{}}
+	for _, refusals := range []map[string]int64{c.Refusals, more.Refusals} {
+		for reason, n := range refusals {
+			sum.Refusals[reason] += n
+		}
+	}
+	return sum
+}
+
+// recent gives the origins whose pages have fetched tracker.js, most fetches first.
+func (o *origins) recent() []originCounts {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.forget()
+	sums := maps.Clone(o.now)
+	for origin, counts := range o.before {
+		sums[origin] = sums[origin].plus(counts)
+	}
+	all := slices.DeleteFunc(slices.Collect(maps.Values(sums)), func(c originCounts) bool { return c.Fetches == 0 })
+	slices.SortFunc(all, func(a, b originCounts) int {
+		return cmp.Or(cmp.Compare(b.Fetches, a.Fetches), cmp.Compare(a.Origin, b.Origin))
+	})
+	return all
+}
+
+// originOf is the origin of the page that sends a request, empty where the browser
+// does not tell. A script's request has it in its Referer alone.
+func originOf(r *http.Request) string {
+	u, err := url.Parse(cmp.Or(r.Header.Get("Origin"), r.Header.Get("Referer")))
+	if err != nil || u.Host == "" {
+		return ""
+	}
+	return u.Scheme + "://" + u.Host
+}
+
+// isTracker says whether a request is of a page that records.
+func isTracker(r *http.Request) bool {
+	return r.URL.Path == "/ws" && r.URL.Query().Get("type") != "viewer" || strings.HasPrefix(r.URL.Path, "/recordings/")
 }

@@ -183,7 +183,7 @@ func (m *model) send() string {
 	for i := range int64(perBatch) {
 		events = append(events, fmt.Sprintf(`{"type":3,"timestamp":%d}`, (tr.seq-1)*perBatch+i+1))
 	}
-	m.t.do(publish{tr.out, m.t.batchOf(tr.id, tr.seq, events...), nil})
+	m.t.do(publish{tr.out, "", m.t.batchOf(tr.id, tr.seq, events...), nil})
 	return fmt.Sprintf("%s: sends batch %d", tr.id, tr.seq)
 }
 

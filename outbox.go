@@ -75,6 +75,7 @@ type closeCode = websocket.StatusCode
 const (
 	closeGoingAway closeCode = websocket.StatusGoingAway
 	closePolicy    closeCode = websocket.StatusPolicyViolation
+	closeInvalid   closeCode = websocket.StatusInvalidFramePayloadData
 	closeTooBig    closeCode = websocket.StatusMessageTooBig
 	closeTryAgain  closeCode = websocket.StatusTryAgainLater
 	closeTaken     closeCode = 4001

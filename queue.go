@@ -145,6 +145,7 @@ func (h *hubState) settle(f *flush) {
 func (h *hubState) committed(s *session, f *flush) {
 	s.durable, s.flush = f.totals, nil
 	h.ack(s)
+	s.answer(false)
 	if s.ended && f.ended && f.epoch == s.epoch {
 		h.budget.give(f.cost())
 		h.forget(s)

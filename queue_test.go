@@ -58,8 +58,8 @@ func TestHubShares(t *testing.T) {
 	inHub(t, func(c *config) { c.maxBufferBytes = 40000 }, func(t *hubTest) {
 		a, b := t.tracker("a"), t.tracker("b")
 		for range 4 {
-			t.do(publish{a, t.batch("a", 1, 0, 1500), nil})
-			t.do(publish{b, t.batch("b", 1, 0, 1500), nil})
+			t.do(publish{a, "", t.batch("a", 1, 0, 1500), nil})
+			t.do(publish{b, "", t.batch("b", 1, 0, 1500), nil})
 			t.settle(stored, t.later()...)
 			if st := t.stats(); st.tailBytes > 10000 || t.used() != st.tailBytes+2*aboutNobody.cost() {
 				t.Fatalf("tails have %d bytes, %d of room are taken", st.tailBytes, t.used())
@@ -177,15 +177,12 @@ func TestHubDue(t *testing.T) {
 				t.publish(c[i], []string{"a", "b"}[i], 1, 0)
 			}
 		}, func(t *hubTest, c []*outbox) { t.publish(c[3], "d", 1, 0) }, []string{"a", "b", "d"}},
-		{"bytes", func(t *hubTest, c []*outbox) { t.do(publish{c[0], t.batch("a", 1, 0, flushBytes-5000), nil}) },
-			func(t *hubTest, c []*outbox) { t.do(publish{c[0], t.batch("a", 1, 0, 6000), nil}) }, []string{"a"}},
+		{"bytes", func(t *hubTest, c []*outbox) { t.do(publish{c[0], "", t.batch("a", 1, 0, flushBytes-5000), nil}) },
+			func(t *hubTest, c []*outbox) { t.do(publish{c[0], "", t.batch("a", 1, 0, 6000), nil}) }, []string{"a"}},
 		{"ended", func(t *hubTest, c []*outbox) { t.publish(c[0], "a", 1, 0); t.publish(c[1], "b", 1, 0) },
 			func(t *hubTest, c []*outbox) { t.do(finish{c[1]}) }, []string{"b", "a"}},
-		{"hurry", func(t *hubTest, c []*outbox) { t.publish(c[0], "a", 1, 0) }, func(t *hubTest, c []*outbox) {
-			b := t.batch("a", 1, 0, 0)
-			b.hurry = true
-			t.do(publish{c[0], b, nil})
-		}, []string{"a"}},
+		{"somebody waits for the commit", func(t *hubTest, c []*outbox) { t.publish(c[0], "a", 1, 0) },
+			func(t *hubTest, c []*outbox) { t.do(awaitCommit{"a", make(chan int64, 1)}) }, []string{"a"}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			inHub(t, func(c *config) { c.batchSize = 3 }, func(t *hubTest) {
@@ -245,7 +242,7 @@ func TestHubGroupBytes(t *testing.T) {
 	inHub(t, nil, func(t *hubTest) {
 		c, d := t.tracker("s"), t.tracker("t")
 		for range 10 {
-			t.do(publish{c, t.batch("s", 1, 0, 2<<20), nil})
+			t.do(publish{c, "", t.batch("s", 1, 0, 2<<20), nil})
 		}
 		t.publish(d, "t", 1, 0)
 		for _, want := range []struct {

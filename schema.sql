@@ -21,21 +21,24 @@ create table if not exists sessions (
     last_seq         bigint not null default 0, -- highest batch number that is stored
     resume_hash      bytea,                     -- SHA-256 of the token that continues it
     server           text not null default '',  -- which of the servers records it, or did last
+    page             bigint not null default 0, -- which page of its tab; an earlier one does not get it back
     -- Raised by each claim; writes of an older one are refused. It begins at the
     -- time in microseconds: a row made again after its deletion has a higher one.
     epoch            bigint not null default extract(epoch from clock_timestamp()) * 1000000
 ) with (fillfactor = 80);                       -- room for updates in place
 
 -- These columns were added later. Not unless they must be, as below. length is the
--- duration of a session that has ended. Of a live one it is null: a column that
--- an index has and that changes with each batch would end the updates in place.
+-- duration of a session that has ended, null if it has no event. Of a live one it
+-- is null too: a column that an index has and that changes with each batch would end the updates in place.
 do $$ begin
-    if not exists (select from pg_attribute where attrelid = 'sessions'::regclass and attname = 'server') then
-        alter table sessions add column server text not null default '';
+    if (select count(*) < 2 from pg_attribute where attrelid = 'sessions'::regclass and attname in ('server', 'page')) then
+        alter table sessions add column if not exists server text not null default '',
+            add column if not exists page bigint not null default 0;
     end if;
     if not exists (select from pg_attribute where attrelid = 'sessions'::regclass and attname = 'length') then
         alter table sessions add column length bigint
-            generated always as (case when not is_active then last_event_time - first_event_time end) stored;
+            generated always as (case when not is_active and event_count > 0
+                then coalesce(last_event_time - first_event_time, 0) end) stored;
     end if;
 end $$;
 

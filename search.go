@@ -30,7 +30,7 @@ const maxTotal = 1000 // sessions are counted up to here
 // where makes the filter's clause and its arguments. What is_active is stands in
 // the text, so that PostgreSQL finds the index of such sessions.
 func (f filter) where() (clause string, args []any) {
-	clause = "where true"
+	clause = "where (is_active or length is not null)" // not the ended ones without an event
 	and := func(condition string, value any) {
 		args = append(args, value)
 		clause += fmt.Sprintf(" and "+condition, len(args))

@@ -26,6 +26,7 @@ const (
 	maxField         = 512     // of the documented fields, where only those are kept
 	maxText          = 2 << 10 // of a user's id and a URL
 	maxNesting       = 500     // of metadata and errors: PostgreSQL and encoding/json have their limits
+	minToken         = 16      // shorter ones are none
 	maxSeq           = 1 << 53 // numbers in JavaScript are exact up to here
 	pageBytes        = 4 << 20 // of JSON in a page of events, unless one event is larger
 	maxPage          = 1000    // events in a session_events answer
@@ -51,9 +52,12 @@ type tracker struct {
 
 	id    string // of the session that it records; empty for none
 	asked string // the id that it had asked for
+	last  string // the last that it has recorded
 	token string // which continues the session; empty for none
+	share bool   // several may record one session: they cannot number their events
 
 	mayStart func() bool // counts the sessions that its address begins
+	started  func()      // called when a session has started, if set
 }
 
 // handle does what a message asks. kept is how much of the message's room in the
@@ -98,16 +102,24 @@ func (t *tracker) takeBatch(f frame) (kept int64, err error) {
 	case len(f.events) > maxBatchEvents:
 		return 0, &protocolError{"invalid_events", fmt.Sprintf("a batch has at most %d events", maxBatchEvents)}
 	}
-	seq := int64(0)
-	if f.seq != nil {
-		seq, err = strconv.ParseInt(string(f.seq), 10, 64)
-		if err != nil || seq < 1 || seq > maxSeq {
-			return 0, &protocolError{"invalid_message", `"seq" must be a whole number from 1 to 2^53`}
-		}
+	seq, err := parseSeq(f)
+	if err != nil {
+		return 0, err
 	}
 	b := newBatch(t.id, f, seq)
-	t.hub.send(publish{t.out, b, nil})
+	t.hub.send(publish{t.out, t.id, b, nil})
 	return b.cost, nil
+}
+
+func parseSeq(f frame) (int64, error) {
+	if f.seq == nil {
+		return 0, nil
+	}
+	seq, err := strconv.ParseInt(string(f.seq), 10, 64)
+	if err != nil || seq < 1 || seq > maxSeq {
+		return 0, &protocolError{"invalid_message", `"seq" must be a whole number from 1 to 2^53`}
+	}
+	return seq, nil
 }
 
 func sequenceGap(expected int64) text {
@@ -133,6 +145,10 @@ func (t *tracker) takeReport(f frame) (kept int64, err error) {
 	if t.id == "" {
 		return 0, errNotStarted
 	}
+	seq, err := parseSeq(f)
+	if err != nil {
+		return 0, err
+	}
 	data := f.data
 	if data == nil {
 		data = []byte("null")
@@ -146,8 +162,8 @@ func (t *tracker) takeReport(f frame) (kept int64, err error) {
 			return 0, err
 		}
 	}
-	b := newReport(f.typ, data)
-	t.hub.send(publish{t.out, b, m})
+	b := newReport(f.typ, data, seq)
+	t.hub.send(publish{t.out, t.id, b, m})
 	return b.cost, nil
 }
 
@@ -192,6 +208,9 @@ type start struct {
 	about  description
 	resume bool // the tracker numbers its batches and knows tokens
 	token  string
+	create bool  // a session that is not there gets this token
+	page   int64 // the page's number in its tab; 0: it has none
+	first  int64 // number of the page's first batch
 }
 
 // documented are the members of a session_start that lists show.
@@ -212,8 +231,17 @@ func parseStart(data []byte) start {
 			st.about.url = clean(plainText(value))
 		case "resume":
 			st.resume, st.token = true, unquote(value)
+		case "create":
+			st.create = string(value) == "true"
+		case "page":
+			st.page = max(0, wholeNumber(value, 0))
+		case "firstSeq":
+			st.first = wholeNumber(value, 0)
 		}
 	})
+	if !st.resume {
+		st.page, st.first = 0, 0 // the page's own, if they are there
+	}
 	if len(data) > maxMetadata || nests(data, maxNesting) {
 		data = rewrite(data, documented, maxField, nil)
 	}
@@ -247,7 +275,7 @@ func rewrite(object []byte, names []string, most int, defaults []member) []byte 
 	})
 	for _, d := range defaults {
 		if !seen[d.key] {
-			out = fmt.Appendf(out, "%q:%s,", d.key, d.value)
+			out = fmt.Appendf(out, "%s:%s,", encodeJSON(d.key), d.value)
 		}
 	}
 	return append(bytes.TrimSuffix(out, []byte(",")), '}')
@@ -308,14 +336,17 @@ func (t *tracker) startSession(f frame) error {
 		t.hub.send(finish{t.out})
 		t.id = ""
 	}
-	if st.token == "" && known == "" && !t.mayStart() {
-		return &protocolError{"too_many_sessions", "too many sessions in a minute from this address"}
+	got, err := t.begin(&st, known != "")
+	if err == errLaterPage {
+		t.id, t.asked, t.last = st.id, asked, st.id // its batches are taken where their numbers fit
 	}
-	got, err := t.begin(&st)
 	if err != nil {
 		return err
 	}
-	t.id, t.asked, t.token = st.id, asked, st.token
+	t.id, t.asked, t.last, t.token = st.id, asked, st.id, st.token
+	if t.started != nil {
+		t.started()
+	}
 	if t.id != asked && t.id != known {
 		t.out.send(envelope("session_assigned", sessionID{t.id}))
 	}
@@ -327,16 +358,24 @@ func (t *tracker) startSession(f frame) error {
 }
 
 // begin gets the session that was asked for, or a new one whenever that may not
-// be had. It writes the session's id and token into st.
-func (t *tracker) begin(st *start) (attached, error) {
-	isNew := !validID(st.id)
-	for {
+// be had. It writes the session's id and token into st. counted says that the
+// session was begun on this connection before.
+func (t *tracker) begin(st *start, counted bool) (attached, error) {
+	resuming, isNew := len(st.token) >= minToken, !validID(st.id)
+	for attempt := 0; ; attempt++ {
 		if isNew {
-			st.id, st.token = rand.Text(), ""
+			st.id, st.token, resuming = rand.Text(), "", false
 		}
-		got, err := t.claim(st)
+		if !resuming && !counted && !t.mayStart() {
+			return attached{}, &protocolError{"too_many_sessions", "too many sessions in a minute from this address"}
+		}
+		counted = counted || !resuming
+		got, err := t.claim(st, resuming)
 		switch {
-		case errors.Is(err, errTaken), errors.Is(err, errToken):
+		case err == errToken && resuming && st.create:
+			resuming = false
+		case err == errTaken && t.share && pause(t.ctx, attempt): // another is about to begin it
+		case err == errTaken, err == errToken:
 			isNew = true
 		case err != nil:
 			return attached{}, err
@@ -349,15 +388,17 @@ func (t *tracker) begin(st *start) (attached, error) {
 	}
 }
 
-var errTaken = errors.New("another connection records the session")
+var (
+	errTaken     = errors.New("another connection records the session")
+	errLaterPage = &protocolError{"later_page", "a later page of the tab records the session"}
+)
 
 // claim reserves a session in the hub, claims it in the database, and attaches
 // it: three steps, so that two trackers of one session meet before either has
 // changed its row.
-func (t *tracker) claim(st *start) (attached, error) {
-	resuming := st.token != ""
+func (t *tracker) claim(st *start, resuming bool) (attached, error) {
 	reserved := make(chan reservation, 1)
-	r, ok := ask(t.hub, reserved, reserve{t.out, st.id, resuming, st.about.cost(), reserved})
+	r, ok := ask(t.hub, reserved, reserve{t.out, st.id, resuming, t.share, st.about.cost(), reserved})
 	switch {
 	case !ok:
 		return attached{}, net.ErrClosed
@@ -365,8 +406,10 @@ func (t *tracker) claim(st *start) (attached, error) {
 		return attached{}, errTaken
 	case r == noRoom:
 		return attached{}, &protocolError{"too_many_sessions", "too many sessions are live: try again later"}
+	case r == joins:
+		return attached{}, nil
 	}
-	if st.resume && !resuming {
+	if st.resume && len(st.token) < minToken {
 		st.token = rand.Text()
 	}
 	about := st.about
@@ -377,7 +420,8 @@ func (t *tracker) claim(st *start) (attached, error) {
 	}
 	about.userID = won.userID
 	reply := make(chan attached, 1)
-	got, ok := ask(t.hub, reply, attach{t.out, st.id, won, &about, sessionStarted(st.id, &about), reply})
+	started := sessionStarted(st.id, &about)
+	got, ok := ask(t.hub, reply, attach{t.out, st.id, won, &about, started, st.first, t.share, reply})
 	if !ok {
 		return got, net.ErrClosed
 	}
@@ -394,9 +438,9 @@ func (t *tracker) claimRow(st *start, about *description, resuming bool) (claim,
 	ctx, cancel := context.WithTimeout(t.ctx, t.cfg.messageTimeout)
 	defer cancel()
 	for attempt := 0; ; attempt++ {
-		won, err := t.store.claim(ctx, st.id, about, keepUser, st.token, resuming)
+		won, err := t.store.claim(ctx, st.id, about, keepUser, st.token, resuming, st.page)
 		switch {
-		case err == nil || errors.Is(err, errToken):
+		case err == nil, err == errToken, err == errLaterPage:
 			t.store.last.Store(nil)
 			return won, err
 		case isDataError(err):

@@ -96,11 +96,12 @@ const claimed = ` returning epoch, user_id, event_count, error_count, raw_bytes,
 	coalesce(first_event_time, 0), coalesce(last_event_time, 0), coalesce(snapshot_index, -1), last_seq`
 
 const (
-	insertSession = `insert into sessions (session_id, user_id, url, metadata, resume_hash, server, is_active)
-		values ($1, $2, $3, $4, $5, $6, true) on conflict do nothing` + claimed
+	insertSession = `insert into sessions (session_id, user_id, url, metadata, resume_hash, server, page, is_active)
+		values ($1, $2, $3, $4, $5, $6, $7, true) on conflict do nothing` + claimed
 	claimSession = `update sessions set epoch = epoch + 1, is_active = true, ended_at = null, updated_at = now(),
-		user_id = case when $7 then user_id else $2 end, url = $3, metadata = $4, server = $6,
-		resume_hash = coalesce(resume_hash, $5) where session_id = $1 and `
+		user_id = case when $8 then user_id else $2 end, url = $3, metadata = $4, server = $6, page = greatest(page, $7),
+		resume_hash = coalesce(resume_hash, $5) where session_id = $1 and ($7 = 0 or page <= $7) and `
+	ofLaterPage   = "select exists (select from sessions where session_id = $1 and resume_hash = $2 and page > $3)"
 	withToken     = "resume_hash = $5"
 	withoutOthers = "(resume_hash is null or resume_hash = $5)"
 )
@@ -108,11 +109,13 @@ const (
 // claim makes the session's row, or raises its epoch. With resuming, the row must
 // be there and have this token. Otherwise a row that is there must have none, or
 // this one because a claim's answer was lost, and has it from now on. If not:
-// errToken. With keepUser, a row that is there keeps its user.
-func (st *store) claim(ctx context.Context, id string, about *description, keepUser bool, token string, resuming bool) (claim, error) {
+// errToken. With keepUser, a row that is there keeps its user. A page that has a
+// number does not get what a later page of its tab has: errLaterPage.
+func (st *store) claim(ctx context.Context, id string, about *description, keepUser bool, token string, resuming bool,
+	page int64) (claim, error) {
 	ctx, cancel := context.WithTimeout(ctx, queryTimeout)
 	defer cancel()
-	args := []any{id, about.userID, about.url, string(about.metadata), hashToken(token), st.server}
+	args := []any{id, about.userID, about.url, string(about.metadata), hashToken(token), st.server, page}
 	which := withToken
 	if !resuming {
 		won, err := scanClaim(st.pool.QueryRow(ctx, insertSession, args...))
@@ -121,7 +124,16 @@ func (st *store) claim(ctx context.Context, id string, about *description, keepU
 		}
 		which = withoutOthers
 	}
-	return scanClaim(st.pool.QueryRow(ctx, claimSession+which+claimed, append(args, keepUser)...))
+	won, err := scanClaim(st.pool.QueryRow(ctx, claimSession+which+claimed, append(args, keepUser)...))
+	if later := false; err == errToken && page > 0 {
+		if err := st.pool.QueryRow(ctx, ofLaterPage, id, hashToken(token), page).Scan(&later); err != nil {
+			return won, err
+		}
+		if later {
+			return won, errLaterPage
+		}
+	}
+	return won, err
 }
 
 func scanClaim(row pgx.Row) (c claim, err error) {
@@ -340,7 +352,7 @@ func (st *store) totals(ctx context.Context) (t totals, err error) {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
 	err = st.pool.QueryRow(ctx, `select count(*), count(*) filter (where is_active), coalesce(sum(event_count), 0)::bigint,
-		coalesce(sum(`+rowBytes+`), 0)::bigint from sessions`).Scan(&t.sessions, &t.active, &t.events, &t.bytes)
+		coalesce(sum(`+rowBytes+`), 0)::bigint from sessions where event_count > 0 or is_active`).Scan(&t.sessions, &t.active, &t.events, &t.bytes)
 	return t, err
 }
 
@@ -359,14 +371,21 @@ func (st *store) remove(ctx context.Context, id string) error {
 }
 
 // removeOld deletes ended sessions, the oldest first, and says how many: those
-// that ended longer ago than age by the database's clock, and, with a limit, as
-// many more as it takes for limit bytes. While this machine's clock and the
-// database's differ, one of them is wrong, and nothing is deleted for its age:
-// errClocks. Each has a transaction of its own, so
-// that servers which clean up at the same time do not wait for each other.
+// that ended longer ago than age by the database's clock, or a day ago without an
+// event, and, with a limit, as many more as it takes for limit bytes. While this
+// machine's clock and the database's differ, one of them is wrong, and nothing is
+// deleted for its age: errClocks. Each but those without events has a transaction
+// of its own, so that servers which clean up at the same time do not wait for each
+// other.
 func (st *store) removeOld(ctx context.Context, age time.Duration, limit int64) (deleted int64, err error) {
 	ctx, cancel := context.WithTimeout(ctx, cleanupTimeout)
 	defer cancel()
+	tag, err := st.pool.Exec(ctx, `delete from sessions
+		where not is_active and event_count = 0 and ended_at < now() - interval '1 day'`)
+	if err != nil {
+		return 0, err
+	}
+	deleted = tag.RowsAffected()
 	excess := int64(0)
 	if limit > 0 {
 		t, err := st.totals(ctx)

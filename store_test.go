@@ -64,7 +64,7 @@ func (t *storeTest) begin(id string) claim {
 
 func (t *storeTest) claimed(id, token string, resuming bool) claim {
 	t.Helper()
-	c, err := t.claim(t.Context(), id, aboutNobody, false, token, resuming)
+	c, err := t.claim(t.Context(), id, aboutNobody, false, token, resuming, 0)
 	if err != nil {
 		t.Fatalf("claim %s: %v", id, err)
 	}
@@ -96,7 +96,7 @@ func (t *storeTest) add(f *flush, events ...[]byte) {
 
 // report adds an error of the page to a flush.
 func (t *storeTest) report(f *flush, data string) {
-	b := newReport("error", []byte(data))
+	b := newReport("error", []byte(data), 0)
 	b.first, b.report.id = f.totals.events, f.totals.errors
 	f.totals.add(b)
 	f.batches = append(f.batches, b)
@@ -239,7 +239,7 @@ func TestStoreClaim(t *testing.T) {
 	st := newStoreTest(t)
 	before := map[string]int64{} // each session's first epoch, less one
 	try := func(id, token string, resuming bool) (int64, error) {
-		c, err := st.claim(t.Context(), id, aboutNobody, false, token, resuming)
+		c, err := st.claim(t.Context(), id, aboutNobody, false, token, resuming, 0)
 		if err != nil {
 			return 0, err
 		}
@@ -287,7 +287,7 @@ func TestStoreClaimAtOnce(t *testing.T) {
 	var claims sync.WaitGroup
 	for i := range epochs {
 		claims.Go(func() {
-			c, err := st.claim(t.Context(), "s", aboutNobody, false, "", false)
+			c, err := st.claim(t.Context(), "s", aboutNobody, false, "", false, 0)
 			if err != nil {
 				t.Error(err)
 			}
@@ -308,7 +308,7 @@ func TestStoreClaimAtOnce(t *testing.T) {
 func TestStoreClaimRow(t *testing.T) {
 	st := newStoreTest(t)
 	first := &description{userID: "ann", url: "u1", metadata: []byte(`{"a":"\u0000\ud800" , "n":1e400}`)}
-	c, err := st.claim(t.Context(), "s", first, false, "secret", false)
+	c, err := st.claim(t.Context(), "s", first, false, "secret", false, 0)
 	if err != nil || c.userID != "ann" || c.counters != (counters{snapshot: -1}) {
 		t.Errorf("got %+v, error %v", c, err)
 	}
@@ -321,7 +321,7 @@ func TestStoreClaimRow(t *testing.T) {
 		t.Errorf("got %+v of %+v, error %v", row, row.about, err)
 	}
 	second := &description{userID: "made_up", url: "u2", metadata: []byte(`{}`)}
-	again, err := st.claim(t.Context(), "s", second, true, "secret", true)
+	again, err := st.claim(t.Context(), "s", second, true, "secret", true, 0)
 	if err != nil || again.epoch != c.epoch+1 || again.userID != "ann" || again.counters != f.totals {
 		t.Errorf("got %+v, error %v, want the next epoch of ann, by its token, at %+v", again, err, f.totals)
 	}
@@ -330,7 +330,7 @@ func TestStoreClaimRow(t *testing.T) {
 		row.about.userID != "ann" {
 		t.Errorf("got %+v of %+v, error %v", row, row.about, err)
 	}
-	if _, err := st.claim(t.Context(), "s", second, false, "secret", true); err != nil {
+	if _, err := st.claim(t.Context(), "s", second, false, "secret", true, 0); err != nil {
 		t.Fatal(err)
 	}
 	if row, _ := st.session(t.Context(), "s"); row.about.userID != "made_up" {
@@ -364,9 +364,11 @@ func TestStoreLists(t *testing.T) {
 	st := newStoreTest(t)
 	for i := range 5 {
 		st.begin(fmt.Sprintf("s%d", i))
-		st.exec(`update sessions set created_at = timestamptz '2026-01-01' + $1 * interval '1 hour', is_active = $2
-			where session_id = $3`, i%4, i%2 == 0, fmt.Sprintf("s%d", i))
+		st.exec(`update sessions set created_at = timestamptz '2026-01-01' + $1 * interval '1 hour', is_active = $2,
+			event_count = $4 where session_id = $3`, i%4, i%2 == 0, fmt.Sprintf("s%d", i), i%2)
 	}
+	st.begin("empty") // an ended one without an event is not listed
+	st.exec("update sessions set is_active = false, ended_at = now() - interval '25 hours' where session_id = 'empty'")
 	ids := func(rows []storedSession, err error) (all []string) {
 		t.Helper()
 		if err != nil {
@@ -396,6 +398,12 @@ func TestStoreLists(t *testing.T) {
 	}
 	if over := page(10, 0, false); !slices.Equal(over, []string{"s3", "s1"}) {
 		t.Errorf("got %v as not live, want s3, s1", over)
+	}
+	if total, err := st.totals(t.Context()); err != nil || total.sessions != 5 {
+		t.Errorf("got %d sessions, %v, want 5", total.sessions, err)
+	}
+	if n, err := st.removeOld(t.Context(), 1000*time.Hour, 0); err != nil || n != 1 {
+		t.Errorf("deleted %d, %v, want the empty one", n, err)
 	}
 	active := ids(st.active(t.Context()))
 	slices.Sort(active[1:])
@@ -478,7 +486,7 @@ func TestStoreRemoveOrContinue(t *testing.T) {
 	for i := range 20 {
 		work.Go(func() {
 			id := fmt.Sprintf("old%d", i+1)
-			c, err := st.claim(t.Context(), id, aboutNobody, false, "", false)
+			c, err := st.claim(t.Context(), id, aboutNobody, false, "", false, 0)
 			if errors.Is(err, errToken) { // it went between two looks: its tracker gets a new one
 				gone.Add(1)
 				return
@@ -531,7 +539,7 @@ func TestStoreBeat(t *testing.T) {
 	st := newStoreTest(t)
 	st.begin("here")
 	other := &store{pool: st.pool, server: "other"}
-	c, err := other.claim(t.Context(), "there", aboutNobody, false, "", false)
+	c, err := other.claim(t.Context(), "there", aboutNobody, false, "", false, 0)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -149,7 +149,7 @@ func (h *hubState) resetWatchers(id string) {
 func (h *hubState) wantSnapshot(s *session) {
 	now := time.Now()
 	fresh := s.now.snapshot >= 0 && now.Sub(s.snapshotAt) < snapshotAge
-	if s.tracker == nil || fresh || now.Sub(s.snapshotAskedAt) < snapshotPause {
+	if s.tracker == nil || s.shared || fresh || now.Sub(s.snapshotAskedAt) < snapshotPause {
 		return
 	}
 	s.snapshotAskedAt = now

@@ -67,7 +67,7 @@ func TestHubLag(t *testing.T) {
 				t.heard(fast, "joined s 0")
 				n := 0
 				for ; n < 3*outboxMessages && (n < 60 || size == 0); n++ {
-					t.do(publish{c, t.batch("s", 1, int64(n+1), size), nil})
+					t.do(publish{c, "", t.batch("s", 1, int64(n+1), size), nil})
 					t.heard(fast, fmt.Sprintf("live s %d+1", n))
 					if len(slow.queue) > outboxMessages || slow.bytes > 4<<20+size+200 {
 						t.Fatalf("the outbox has %d messages, %d bytes", len(slow.queue), slow.bytes)
@@ -136,7 +136,7 @@ func TestHubTakeSnapshot(t *testing.T) {
 		rejoin(0, "take_snapshot s")
 		rejoin(0)
 		rejoin(6*time.Second, "take_snapshot s")
-		t.do(publish{c, t.batchOf("s", 0, `{"type":2}`), nil})
+		t.do(publish{c, "", t.batchOf("s", 0, `{"type":2}`), nil})
 		rejoin(29 * time.Second) // the newest is not old
 		rejoin(2*time.Second, "take_snapshot s")
 		t.do(leave{c})
