@@ -364,7 +364,7 @@ func TestStoreLists(t *testing.T) {
 	st := newStoreTest(t)
 	for i := range 5 {
 		st.begin(fmt.Sprintf("s%d", i))
-		st.exec(`update sessions set created_at = timestamptz '2026-01-01' + $1 * interval '1 hour', is_active = $2,
+		st.exec(`update sessions set created_at = timestamptz '2026-01-01' + $1 * interval '1 hour', is_active = $2, ended_at = now(),
 			event_count = $4 where session_id = $3`, i%4, i%2 == 0, fmt.Sprintf("s%d", i), i%2)
 	}
 	st.begin("empty") // an ended one without an event is not listed
