@@ -40,6 +40,14 @@ function forget(attributes, names) {
 const ARMED = ['http-equiv', 'srcdoc', 'autofocus'];
 const FRAMES = ['iframe', 'frame', 'object', 'embed'];
 
+// rrweb makes url(#id), which points into the page, an address in the folder of
+// its style sheet.
+function pointInside(attributes) {
+  for (const name of ['_cssText', 'style']) {
+    if (typeof attributes[name] === 'string') attributes[name] = attributes[name].replace(/url\((["']?)[^"'()\s]*\/#/g, 'url($1#');
+  }
+}
+
 // disarmNodes walks a tree, adding the ids of its frames. A loop, not recursion:
 // how deep the tree is, is for the recorded page to say.
 function disarmNodes(root, frames) {
@@ -51,6 +59,7 @@ function disarmNodes(root, frames) {
     if (FRAMES.includes(tag)) frames.add(node.id);
     if (isObject(node.attributes)) {
       forget(node.attributes, ARMED);
+      pointInside(node.attributes);
       if (FRAMES.includes(tag)) forget(node.attributes, ['src', 'data']);
       if (tag === 'link') forget(node.attributes, ['rel', 'href']);
     }
@@ -65,6 +74,7 @@ function disarm(e, frames) {
   for (const change of [].concat(e.data.attributes ?? [])) {
     if (!isObject(change?.attributes)) continue;
     forget(change.attributes, ['rel', ...ARMED]); // a link without rel does nothing
+    pointInside(change.attributes);
     if (frames.has(change.id)) forget(change.attributes, ['src', 'data']);
   }
 }

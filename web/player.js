@@ -105,7 +105,7 @@ export class Player {
     const start = await this.recording.startBefore(time);
     if (turn !== this.turn) return null;
     if (!start) return this.setState(this.recording.isActive ? 'waiting' : 'empty');
-    const scene = new Scene(this.stage, this.recording.info.metadata?.viewport, () => this.broken());
+    const scene = new Scene(this.stage, this.recording.info.metadata?.viewport, () => this.broken(), (n) => this.missing(n));
     try {
       this.mark(scene.add(start));
       while (scene.end <= time) {
@@ -274,6 +274,10 @@ export class Player {
   }
 
   mark(marks) { for (const m of marks) this.on.mark(m); }
+
+  missing(n) {
+    if (n > 0) this.on.note(`${n === 1 ? 'A style sheet' : `${n} style sheets`} of this page could not be recorded.`);
+  }
 
   broken() { this.on.note('A part of this recording is damaged and is not shown.'); }
 }

@@ -3,20 +3,36 @@
 
 import { el } from './api.js';
 import { Cleaner, FULL } from './events.js';
+import { Picture } from './picture.js';
 
 // A Replayer that one bad event cannot stop: an exception in its timer would
 // end the replay without a word.
-function tolerantReplayer(events, root, onBroken) {
+function tolerantReplayer(events, root, picture, onBroken) {
   class Tolerant extends window.rrwebReplay.Replayer {
-    applyIncremental(...args) { this.attempt(() => super.applyIncremental(...args)); }
-    rebuildFullSnapshot(...args) { this.attempt(() => super.rebuildFullSnapshot(...args)); }
+    applyIncremental(event, isSync) {
+      this.attempt(() => {
+        this.forgetDocuments(event.data);
+        super.applyIncremental(event, isSync);
+      });
+    }
+    rebuildFullSnapshot(...args) {
+      picture.reset();
+      this.attempt(() => super.rebuildFullSnapshot(...args));
+    }
     moveAndHover(...args) { this.attempt(() => super.moveAndHover(...args)); }
+    hoverElements(el) { picture.hover(el); }
+    // A frame's document that is written anew has the id of the old one, which
+    // rrweb takes for a reason to leave that in place.
+    forgetDocuments({ adds }) {
+      for (const { node } of adds ?? []) if (node.type === 0 && this.mirror.getNode(node.id)) this.mirror.removeNodeFromMap(this.mirror.getNode(node.id));
+    }
     attempt(work) {
       try { work(); } catch { onBroken(); }
     }
   }
   return new Tolerant(events, {
     root,
+    plugins: [picture],
     // With liveMode the Replayer's clock goes on when events run out, so that
     // more can follow: the end of a session is the player's to decide.
     liveMode: true,
@@ -44,11 +60,13 @@ function restrict(iframe) {
 }
 
 export class Scene {
-  constructor(stage, viewport, onBroken) {
+  // onMissing is told how many of the shown page's style sheets are missing.
+  constructor(stage, viewport, onBroken, onMissing) {
     this.stage = stage;
     this.root = el('div', { className: 'scene' });
     stage.append(this.root);
     this.onBroken = onBroken;
+    this.picture = new Picture(onMissing);
     this.cleaner = new Cleaner(viewport);
     this.pieces = []; // {bytes, events, end}: what the window is made of
     this.next = null; // index of the first event behind the window
@@ -69,7 +87,7 @@ export class Scene {
   }
 
   begin(events) {
-    this.replayer = tolerantReplayer(events, this.root, this.onBroken);
+    this.replayer = tolerantReplayer(events, this.root, this.picture, this.onBroken);
     restrict(this.replayer.iframe);
     this.replayer.on('resize', (size) => {
       this.size = size;

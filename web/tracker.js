@@ -38,7 +38,7 @@ const STORE = "session-replay";
 
 // rrweb's event types, and the sources of its incremental events, that matter here.
 const FULL = 2, INCREMENTAL = 3, META = 4, CUSTOM = 5;
-const MUTATION = 0, INPUT = 5;
+const MUTATION = 0, INPUT = 5, ADOPTED = 15;
 
 let options = {};
 let wanted = false; // between start() and stop()
@@ -87,7 +87,9 @@ function toText(value) {
 const emit = safe((event) => {
   if (!stopRecorder && event.type === INCREMENTAL) return; // after the recorder was stopped
   clean(event); // if it throws, the event is not recorded
+  safe(picture.mend)(event);
   push(event);
+  picture.took(event);
 });
 
 function startRecorder() {
@@ -215,6 +217,7 @@ function listen() {
   on(window, "online", () => { if (!ready) { disconnect(); connect(); } });
   on(window, "offline", () => { disconnect(); retry(); });
   watchHistory();
+  picture.begin();
 }
 
 // ── The tab's session ────────────────────────────────────────────────────────
