@@ -24,7 +24,10 @@ function tolerantReplayer(events, root, picture, onBroken) {
     // A frame's document that is written anew has the id of the old one, which
     // rrweb takes for a reason to leave that in place.
     forgetDocuments({ adds }) {
-      for (const { node } of adds ?? []) if (node.type === 0 && this.mirror.getNode(node.id)) this.mirror.removeNodeFromMap(this.mirror.getNode(node.id));
+      for (const add of adds ?? []) {
+        const old = add?.node?.type === 0 && this.mirror.getNode(add.node.id);
+        if (old) this.mirror.removeNodeFromMap(old);
+      }
     }
     attempt(work) {
       try { work(); } catch { onBroken(); }

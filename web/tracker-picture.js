@@ -216,7 +216,9 @@ const picture = (() => {
   function mendStyle(el, attributes) {
     const { style } = attributes;
     if (typeof style === "string") attributes.style = fill(style, el);
-    else for (const name in style) if (style[name] === "") style[name] = getComputedStyle(el).getPropertyValue(name);
+    else for (const name in style) {
+      if (!style[name] && [...el.style].includes(name)) style[name] = getComputedStyle(el).getPropertyValue(name);
+    }
   }
 
   // What comes.
