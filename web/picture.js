@@ -65,8 +65,9 @@ function drawBox(node, width, height) {
 
 export class Picture {
   // onMissing is told how many style sheets are missing, when that changes.
-  constructor(onMissing) {
+  constructor(onMissing, onBroken) {
     this.onMissing = onMissing;
+    this.onBroken = onBroken;
     this.reset();
   }
 
@@ -121,9 +122,12 @@ export class Picture {
     const { dirty, news } = this;
     this.dirty = new Set();
     this.news = new Set();
-    for (const node of news) if (node.isConnected) this.followMedia(node);
-    for (const sheet of dirty) if (sheet) this.styles.rewrite(sheet);
-    for (const node of news) if (node.isConnected) this.followNode(node);
+    const each = (things, f) => {
+      for (const thing of things) if (thing && thing.isConnected !== false) try { f(thing); } catch { this.onBroken(); }
+    };
+    each(news, (node) => this.followMedia(node));
+    each(dirty, (sheet) => this.styles.rewrite(sheet));
+    each(news, (node) => this.followNode(node));
     if (this.leapt) this.settle();
     this.leapt = false;
     const missing = [...this.missing].filter((link) => link.isConnected).length;

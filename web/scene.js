@@ -29,13 +29,12 @@ function tolerantReplayer(events, root, picture, onBroken) {
         if (old) this.mirror.removeNodeFromMap(old);
       }
     }
-    attempt(work) {
-      try { work(); } catch { onBroken(); }
-    }
+    attempt(work) { tolerant(work)(); }
   }
+  const tolerant = (f) => (...args) => { try { f(...args); } catch { onBroken(); } };
   return new Tolerant(events, {
     root,
-    plugins: [picture],
+    plugins: [{ onBuild: tolerant((node) => picture.onBuild(node)), handler: tolerant((...args) => picture.handler(...args)) }],
     // With liveMode the Replayer's clock goes on when events run out, so that
     // more can follow: the end of a session is the player's to decide.
     liveMode: true,
@@ -69,7 +68,7 @@ export class Scene {
     this.root = el('div', { className: 'scene' });
     stage.append(this.root);
     this.onBroken = onBroken;
-    this.picture = new Picture(onMissing);
+    this.picture = new Picture(onMissing, onBroken);
     this.cleaner = new Cleaner(viewport);
     this.pieces = []; // {bytes, events, end}: what the window is made of
     this.next = null; // index of the first event behind the window
