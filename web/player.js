@@ -223,6 +223,7 @@ export class Player {
   batch(from, events, bytes) {
     const { scene, recording } = this;
     const end = from + events.length;
+    recording.timeline.take(from, events);
     const newest = events.reduce((max, e) => (Number.isFinite(e?.timestamp) ? Math.max(max, e.timestamp) : max), -Infinity);
     const snapshot = events.findLastIndex((e) => e?.type === FULL);
     recording.total = Math.max(recording.total, end);
