@@ -77,7 +77,7 @@ export class Picture {
     this.roots = new Set();
     this.missing = new Set(); // links whose sheet could not be recorded
     this.motions = new Map(); // element → animations
-    this.dirty = new Set(); // style elements and sheets to be rewritten
+    this.dirty = new Set(); // sheets to be rewritten
     this.news = new Set(); // elements whose attributes are to be followed
     this.hovered = [];
     this.paused ??= false;
@@ -87,9 +87,8 @@ export class Picture {
 
   onBuild(node) {
     if (node.nodeType === 9) this.roots.add(node);
-    if (node.shadowRoot) this.roots.add(node.shadowRoot);
+    if (node.getRootNode().nodeType === 11) this.roots.add(node.getRootNode());
     if (node.nodeType === 3) node = node.parentElement ?? node;
-    if (isSheet(node)) this.dirty.add(node);
     if (node.nodeType === 1) this.news.add(node);
     this.soon();
   }
@@ -125,21 +124,13 @@ export class Picture {
     const each = (things, f) => {
       for (const thing of things) if (thing && thing.isConnected !== false) try { f(thing); } catch { this.onBroken(); }
     };
-    each(news, (node) => this.followMedia(node));
-    each(dirty, (sheet) => this.styles.rewrite(sheet));
+    each(news, (node) => { if (node.hasAttribute('replay-media')) this.styles.setMedia(node.getAttribute('replay-media')); });
+    each([...dirty, ...news], (owner) => this.styles.rewrite(owner));
     each(news, (node) => this.followNode(node));
     if (this.leapt) this.settle();
     this.leapt = false;
     const missing = [...this.missing].filter((link) => link.isConnected).length;
     if (missing !== this.told) this.onMissing(this.told = missing);
-  }
-
-  followMedia(node) {
-    const { nodeName } = node;
-    if (node.hasAttribute('replay-media')) this.styles.setMedia(node.getAttribute('replay-media'));
-    if (nodeName === 'SOURCE' && node.media) this.styles.replace(node, 'media', (text) => this.styles.media(text));
-    if (nodeName === 'META' && node.name === 'color-scheme') this.styles.replace(node, 'content', (text) => this.styles.scheme(text));
-    if (node.style?.colorScheme) this.styles.replace(node.style, 'colorScheme', (text) => this.styles.scheme(text));
   }
 
   followNode(node) {

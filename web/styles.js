@@ -6,6 +6,7 @@
 // What the recorded page's elements are is in attributes (see picture.js).
 const OWN = /(?<!\\):(hover|focus-within)(?![\w-])/g;
 const STATES = /(?<!\\):(focus-visible|focus|fullscreen|target|user-invalid)(?![\w-])/g;
+const DEFINED = /(?<!\\):defined(?![\w-])/g;
 const MEDIA = /\(\s*(prefers-[a-z-]+|forced-colors|inverted-colors|(?:any-)?(?:hover|pointer))\s*(?::\s*([a-z-]+)\s*)?\)/gi;
 const BOTH_SCHEMES = /\b(?:light\s+dark|dark\s+light)\b/;
 
@@ -13,22 +14,32 @@ export class Styles {
   constructor() {
     this.features = null; // of the visitor: ["hover:none", …]; null: not recorded
     this.originals = new WeakMap(); // what is rewritten → {original, written}
-    this.sheets = new Set(); // style elements and constructed sheets of the page
+    this.owners = new Set(); // elements and constructed sheets of the page that may have to be rewritten again
   }
 
   // setMedia takes replay-media.
   setMedia(text) {
     this.features = text.toLowerCase().split(' ');
-    for (const sheet of this.sheets) this.rewrite(sheet);
+    for (const owner of this.owners) this.rewrite(owner);
   }
 
-  // rewrite takes an element with a sheet, or a sheet of its own.
+  // rewrite takes an element, of which the style sheet and what else asks for
+  // media features is rewritten, or a constructed sheet.
   rewrite(owner) {
-    this.sheets.add(owner);
     const sheet = owner.cssRules ? owner : owner.sheet;
-    if (!sheet) return;
-    this.replace(sheet.media, 'mediaText', (text) => this.media(text));
-    this.rewriteRules(sheet.cssRules);
+    if (sheet) {
+      this.replace(sheet.media, 'mediaText', (text) => this.media(text));
+      this.rewriteRules(sheet.cssRules);
+    } else if (owner.nodeName === 'SOURCE') {
+      this.replace(owner, 'media', (text) => this.media(text));
+    } else if (owner.nodeName === 'META' && owner.name === 'color-scheme') {
+      this.replace(owner, 'content', (text) => this.scheme(text));
+    } else if (owner.style?.colorScheme) {
+      this.replace(owner.style, 'colorScheme', (text) => this.scheme(text));
+    } else {
+      return;
+    }
+    this.owners.add(owner);
   }
 
   rewriteRules(rules) {
@@ -42,7 +53,8 @@ export class Styles {
 
   rewriteSelector(rule) {
     const selector = rule.selectorText;
-    const own = selector.replace(OWN, '[replay-$1]').replace(STATES, '[replay-state~="$1"]');
+    const own = selector.replace(OWN, '[replay-$1]').replace(STATES, '[replay-state~="$1"]')
+      .replace(DEFINED, ':not([replay-state~="undefined"])');
     if (own !== selector) rule.selectorText = own;
   }
 

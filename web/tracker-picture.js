@@ -16,7 +16,7 @@ const picture = (() => {
   const ICON = /[\ue000-\uf8ff]/, ICON_FONT = /^[^,]*(icon|symbol|awesome|glyph)/i; // private use; or words that a font draws
   const STATES = ["popover-open", "fullscreen", "focus", "focus-visible", "target", "indeterminate", "user-invalid"]
     .filter((state) => CSS.supports(`selector(:${state})`));
-  const ANY_STATE = STATES.map((state) => ":" + state).join();
+  const ANY_STATE = [":not(:defined)", ...STATES.map((state) => ":" + state)].join();
   const FEATURES = ["prefers-color-scheme:light dark", "prefers-reduced-motion:no-preference reduce",
     "prefers-reduced-transparency:no-preference reduce", "prefers-contrast:no-preference more less custom",
     "forced-colors:none active", "inverted-colors:none inverted", "hover:none hover", "any-hover:none hover",
@@ -65,7 +65,7 @@ const picture = (() => {
     const now = new Map(), moving = new Map();
     for (const root of roots) {
       if (!(root.host ? root.isConnected : root.defaultView)) { roots.delete(root); continue; }
-      for (const el of root.querySelectorAll(ANY_STATE)) now.set(el, STATES.filter((s) => matches.call(el, ":" + s)).join(" "));
+      for (const el of root.querySelectorAll(ANY_STATE)) now.set(el, STATES.filter((s) => matches.call(el, ":" + s)).join(" ") || "undefined");
       for (const el of root.querySelectorAll("style, link")) if (el.disabled || el.sheet && el.sheet.disabled) now.set(el, "disabled");
       for (const a of root.getAnimations ? root.getAnimations() : []) noteMotion(a, moving);
       noteAdopted(root);
@@ -176,6 +176,13 @@ const picture = (() => {
     (!rule.styleSheet ? absolute(rule.cssText, sheet.href || document.baseURI)
       : rule.media.length ? `@media ${rule.media.mediaText}{${textOf(rule.styleSheet)}}` : textOf(rule.styleSheet))).join("\n");
 
+  // readSheet tells of a sheet that rrweb has not read: a new one, or a shadow root's.
+  function readSheet(link) {
+    read.set(link, link.href);
+    try { note(link, "_cssText", textOf(link.sheet)); } catch { fetchSheet(link); }
+    soon();
+  }
+
   // fetchSheet reads again, from the browser's cache, a sheet whose own text is
   // broken, or that its server lets everybody read though the link did not ask.
   function fetchSheet(link, isBroken) {
@@ -195,8 +202,8 @@ const picture = (() => {
     const css = attributes._cssText;
     if (el.localName === "link") {
       if (css) read.set(el, el.href);
-      else if (!el.sheet || !/\bstylesheet\b/i.test(el.rel)) return; // loaded() will see it
-      if (!css || BROKEN.test(css)) fetchSheet(el, !!css);
+      if (!css && el.sheet) readSheet(el); // otherwise loaded() will see it
+      if (css && BROKEN.test(css)) fetchSheet(el, true);
     }
     if (!css || !BROKEN.test(css)) return;
     const source = el.localName === "style" && sourceOf(el);
@@ -206,10 +213,7 @@ const picture = (() => {
   // loaded sees a link's new sheet; rrweb tells of a link's first one.
   function loaded({ target }) {
     if (target.localName === "link" && target.sheet) setTimeout(safe(() => {
-      if (read.get(target) === target.href || !target.sheet) return;
-      read.set(target, target.href);
-      try { note(target, "_cssText", textOf(target.sheet)); } catch { fetchSheet(target); }
-      soon();
+      if (read.get(target) !== target.href && target.sheet) readSheet(target);
     }));
   }
 
@@ -238,6 +242,7 @@ const picture = (() => {
       if (isNew) told.delete(node);
       if (s.type === 0) enter(node);
       if (s.isShadowHost) enter(node.shadowRoot);
+      if (s.isShadow && !roots.has(node.parentNode)) enter(node.parentNode);
       if (attributes) meetElement(node, s);
       else if (ICON.test(s.textContent)) fresh.push(node.parentElement);
       for (const child of s.childNodes || []) open.push(child);
