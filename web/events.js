@@ -60,6 +60,8 @@ function disarmNodes(root, frames) {
     if (isObject(node.attributes)) {
       forget(node.attributes, ARMED);
       pointInside(node.attributes);
+      // rrweb would draw it, but a page without scripts shows no canvas.
+      if (tag === 'canvas' && node.attributes.rr_dataURL) node.attributes['replay-image'] = String(node.attributes.rr_dataURL);
       if (FRAMES.includes(tag)) forget(node.attributes, ['src', 'data']);
       if (tag === 'link') forget(node.attributes, ['rel', 'href']);
     }

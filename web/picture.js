@@ -5,8 +5,9 @@
 import { FULL } from './events.js';
 import { Styles } from './styles.js';
 
-const INCREMENTAL = 3, MUTATION = 0, STYLE_RULE = 8, STYLE_DECLARATION = 13, ADOPTED = 15;
+const INCREMENTAL = 3, MUTATION = 0, STYLE_RULE = 8, CANVAS = 9, STYLE_DECLARATION = 13, ADOPTED = 15;
 const MOTIONS = 50; // of an element; a page has no more
+const IMAGE = /^data:image\/(webp|png|jpeg);base64,[\w+/=]*$/;
 const REPLACED = /^(IMG|VIDEO|CANVAS|OBJECT|EMBED|IFRAME|INPUT)$/;
 const isSheet = (node) => node.nodeName === 'STYLE' || node.nodeName === 'LINK';
 
@@ -46,21 +47,34 @@ function fix(node, width, height) {
   if (!isWord) setAll(node, { height: `${height}px`, 'min-height': `${height}px`, 'max-height': `${height}px` });
 }
 
-// drawBox draws what is not recorded. A picture that the recording holds is shown in its size.
+// drawBox draws what is not recorded, and a copy of what is.
 function drawBox(node, width, height) {
   fix(node, width, height);
-  const image = drawing(width, height, words(node));
-  if (node.nodeName === 'IMG' || node.nodeName === 'INPUT') {
-    if (node.getAttribute('src')?.startsWith('data:')) return;
-    node.removeAttribute('srcset');
-    for (const source of node.closest('picture')?.querySelectorAll('source') ?? []) source.removeAttribute('srcset');
-    node.setAttribute('src', image);
-  } else if (node.nodeName === 'VIDEO') {
-    node.setAttribute('poster', image);
-  } else {
-    setAll(node, { 'background-image': `url("${image}")`, 'background-repeat': 'no-repeat', 'background-position': '0 0', 'background-size': '100% 100%' });
-    if (!REPLACED.test(node.nodeName)) setAll(node, { color: 'transparent', 'white-space': 'nowrap' });
-  }
+  const copy = node.getAttribute('replay-image') ?? '';
+  const image = IMAGE.test(copy) ? copy : drawing(width, height, words(node));
+  if (node.nodeName === 'IMG' || node.nodeName === 'INPUT') drawImage(node, image);
+  else if (node.nodeName === 'VIDEO') node.setAttribute('poster', image);
+  else drawBehind(node, image);
+}
+
+function drawImage(node, image) {
+  const { src } = node.attributes;
+  if (src?.value.startsWith('data:') && !IMAGE.test(image)) return; // the recording holds it
+  node.removeAttribute('srcset');
+  for (const source of node.closest('picture')?.querySelectorAll('source') ?? []) source.removeAttribute('srcset');
+  node.setAttribute('src', image);
+}
+
+function drawBehind(node, image) {
+  setAll(node, { 'background-image': `url("${image}")`, 'background-repeat': 'no-repeat', 'background-position': '0 0', 'background-size': '100% 100%' });
+  if (!REPLACED.test(node.nodeName)) setAll(node, { color: 'transparent', 'white-space': 'nowrap' });
+}
+
+// frameOf is what rrweb's recorder sends of a canvas: a picture, to be drawn on it.
+function frameOf({ commands }) {
+  const bitmap = commands?.find((c) => c?.property === 'drawImage')?.args?.[0];
+  const blob = bitmap?.args?.[0];
+  return `data:${blob?.type};base64,${blob?.data?.[0]?.base64}`;
 }
 
 export class Picture {
@@ -102,6 +116,10 @@ export class Picture {
     } else if (data.source === STYLE_RULE || data.source === STYLE_DECLARATION) {
       const sheet = data.styleId ? replayer.styleMirror.getStyle(data.styleId) : mirror.getNode(data.id);
       if (sheet) this.dirty.add(sheet);
+    } else if (data.source === CANVAS) {
+      const node = mirror.getNode(data.id), image = frameOf(data);
+      if (node?.nodeName === 'CANVAS' && IMAGE.test(image)) node.setAttribute('replay-image', image);
+      if (node) this.onBuild(node);
     } else if (data.source === ADOPTED) {
       for (const { styleId } of data.styles ?? []) this.dirty.add(replayer.styleMirror.getStyle(styleId));
     }
@@ -145,7 +163,7 @@ export class Picture {
     if (states.includes('focus') !== !!this.focused?.includes(node)) this.focus(states.includes('focus') ? node : null);
     const size = /^(\d{1,5}) (\d{1,5})$/.exec(node.getAttribute('replay-size') ?? '');
     if (size) drawBox(node, Number(size[1]), Number(size[2]));
-    else if (node.nodeName === 'IFRAME' && node.hasAttribute('rr_src')) setAll(node, { background: `url("${drawing(3000, 3000, words(node))}")` });
+    else if (node.nodeName === 'IFRAME' && node.hasAttribute('replay-foreign')) drawBehind(node, drawing(node.offsetWidth, node.offsetHeight, words(node)));
     if (node.hasAttribute('replay-motion') || this.motions.has(node)) this.followMotion(node);
   }
 

@@ -8,11 +8,13 @@
 //   replay-media    of the html element: the media features that the visitor has
 //   replay-motion   what element.animate() does, as JSON
 //   replay-closed   a closed shadow root: nobody can read it
+//   replay-foreign  of a frame: its document may not be read
+//   replay-image    of a picture: a copy, as a data: address (data-inline-images)
 //   replay-missing  of a link: its style sheet may not be read
 const picture = (() => {
   const { matches } = Element.prototype; // of a form it may be a field
   const BOXES = /^(img|video|canvas|object|embed)$/;
-  const HOSTS = /-|^(article|aside|div|footer|header|main|nav|p|section|span)$/;
+  const HOSTS = /-|^(img|input|video|canvas|object|embed|iframe|article|aside|b|div|em|footer|header|i|main|nav|p|section|span)$/;
   const ICON = /[\ue000-\uf8ff]/, ICON_FONT = /^[^,]*(icon|symbol|awesome|glyph)/i; // private use; or words that a font draws
   const STATES = ["popover-open", "fullscreen", "focus", "focus-visible", "target", "indeterminate", "user-invalid"]
     .filter((state) => CSS.supports(`selector(:${state})`));
@@ -31,6 +33,7 @@ const picture = (() => {
   const worn = new WeakMap(); // root → its adopted sheets, as they were recorded
   const read = new WeakMap(); // link → the address whose sheet is recorded
   const sources = new Map(); // address → what fetch made of it
+  const copies = new WeakMap(); // img → {src, url}
   const icons = new Set();
   let told = new Map(); // element → {attribute: what was told of it} since the last full snapshot
   let states = new Map(); // element → replay-state
@@ -112,8 +115,12 @@ const picture = (() => {
   }
 
   function measure(el) {
-    if (BOXES.test(el.localName) || el.type === "image") {
-      if (!/^data:/.test(el.currentSrc || el.src || "")) noteSize(el);
+    if (el.localName === "iframe") {
+      note(el, "replay-foreign", el.contentDocument ? null : "");
+    } else if (BOXES.test(el.localName) || el.type === "image") {
+      if (/^data:/.test(el.currentSrc || el.src || "")) return;
+      noteSize(el);
+      if (el.localName === "img" && String(options.inlineImages) === "true") noteImage(el);
     } else if (isIcon(el)) {
       icons.add(el);
       noteSize(el);
@@ -121,6 +128,25 @@ const picture = (() => {
       note(el, "replay-closed", "");
       noteSize(el);
     }
+  }
+
+  // noteImage copies a picture in the size that it is shown in. rrweb's own way
+  // loses those that load later, and loads others anew.
+  function noteImage(img) {
+    const { currentSrc, naturalWidth, naturalHeight } = img;
+    if (!img.complete || !naturalWidth || view(img, new Map())) return;
+    if ((copies.get(img) || {}).src !== currentSrc) {
+      const canvas = document.createElement("canvas");
+      const scale = Math.min(1, img.offsetWidth * devicePixelRatio / naturalWidth || 1);
+      canvas.width = naturalWidth * scale, canvas.height = naturalHeight * scale;
+      let url = null;
+      try {
+        canvas.getContext("2d").drawImage(img, 0, 0, canvas.width, canvas.height);
+        url = canvas.toDataURL("image/webp", 0.8);
+      } catch { /* of another origin, which does not allow it */ }
+      copies.set(img, { src: currentSrc, url });
+    }
+    note(img, "replay-image", copies.get(img).url, currentSrc);
   }
 
   const content = (el, pseudo) => getComputedStyle(el, pseudo).content;
@@ -212,6 +238,7 @@ const picture = (() => {
 
   // loaded sees a link's new sheet; rrweb tells of a link's first one.
   function loaded({ target }) {
+    if (target.localName === "iframe") fresh.push(target), soon();
     if (target.localName === "link" && target.sheet) setTimeout(safe(() => {
       if (read.get(target) !== target.href && target.sheet) readSheet(target);
     }));
@@ -253,8 +280,8 @@ const picture = (() => {
     if (tagName === "style" || tagName === "link") mendSheet(el, attributes);
     if (attributes.style) mendStyle(el, attributes);
     if (BOXES.test(tagName) || attributes.type === "image") sizes.observe(el);
-    else if (el.firstElementChild || !HOSTS.test(tagName) && !/^[ib]|em$/.test(tagName)) return;
-    fresh.push(el);
+    if (attributes.rr_dataURL && view(el, new Map())) delete attributes.rr_dataURL;
+    if (!el.firstElementChild && HOSTS.test(tagName)) fresh.push(el);
   }
 
   function mend({ type, data }) {
@@ -268,6 +295,8 @@ const picture = (() => {
         if (attributes._cssText) mendSheet(nodeOf(id), attributes);
         if (attributes.style) mendStyle(nodeOf(id), attributes);
       }
+    } else if (type === INCREMENTAL && data.source === CANVAS) {
+      if (view(nodeOf(data.id), new Map())) data.commands = []; // masked
     } else if (type === INCREMENTAL && data.source === ADOPTED) {
       const root = nodeOf(data.id).shadowRoot || nodeOf(data.id);
       worn.set(root, [...root.adoptedStyleSheets]);
