@@ -1,6 +1,6 @@
 // The part of the tracker that notes what the picture needs and rrweb does not
-// record. tracker.js calls picture.mend() with each event before it is pushed,
-// and picture.took() after that. The notes are attributes, and travel as rrweb's
+// record. tracker.js calls picture.mend() with each event before it is pushed, and
+// picture.took() after that. The notes are attributes, and travel as rrweb's
 // own mutations, in their place among all others:
 //
 //   replay-size     "W H": the box of what is not recorded (pictures, canvases, icons)
@@ -323,5 +323,5 @@ const picture = (() => {
     signal.addEventListener("abort", () => clearInterval(idle));
   }
 
-  return { begin, mend, took };
+  return { begin, look, mend, took };
 })();

@@ -571,6 +571,7 @@ function start(given) {
 
 function stop() {
   if (!wanted) return;
+  safe(picture.look)();
   endRecorder();
   flush();
   forget();
