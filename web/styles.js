@@ -13,7 +13,7 @@ const BOTH_SCHEMES = /\b(?:light\s+dark|dark\s+light)\b/;
 export class Styles {
   constructor() {
     this.features = null; // of the visitor: ["hover:none", …]; null: not recorded
-    this.originals = new WeakMap(); // what is rewritten → {original, written}
+    this.originals = new Map(); // what is rewritten → {original, written}; held, or the browser makes the rules' objects anew
     this.owners = new Set(); // elements and constructed sheets of the page that may have to be rewritten again
   }
 
