@@ -199,8 +199,13 @@ const picture = (() => {
 
   // textOf is a sheet as text, with what it imports; it throws if that may not be read.
   const textOf = (sheet) => [...sheet.cssRules].map((rule) =>
-    (!rule.styleSheet ? absolute(rule.cssText, sheet.href || document.baseURI)
-      : rule.media.length ? `@media ${rule.media.mediaText}{${textOf(rule.styleSheet)}}` : textOf(rule.styleSheet))).join("\n");
+    (rule.styleSheet ? imported(rule, textOf(rule.styleSheet)) : absolute(rule.cssText, sheet.href || document.baseURI))).join("\n");
+
+  function imported({ media, layerName, supportsText }, css) {
+    if (layerName != null) css = `@layer ${layerName}{${css}}`;
+    if (supportsText) css = `@supports ${supportsText}{${css}}`;
+    return media.length ? `@media ${media.mediaText}{${css}}` : css;
+  }
 
   // readSheet tells of a sheet that rrweb has not read: a new one, or a shadow root's.
   function readSheet(link) {
@@ -231,7 +236,12 @@ const picture = (() => {
       if (!css && el.sheet) readSheet(el); // otherwise loaded() will see it
       if (css && BROKEN.test(css)) fetchSheet(el, true);
     }
-    if (!css || !BROKEN.test(css)) return;
+    if (!css) return;
+    // rrweb takes what is imported for some media, or into a layer, for all.
+    if (el.sheet && [...el.sheet.cssRules].some((r) => r.styleSheet && imported(r, "") !== "")) {
+      try { attributes._cssText = textOf(el.sheet); } catch { /* not all may be read */ }
+    }
+    if (!BROKEN.test(css)) return;
     const source = el.localName === "style" && sourceOf(el);
     attributes._cssText = source ? absolute(source, el.baseURI) : repair(css, el.sheet.cssRules, el.getRootNode());
   }
