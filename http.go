@@ -13,6 +13,7 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"maps"
 	"net"
 	"net/http"
 	"net/url"
@@ -762,6 +763,28 @@ const (
 		"connect-src 'self' ws: wss:; form-action 'self'; base-uri 'none'"
 )
 
+// mediaPolicy is viewerPolicy, open for pictures, fonts and style sheets of some
+// origins.
+func mediaPolicy(origins []string) string {
+	if len(origins) == 0 {
+		return viewerPolicy
+	}
+	list := " " + strings.Join(origins, " ")
+	return strings.NewReplacer("'unsafe-inline'", "'unsafe-inline'"+list, "data:", "data:"+list).Replace(viewerPolicy) + "; media-src" + list
+}
+
+const mediaSlot = `name="media-origins" content="`
+
+// withMedia tells the viewer's page the same: its frames have a policy of their own.
+func withMedia(files map[string]asset, origins []string) map[string]asset {
+	if len(origins) > 0 {
+		files = maps.Clone(files)
+		body := strings.Replace(string(files["view.html"].body), mediaSlot, mediaSlot+strings.Join(origins, " "), 1)
+		files["view.html"] = newAsset("view.html", []byte(body))
+	}
+	return files
+}
+
 func (s *server) page(w http.ResponseWriter, r *http.Request, name, policy string) {
 	w.Header().Set("Content-Security-Policy", policy)
 	w.Header().Set("Referrer-Policy", "no-referrer")
@@ -782,7 +805,7 @@ func (s *server) handleRoot(w http.ResponseWriter, r *http.Request) {
 }
 
 func (s *server) handleView(w http.ResponseWriter, r *http.Request) {
-	s.page(w, r, "view.html", viewerPolicy)
+	s.page(w, r, "view.html", mediaPolicy(s.access.mediaOrigins))
 }
 func (s *server) handleDemo(w http.ResponseWriter, r *http.Request) {
 	s.page(w, r, "demo.html", demoPolicy)

@@ -119,6 +119,7 @@ func assemble(cfg config, logs *logs) (*server, error) {
 	if s.files, bundled = assets(); !bundled {
 		s.log.Warn("the recorder was not bundled: run 'make web' and build again")
 	}
+	s.files = withMedia(s.files, cfg.mediaOrigins)
 	return s, nil
 }
 
@@ -538,7 +539,8 @@ func (r *settings) access() accessConfig {
 	c := accessConfig{
 		token: r.secret("ACCESS_TOKEN"), key: r.secret("INGEST_KEY"),
 		trackerOrigins: []string{"*"}, viewerOrigins: r.origins("VIEWER_ORIGINS", ""), publicHosts: r.origins("PUBLIC_HOSTS", "http://"),
-		trustProxy: r.flag("TRUST_PROXY"), metricsOpen: r.flag("METRICS_OPEN"),
+		mediaOrigins: r.origins("MEDIA_ORIGINS", ""),
+		trustProxy:   r.flag("TRUST_PROXY"), metricsOpen: r.flag("METRICS_OPEN"),
 		maxConnections: r.number("MAX_CONNECTIONS", 10000, 1, 1<<20), maxPerAddress: r.number("MAX_CONNECTIONS_PER_ADDRESS", 200, 1, 1<<20),
 	}
 	if r.text("TRACKER_ORIGINS", "*") != "*" {

@@ -7,6 +7,11 @@ export const FULL = 2, META = 4;
 const INCREMENTAL = 3, CUSTOM = 5;
 const MUTATION = 0, RESIZE = 4, POSITIONS = [1, 6, 12]; // mouse, touch, drag
 
+// Origins whose pictures, fonts and style sheets may be loaded: the page's policy
+// names them too.
+export const mediaOrigins = document.querySelector('meta[name="media-origins"]')?.content.split(' ').filter(Boolean) ?? [];
+export const isOpen = (url) => typeof url === 'string' && URL.canParse(url) && mediaOrigins.includes(new URL(url).origin);
+
 const isObject = (v) => v !== null && typeof v === 'object';
 const finite = (...numbers) => numbers.every(Number.isFinite);
 
@@ -63,7 +68,8 @@ function disarmNodes(root, frames) {
       // rrweb would draw it, but a page without scripts shows no canvas.
       if (tag === 'canvas' && node.attributes.rr_dataURL) node.attributes['replay-image'] = String(node.attributes.rr_dataURL);
       if (FRAMES.includes(tag)) forget(node.attributes, ['src', 'data']);
-      if (tag === 'link') forget(node.attributes, ['rel', 'href']);
+      const isSheet = tag === 'link' && node.attributes.rel === 'stylesheet' && isOpen(node.attributes.href);
+      if (tag === 'link' && !isSheet) forget(node.attributes, ['rel', 'href']);
     }
     if (Array.isArray(node.childNodes)) for (const child of node.childNodes) open.push(child);
   }

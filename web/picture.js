@@ -2,7 +2,7 @@
 // notes it in attributes named replay-… (see tracker-picture.js), and the picture
 // follows them. One picture is one Replayer's, as its plugin.
 
-import { FULL } from './events.js';
+import { FULL, isOpen } from './events.js';
 import { Styles } from './styles.js';
 
 const INCREMENTAL = 3, MUTATION = 0, STYLE_RULE = 8, CANVAS = 9, STYLE_DECLARATION = 13, ADOPTED = 15;
@@ -53,12 +53,13 @@ function drawBox(node, width, height) {
   const copy = node.getAttribute('replay-image') ?? '';
   const image = IMAGE.test(copy) ? copy : drawing(width, height, words(node));
   if (node.nodeName === 'IMG' || node.nodeName === 'INPUT') drawImage(node, image);
-  else if (node.nodeName === 'VIDEO') node.setAttribute('poster', image);
-  else drawBehind(node, image);
+  else if (node.nodeName === 'VIDEO' && !isOpen(node.getAttribute('poster'))) node.setAttribute('poster', image);
+  else if (node.nodeName !== 'VIDEO') drawBehind(node, image);
 }
 
 function drawImage(node, image) {
-  const { src } = node.attributes;
+  const { src, srcset } = node.attributes;
+  if (isOpen(src?.value) || isOpen(srcset?.value.trim().split(/[\s,]/)[0])) return; // it is loaded
   if (src?.value.startsWith('data:') && !IMAGE.test(image)) return; // the recording holds it
   node.removeAttribute('srcset');
   for (const source of node.closest('picture')?.querySelectorAll('source') ?? []) source.removeAttribute('srcset');

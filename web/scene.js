@@ -2,7 +2,7 @@
 // a full snapshot; pieces are added at its end and dropped at its beginning.
 
 import { el } from './api.js';
-import { Cleaner, FULL } from './events.js';
+import { Cleaner, FULL, mediaOrigins } from './events.js';
 import { Picture } from './picture.js';
 
 // A Replayer that one bad event cannot stop: an exception in its timer would
@@ -50,7 +50,8 @@ function tolerantReplayer(events, root, picture, onBroken) {
 
 // On top of the page's policy, which must allow the page's own scripts, styles
 // and requests: recorded nodes have none of these, not even to this server.
-const FRAME_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; font-src data:";
+const media = mediaOrigins.join(' ');
+const FRAME_POLICY = `default-src 'none'; style-src 'unsafe-inline' ${media}; img-src data: ${media}; font-src data: ${media}; media-src ${media || "'none'"}`;
 
 function restrict(iframe) {
   const { contentDocument } = iframe;

@@ -489,3 +489,16 @@ test("changes before the first snapshot, and text that no database likes", async
   const odd = await recorded([[says(START, "1")], [...first(START + 1000), says(START + 2000, "end\u0000\ud83d")]]);
   await replays(await watch(t, odd), `(doc) => doc.querySelector("p").textContent.slice(0, 3)`, "end", "the end");
 });
+
+// It restarts the server, so it is the last one.
+test("MEDIA_ORIGINS: pictures and style sheets of these are loaded, no others", async (t) => {
+  const { id } = await record("foreign", { see: "() => 0", act: (page) => page.evaluate((other) => {
+    document.body.insertAdjacentHTML("beforeend", `<img id="there" src="${other}/picture.svg"><img id="here" src="picture.svg">`);
+    return Promise.all([there.decode(), globalThis.here.decode()]);
+  }, other) });
+  await h.restart({ MEDIA_ORIGINS: other });
+  const view = await watch(t, id);
+  await replays(view, `(doc) => [...doc.images].map((image) => [image.id, image.currentSrc.startsWith("data:"), image.naturalWidth > 0].join(" "))`,
+    ["there false true", "here true true"], "loaded");
+  await replays(view, `(doc) => doc.querySelectorAll("link").length`, 2, "links that stay");
+});
