@@ -38,6 +38,7 @@ type accessConfig struct {
 	token, key                    string   // ACCESS_TOKEN, INGEST_KEY; empty when there is none
 	trackerOrigins, viewerOrigins []string // scheme://host[:port], or * for trackers
 	publicHosts                   []string // host[:port]
+	mediaOrigins                  []string // whose pictures, fonts and style sheets a replay may load
 	trustProxy, metricsOpen       bool
 	maxConnections, maxPerAddress int
 }

@@ -85,6 +85,7 @@ func (r *settings) access() accessConfig {
 		token: r.secret("ACCESS_TOKEN"), key: r.secret("INGEST_KEY"),
 		trackerOrigins: []string{"*"},
 		viewerOrigins:  r.list("VIEWER_ORIGINS", parseOrigin),
+		mediaOrigins:   r.list("MEDIA_ORIGINS", parseOrigin),
 		publicHosts:    r.list("PUBLIC_HOSTS", parseHost),
 		trustProxy:     r.flag("TRUST_PROXY"), metricsOpen: r.flag("METRICS_OPEN"),
 		maxConnections: r.number("MAX_CONNECTIONS", "10000", 1, 1<<20),

@@ -576,6 +576,24 @@ func TestRESTPages(t *testing.T) {
 	}
 }
 
+func TestRESTMediaOrigins(t *testing.T) {
+	t.Parallel()
+	s := startInside(t, "MEDIA_ORIGINS=https://cdn.example, https://shop.example:8443")
+	a := s.ask("GET", "/view/some-id", "Accept: text/html")
+	for _, part := range []string{"script-src 'self'", "connect-src 'self'", "style-src 'self' 'unsafe-inline' https://cdn.example https://shop.example:8443",
+		"img-src data: https://cdn.example https://shop.example:8443", "font-src data: https://cdn.example https://shop.example:8443", "media-src https://cdn.example https://shop.example:8443"} {
+		if !strings.Contains(a.header.Get("Content-Security-Policy")+";", part+";") {
+			t.Errorf("policy: got %q, want %q in it", a.header.Get("Content-Security-Policy"), part)
+		}
+	}
+	if !bytes.Contains(a.body, []byte(`content="https://cdn.example https://shop.example:8443"`)) {
+		t.Error("the viewer's page does not name the origins")
+	}
+	if got := s.ask("GET", "/", "Accept: text/html").header.Get("Content-Security-Policy"); got != viewerPolicy {
+		t.Errorf("the list's policy: got %q", got)
+	}
+}
+
 func TestRESTAssets(t *testing.T) {
 	t.Parallel()
 	s := startInside(t)

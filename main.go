@@ -116,6 +116,7 @@ func assemble(cfg config, logs *logs) (*server, error) {
 	if s.files, bundled = assets(); !bundled {
 		s.log.Warn("the recorder was not bundled: run 'make web' and build again")
 	}
+	s.files = withMedia(s.files, cfg.mediaOrigins)
 	return s, nil
 }
 

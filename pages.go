@@ -7,6 +7,7 @@ import (
 	"embed"
 	"encoding/hex"
 	"io/fs"
+	"maps"
 	"net/http"
 	"path"
 	"strings"
@@ -82,3 +83,26 @@ const (
 	demoPolicy = "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; " +
 		"connect-src 'self' ws: wss:; form-action 'self'; base-uri 'none'"
 )
+
+// mediaPolicy is viewerPolicy, open for pictures, fonts and style sheets of some
+// origins.
+func mediaPolicy(origins []string) string {
+	if len(origins) == 0 {
+		return viewerPolicy
+	}
+	list := " " + strings.Join(origins, " ")
+	open := strings.NewReplacer("'unsafe-inline'", "'unsafe-inline'"+list, "data:", "data:"+list)
+	return open.Replace(viewerPolicy) + "; media-src" + list
+}
+
+const mediaSlot = `name="media-origins" content="`
+
+// withMedia tells the viewer's page the same: its frames have a policy of their own.
+func withMedia(files map[string]asset, origins []string) map[string]asset {
+	if len(origins) > 0 {
+		files = maps.Clone(files)
+		body := strings.Replace(string(files["view.html"].body), mediaSlot, mediaSlot+strings.Join(origins, " "), 1)
+		files["view.html"] = newAsset("view.html", []byte(body))
+	}
+	return files
+}

@@ -7,6 +7,11 @@ export const FULL = 2, META = 4;
 const INCREMENTAL = 3;
 const MUTATION = 0, RESIZE = 4, POSITIONS = [1, 6, 12]; // mouse, touch, drag
 
+// Origins whose pictures, fonts and style sheets may be loaded: the page's policy
+// names them too.
+export const mediaOrigins = document.querySelector('meta[name="media-origins"]')?.content.split(' ').filter(Boolean) ?? [];
+export const isOpen = (url) => typeof url === 'string' && URL.canParse(url) && mediaOrigins.includes(new URL(url).origin);
+
 const isObject = (v) => v !== null && typeof v === 'object';
 const finite = (...numbers) => numbers.every(Number.isFinite);
 
@@ -37,6 +42,14 @@ function forget(attributes, names) {
 const ARMED = ['http-equiv', 'srcdoc', 'autofocus'];
 const FRAMES = ['iframe', 'frame', 'object', 'embed'];
 
+// rrweb makes url(#id), which points into the page, an address in the folder of
+// its style sheet.
+function pointInside(attributes) {
+  for (const name of ['_cssText', 'style']) {
+    if (typeof attributes[name] === 'string') attributes[name] = attributes[name].replace(/url\((["']?)[^"'()\s]*\/#/g, 'url($1#');
+  }
+}
+
 // disarmNodes walks a tree, adding the ids of its frames. A loop, not recursion:
 // how deep the tree is, is for the recorded page to say.
 function disarmNodes(root, frames) {
@@ -48,8 +61,12 @@ function disarmNodes(root, frames) {
     if (FRAMES.includes(tag)) frames.add(node.id);
     if (isObject(node.attributes)) {
       forget(node.attributes, ARMED);
+      pointInside(node.attributes);
+      // rrweb would draw it, but a page without scripts shows no canvas.
+      if (tag === 'canvas' && node.attributes.rr_dataURL) node.attributes['replay-image'] = String(node.attributes.rr_dataURL);
       if (FRAMES.includes(tag)) forget(node.attributes, ['src', 'data']);
-      if (tag === 'link') forget(node.attributes, ['rel', 'href']);
+      const isSheet = tag === 'link' && node.attributes.rel === 'stylesheet' && isOpen(node.attributes.href);
+      if (tag === 'link' && !isSheet) forget(node.attributes, ['rel', 'href']);
     }
     if (Array.isArray(node.childNodes)) for (const child of node.childNodes) open.push(child);
   }
@@ -62,6 +79,7 @@ function disarm(e, frames) {
   for (const change of [].concat(e.data.attributes ?? [])) {
     if (!isObject(change?.attributes)) continue;
     forget(change.attributes, ['rel', ...ARMED]); // a link without rel does nothing
+    pointInside(change.attributes);
     if (frames.has(change.id)) forget(change.attributes, ['src', 'data']);
   }
 }

@@ -105,7 +105,7 @@ export class Player {
     const start = await this.recording.startBefore(time);
     if (turn !== this.turn) return null;
     if (!start) return this.setState(this.recording.isActive ? 'waiting' : 'empty');
-    const scene = new Scene(this.stage, this.recording.info.metadata?.viewport, () => this.broken());
+    const scene = new Scene(this.stage, this.recording.info.metadata?.viewport, () => this.broken(), (n) => this.missing(n));
     try {
       this.add(scene, start);
       while (scene.end <= time) {
@@ -229,6 +229,7 @@ export class Player {
   batch(from, events, bytes) {
     const { scene, recording } = this;
     const end = from + events.length;
+    recording.timeline.take(from, events);
     const newest = events.reduce((max, e) => (Number.isFinite(e?.timestamp) ? Math.max(max, e.timestamp) : max), -Infinity);
     const snapshot = events.findLastIndex((e) => e?.type === FULL);
     recording.total = Math.max(recording.total, end);
@@ -282,6 +283,10 @@ export class Player {
   add(scene, piece) {
     for (const moment of scene.add(piece)) this.on.mark(moment);
     this.on.piece(piece);
+  }
+
+  missing(n) {
+    if (n > 0) this.on.note(`${n === 1 ? 'A style sheet' : `${n} style sheets`} of this page could not be recorded.`);
   }
 
   broken() { this.on.note('A part of this recording is damaged and is not shown.'); }

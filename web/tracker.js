@@ -13,6 +13,8 @@
 //   mask-text        selector of what is masked as by data-replay-mask
 //   block-selector   selector of what is left out as by data-replay-block
 //   allow-query      keep the query strings of URLs
+//   inline-images    "true": copies of the pictures go into the recording
+//   record-canvas    frames a second: canvases are recorded
 //
 // window.sessionReplay: start(options), stop(), identify(user, traits),
 // event(name, payload), sessionId.
@@ -38,7 +40,7 @@ const STORE = "session-replay";
 
 // rrweb's event types, and the sources of its incremental events, that matter here.
 const FULL = 2, INCREMENTAL = 3, META = 4, CUSTOM = 5;
-const MUTATION = 0, INPUT = 5;
+const MUTATION = 0, INPUT = 5, CANVAS = 9, ADOPTED = 15;
 
 let options = {};
 let wanted = false; // between start() and stop()
@@ -87,7 +89,9 @@ function toText(value) {
 const emit = safe((event) => {
   if (!stopRecorder && event.type === INCREMENTAL) return; // after the recorder was stopped
   clean(event); // if it throws, the event is not recorded
+  safe(picture.mend)(event);
   push(event);
+  picture.took(event);
 });
 
 function startRecorder() {
@@ -101,7 +105,9 @@ function startRecorder() {
     blockSelector,
     ignoreSelector: IGNORED,
     slimDOMOptions: "all", // no scripts, comments, meta data
-    sampling: { scroll: 150, media: 800 },
+    sampling: { scroll: 150, media: 800, canvas: Number(options.recordCanvas) || undefined },
+    recordCanvas: Number(options.recordCanvas) > 0,
+    dataURLOptions: { type: "image/webp", quality: 0.7 },
     // Pages rely on the DOMExceptions of what rrweb wraps (insertRule and the
     // like); any other error in there is rrweb's own.
     errorHandler: (error) => !(error instanceof DOMException),
@@ -215,6 +221,7 @@ function listen() {
   on(window, "online", () => { if (!ready) { disconnect(); connect(); } });
   on(window, "offline", () => { disconnect(); retry(); });
   watchHistory();
+  picture.begin();
 }
 
 // ── The tab's session ────────────────────────────────────────────────────────
@@ -564,6 +571,7 @@ function start(given) {
 
 function stop() {
   if (!wanted) return;
+  safe(picture.look)();
   endRecorder();
   flush();
   forget();

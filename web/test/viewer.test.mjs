@@ -50,7 +50,7 @@ test("a hostile recording runs nothing and requests nothing", async (t) => {
     rmSync(dir, { recursive: true, force: true });
   });
   const page = await own.newPage();
-  const allowed = /^\/(view\/hostile|assets\/(view|api|events|panel|player|recording|scene|story|rrweb-replay)\.js|assets\/(style|rrweb-replay)\.css|sessions\/hostile(\/errors|\/chunks\/0)?|)$/;
+  const allowed = /^\/(view\/hostile|assets\/(view|api|events|panel|picture|player|recording|scene|story|styles|timeline|rrweb-replay)\.js|assets\/(style|rrweb-replay)\.css|sessions\/hostile(\/errors|\/chunks\/0)?|)$/;
   const strange = [];
   page.on("response", (r) => {
     const { origin, pathname, search } = new URL(r.url());
