@@ -46,6 +46,16 @@ type config struct {
 	maxSessionsPerMinute                            int
 }
 
+// memoryLimit is the most that the process takes with everything full: the budget
+// and the one message that may go beyond it, viewers' outboxes, answers that are
+// being written and the one event that may go beyond those, what the writers
+// compress and send, the connections, and what the program takes by itself.
+func (c config) memoryLimit() int64 {
+	const connection, program = 32 << 10, 96 << 20
+	return int64(c.maxBufferBytes) + 2*outgoingBytes(c) + 3*int64(c.maxMessageBytes) +
+		writers*2*maxFlushBytes + int64(c.maxConnections)*connection + program
+}
+
 // loadConfig reads the settings, each with its name, its default and the least
 // and most that make sense. The error names the first setting that is wrong.
 func loadConfig(getenv func(string) string) (config, error) {

@@ -78,7 +78,7 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 		debug.SetGCPercent(50) // idle connections take a tenth less memory; ingest does not feel it
 	}
 	if getenv("GOMEMLIMIT") == "" {
-		debug.SetMemoryLimit(int64(cfg.maxBufferBytes)*9/8 + 64<<20)
+		debug.SetMemoryLimit(cfg.memoryLimit())
 	}
 	logs := openLogs(cfg.log, stdout, stderr, getenv("JOURNAL_STREAM") != "")
 	defer logs.Close()
