@@ -164,7 +164,7 @@ async function removeUser() {
   try {
     const { deletedCount } = await (await request(`/sessions?userId=${encodeURIComponent(userId)}`, { method: 'DELETE' })).json();
     await search([]);
-    note(`${count(deletedCount)} sessions are deleted.`);
+    note(`Sessions deleted: ${count(deletedCount)}.`);
   } catch (err) {
     note(`They were not deleted: ${err.message}`);
   }

@@ -309,7 +309,7 @@ function receive(type, data, bytes) {
   if (type === 'session_joined') joined(data);
   else if (type === 'events_batch') player.batch(data.fromIndex, data.events, bytes);
   else if (type === 'javascript_error' || type === 'promise_rejection') addError({ data, createdAt: Date.now() });
-  else if (type === 'visibility_change') setState(data.hidden ? 'hidden' : 'live');
+  else if (type === 'session_state') setState(data.state);
   else if (type === 'session_lagged') player.missed(data.nextIndex);
   else if (type === 'session_ended') ended();
   else if (type === 'session_started') feed.send('viewer_join_session', { sessionId: id });

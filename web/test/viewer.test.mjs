@@ -76,15 +76,14 @@ test("a hostile recording runs nothing and requests nothing", async (t) => {
     await page.keyboard.press("Tab");
     assert.notEqual(await page.evaluate(() => document.activeElement.tagName), "IFRAME");
   }
-  await page.goto(`${s.h.url}/?offset=1`);
-  await page.click("#newer");
+  await page.goto(`${s.h.url}/?offset=0`);
   await page.waitForSelector('a[href="/view/hostile"]');
   assert.equal(await page.evaluate(() => window.pwned), undefined);
   await own.close();
 
   assert.deepEqual(requests, []);
   assert.equal(connections, 0, "connections to the attacker's server");
-  assert.deepEqual(strange.filter((url) => !/\/(\?offset=1|stats|sessions\?.*|assets\/list\.js)$/.test(url.slice(s.h.url.length))), []);
+  assert.deepEqual(strange.filter((url) => !/\/(\?offset=0|stats|sessions\?.*|assets\/list\.js)$/.test(url.slice(s.h.url.length))), []);
   assert.deepEqual(readFileSync(log, "utf8").match(/[\w-]+\.evil\.test/g), null, "names looked up");
 });
 
