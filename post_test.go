@@ -505,7 +505,8 @@ func TestDeflateBombs(t *testing.T) {
 	const budget, message = 64 << 20, 32 << 20
 	peak := s.peakMemory()
 	t.Logf("the slowest ack took %v; memory: %d MB", worst, peak>>20)
-	if most := int64(budget*9/8 + 64<<20 + 2*message); peak > most { // a buffer that grows is there twice
+	cfg := config{maxBufferBytes: budget, maxMessageBytes: message, maxConnections: 200}
+	if most := cfg.memoryLimit(); peak > most {
 		t.Errorf("memory: got %d bytes, want at most %d", peak, most)
 	}
 }

@@ -20,7 +20,9 @@ func foundTest(t *testing.T, env ...string) *testServer {
 	execSQL(t, s.database, `insert into sessions (session_id, user_id, url, metadata, is_active, created_at, ended_at, event_count, error_count, first_event_time, last_event_time)
 		select 's' || n, (array['ann', 'bob', 'Ann'])[1 + n % 3], 'https://shop.example/' || (array['Cart', 'cart/100%_off', 'home'])[1 + n % 3],
 			'{"traits":{"plan":"pro"},"pages":3,"clicks":2,"lastUrl":"https://shop.example/end"}', false, timestamptz '2026-01-01 12:00Z' + n * interval '1 day', now(),
-			0, n / 6, 1000, 1000 + n * 10000 from generate_series(0, 6) n`)
+			1, n / 6, 1000, 1000 + n * 10000 from generate_series(0, 6) n`)
+	execSQL(t, s.database, `insert into session_events (session_id, first_index, event_count, raw_bytes, events)
+		select session_id, 0, 1, 4, $1 from sessions`, zip([]byte("[{}]")))
 	execSQL(t, s.database, `insert into sessions (session_id, user_id, url, metadata, is_active, created_at) values ('live', 'ann', 'https://x.example/', '{}', true, '2026-02-01')`)
 	return s
 }
@@ -90,7 +92,8 @@ func TestFiltersCountUpTo1000(t *testing.T) {
 	t.Parallel()
 	s := startInside(t)
 	add := func(from, to int) {
-		execSQL(t, s.database, `insert into sessions (session_id, user_id, url, metadata, is_active) select 'n' || n, 'u', '', '{}', false from generate_series($1::int, $2::int) n`, from, to)
+		execSQL(t, s.database, `insert into sessions (session_id, user_id, url, metadata, is_active, event_count)
+			select 'n' || n, 'u', '', '{}', false, 1 from generate_series($1::int, $2::int) n`, from, to)
 	}
 	for _, tt := range []struct {
 		rows   int
