@@ -8,7 +8,7 @@
 // srcdoc, handlers, tokens in meta elements, what addresses carry; and, wherever
 // it comes up again, what was typed.
 
-let maskSelector, blockSelector;
+let maskSelector, blockSelector, anySelector; // the owner's two, and these with EDITORS
 const IGNORED = "[data-replay-ignore], [data-replay-ignore] *";
 const SHOWN = "[data-replay-show]";
 const EDITORS = "textarea, [contenteditable]:not([contenteditable=false i]), [role~=textbox i], [role~=searchbox i], "
@@ -33,12 +33,11 @@ const titleOf = getter(Document, "title"), addressOf = getter(Document, "documen
 const matches = own(Element.prototype.matches), attributeOf = own(Element.prototype.getAttribute);
 const attributeNames = own(Element.prototype.getAttributeNames), boxOf = own(Element.prototype.getBoundingClientRect);
 const byId = own(Document.prototype.getElementById), byName = own(Document.prototype.getElementsByName);
-const kindOf = own(Object.prototype.toString);
+const formsIn = own(Document.prototype.getElementsByTagName), kindOf = own(Object.prototype.toString);
 
 const stars = (text) => text.replace(/\S/g, "*");
 const nodeOf = (id) => record.mirror.getNode(id);
 const isControl = (el) => CONTROLS.test(localName(el));
-const isButton = (el) => localName(el) === "input" && /^(button|submit|reset|image)$/.test(el.type);
 
 // ── What was typed ───────────────────────────────────────────────────────────
 // The page remembers it, in memory and for as long as it lives: the values of
@@ -47,118 +46,109 @@ const isButton = (el) => localName(el) === "input" && /^(button|submit|reset|ima
 
 const SHORTEST = 4, LONGEST = 20_000, MOST = 2000;
 const DRAWN_MS = 2000; // after a key: what appears and is part of what was typed was drawn by an editor
-const typed = new Set(); // in lower case, the oldest first
-const heads = new Map(); // the first SHORTEST characters → all strings that begin so
-const seeds = new Uint8Array(1 << 16); // hashes of these: where there is none, no string begins
+const typed = new Set(); // folded, the oldest first
 const typedInto = new WeakSet(); // elements that are or were edited: masked whole
 const live = new WeakMap(); // a control, or the text at the caret, → what it held last
-let haystack = null; // all of typed, a line each; null: to be made anew
-let run = "", runIn = null, runAt = 0; // the keys since the last pause, their target, the time of the last one
+let index = null; // {heads, seeds, all} of typed; null: to be made anew
+let run = "", runIn = null, runAt = -Infinity; // the keys since the last pause, their target, the time of the last one
 
-const blank = (code) => (code <= 32 || code === 160 ? 32 : code);
-function fold(text) {
-  const low = text.toLowerCase();
-  return (low.length === text.length ? low : text).replace(/\s/g, " "); // as long as text, always
-}
-
-// What a string looks like in an address is another form of it.
-function formsOf(text) {
-  if (text.length > 500) return [text];
-  const encoded = encodeURIComponent(text.replace(/[\ud800-\udfff]/gu, "")).toLowerCase();
-  return [...new Set([text, encoded, encoded.replace(/%20/g, "+")])];
-}
-
-const hash = (text) => [...Array(SHORTEST).keys()].reduce((h, i) => ((h << 4) ^ blank(text.charCodeAt(i))) & 0xffff, 0);
-
-function unlearn(text) {
-  if (!typed.delete(text)) return;
-  for (const form of formsOf(text)) {
-    const head = form.slice(0, SHORTEST);
-    heads.set(head, (heads.get(head) || []).filter((other) => other !== form));
-  }
-}
+// fold gives a text in lower case, with every blank a space, as long as it was.
+const lower = (text) => (text.toLowerCase().length === text.length ? text.toLowerCase() : text);
+const fold = (text) => lower(text).replace(/\s/g, " ");
 
 // learn remembers a text; before is what it has grown from.
 function learn(text, before = "") {
   text = fold(text.slice(0, LONGEST)).trim();
   if (text.length < SHORTEST || typed.has(text) || /^[*•\s]*$/.test(text)) return;
-  const shorter = fold(before).trim();
-  if (text.startsWith(shorter)) unlearn(shorter);
-  if (typed.size >= MOST) unlearn(typed.values().next().value);
+  if (text.startsWith(fold(before).trim())) typed.delete(fold(before).trim());
+  if (typed.size >= MOST) typed.delete(typed.values().next().value);
   typed.add(text);
-  haystack = null;
-  for (const form of formsOf(text)) {
-    const head = form.slice(0, SHORTEST);
-    heads.set(head, [...heads.get(head) || [], form].sort((a, b) => b.length - a.length));
-    seeds[hash(head)] = 1;
-  }
+  index = null;
 }
 
 // Names, numbers and codes are remembered one by one too; of plain words only
 // the whole text, or every page would be full of stars.
 function learnWords(text) {
   learn(text);
-  for (const word of text.slice(0, LONGEST).match(/\S{4,}/g) || []) if (!/^[a-z]+[.,;:!?]*$/.test(word)) learn(word.replace(/[.,;:!?]+$/, ""));
+  for (const [word] of text.slice(0, LONGEST).matchAll(/\S{4,}/g)) {
+    if (!/^[a-z]+[.,;:!?]*$/.test(word)) learn(word.replace(/[.,;:!?]+$/, ""));
+  }
+}
+
+// roll goes on with the hash of the last SHORTEST characters.
+const roll = (hash, code) => ((hash << 4) ^ (code <= 32 || code === 160 ? 32 : code)) & 0xffff;
+
+// indexTyped gives the strings by their first characters (heads), also in the
+// form that they have in addresses, and the hashes of these (seeds): where there
+// is no seed, no string begins.
+function indexTyped() {
+  const heads = new Map(), seeds = new Uint8Array(1 << 16);
+  for (const text of typed) {
+    const encoded = encodeURIComponent(text.replace(/\p{Cs}/gu, "")).toLowerCase();
+    for (const form of [text, encoded, encoded.replace(/%20/g, "+")]) {
+      let hash = 0;
+      for (let i = 0; i < SHORTEST; i++) hash = roll(hash, form.charCodeAt(i));
+      seeds[hash] = 1;
+      const head = form.slice(0, SHORTEST);
+      heads.set(head, [...heads.get(head) || [], form]);
+    }
+  }
+  return { heads, seeds, all: [...typed].join("\n") };
 }
 
 // typedAt gives how many characters of text, from i on, were typed: a whole
 // string, or the beginning of one where the word ends, as while it is typed.
-function typedAt(text, low, i) {
-  for (const string of heads.get(fold(low.slice(i, i + SHORTEST))) || []) {
-    const found = fold(low.slice(i, i + string.length));
+function typedAt(text, i) {
+  let most = 0;
+  for (const string of index.heads.get(fold(text.slice(i, i + SHORTEST))) || []) {
+    const found = fold(text.slice(i, i + string.length));
     let n = SHORTEST;
     while (n < found.length && found[n] === string[n]) n++;
-    if (n === string.length || !/[\p{L}\p{N}]/u.test(text[i + n] || "")) return n;
+    if (n > most && (n === string.length || !/[\p{L}\p{N}]/u.test(text[i + n] || ""))) most = n;
   }
-  return 0;
+  return most;
 }
 
-// hide masks in a text what was typed. The rolling hash of the last SHORTEST
-// characters is what almost all of a page's text costs.
+// hide masks in a text what was typed.
 function hide(text) {
   if (!typed.size || text.length < SHORTEST) return text;
-  const lower = text.toLowerCase();
-  const low = lower.length === text.length ? lower : text;
+  index ??= indexTyped();
+  const low = lower(text);
   let out = "", from = 0;
-  for (let i = 0, h = 0; i < low.length; i++) {
-    h = ((h << 4) ^ blank(low.charCodeAt(i))) & 0xffff;
+  for (let i = 0, hash = 0; i < low.length; i++) {
+    hash = roll(hash, low.charCodeAt(i));
     const start = i - SHORTEST + 1;
-    if (!seeds[h] || start < from) continue;
-    const length = typedAt(text, low, start);
+    const length = index.seeds[hash] && start >= from && typedAt(text, start);
     if (!length) continue;
     out += text.slice(from, start) + stars(text.slice(start, start + length));
     from = start + length;
-    i = from - 1;
   }
   return from ? out + text.slice(from) : text;
 }
 
 // Classes, ids and the like stay as they are if the page had them before
 // somebody typed the same: a page without its styles is no picture.
-const structure = new Set();
+const names = new Set();
 function hideInName(value) {
-  if (structure.has(value)) return value;
-  const hidden = hide(value);
-  if (hidden !== value) return value.split(/\s+/).map((word) => (structure.has(word) ? word : hide(word))).join(" ");
-  if (structure.size > 50_000 || value.length > 500) return value;
-  structure.add(value);
-  if (value.includes(" ")) for (const word of value.split(/\s+/)) structure.add(word);
+  if (names.has(value)) return value;
+  if (hide(value) !== value) return value.split(/\s+/).map((word) => (names.has(word) ? word : hide(word))).join(" ");
+  if (names.size > 50_000 || value.length > 500) return value;
+  names.add(value);
+  if (value.includes(" ")) for (const word of value.split(/\s+/)) names.add(word);
   return value;
 }
 
 // isDrawn tells whether a text that appears just after a key is a piece of what
 // was typed: editors draw it in lines and tokens, letter by letter.
 function isDrawn(text) {
-  if (!runAt || now() - runAt > DRAWN_MS) return false;
   const piece = fold(text).trim();
   if (!piece) return false;
-  if (fold(run).includes(piece)) return true;
-  haystack ??= [...typed].join("\n");
-  return piece.length >= SHORTEST && haystack.includes(piece);
+  index ??= indexTyped();
+  return fold(run).includes(piece) || piece.length >= SHORTEST && index.all.includes(piece);
 }
 
 const targetOf = (event) => event.composedPath()[0] || event.target;
-const isElement = (node) => !!node && kindOf(node) !== "[object Window]" && nodeType(node) === 1;
+const isElement = (node) => !!node && nodeType(node) === 1;
 const shows = (el) => isElement(el) && matches(el, SHOWN) && !/^(password|hidden)$/.test(el.type) && !viewed(el, new Map());
 
 // hear learns what a control, or a text node, holds now.
@@ -171,20 +161,20 @@ function hear(holder, text) {
 
 function finish() {
   learnWords(run);
-  if (runIn && isElement(runIn) && isControl(runIn) && !SET.test(runIn.type) && !shows(runIn)) learnWords(runIn.value);
   run = "";
+  if (isElement(runIn) && isControl(runIn) && !SET.test(runIn.type) && !shows(runIn)) learnWords(runIn.value);
 }
 
 function heardKey(event) {
-  const target = targetOf(event), { key = "" } = event;
+  const target = targetOf(event), { key = "", isTrusted } = event;
+  if (!isTrusted) return;
   if (target !== runIn || key.length > 1 && !/^(Backspace|Shift|CapsLock|AltGraph|Process|Unidentified|Dead)$/.test(key)) finish();
   runIn = target;
-  if (shows(target) || event.ctrlKey && !event.altKey || event.metaKey) return;
   if (key === "Backspace") run = run.slice(0, -1);
-  if (key.length !== 1) return;
+  if (key.length !== 1 || event.ctrlKey !== event.altKey || event.metaKey || shows(target)) return;
+  learn(run + key, run);
   run += key;
   runAt = now();
-  learn(run, run.slice(0, -1));
 }
 
 function heardInput(event) {
@@ -193,24 +183,20 @@ function heardInput(event) {
   runAt = now();
   if (!isControl(el)) { // an editor: what is at the caret
     const selection = ownerDocument(el).getSelection(), text = selection && selection.anchorNode;
-    return text && nodeType(text) === 3 && text.data.length < 1000 ? hear(text, text.data) : undefined;
-  }
-  for (const file of el.files || []) learn(file.name);
-  if (SET.test(el.type) || el.type === "file") return;
-  if (event.type === "change") learnWords(el.value);
-  hear(el, el.value);
+    if (text && nodeType(text) === 3 && text.data.length < 1000) hear(text, text.data);
+  } else if (el.type === "file") for (const file of el.files) learn(file.name);
+  else if (!SET.test(el.type)) hear(el, el.value);
 }
 
 function heardText(event) {
-  if (shows(targetOf(event))) return;
   const data = event.clipboardData || event.dataTransfer;
-  const text = data ? data.getData("text") : event.data || "";
-  run += data ? "" : text;
+  if (!event.isTrusted || shows(targetOf(event))) return;
   runAt = now();
-  for (const line of text.split("\n").slice(0, 100)) learnWords(line);
+  if (!data) run += event.data || ""; // composed of several keys
+  else for (const line of data.getData("text").split("\n", 100)) learnWords(line);
 }
 
-const HEARD = { keydown: heardKey, input: heardInput, change: heardInput, focusout: finish, pointerdown: finish,
+const HEARD = { keydown: heardKey, input: heardInput, change: finish, focusout: finish, pointerdown: finish,
   paste: heardText, drop: heardText, compositionend: heardText };
 for (const type of Object.keys(HEARD)) HEARD[type] = safe(HEARD[type]);
 
@@ -222,7 +208,7 @@ function hearTyping(win) {
 // ── Controls ─────────────────────────────────────────────────────────────────
 
 function maskValue(value, el) {
-  if (isButton(el) || shows(el)) return value; // a button's value is its label
+  if (/^(button|submit|reset|image)$/.test(el.type) || shows(el)) return value; // a button's value is its label
   if (el.type === "hidden" || matches(el, IGNORED)) return "";
   if (el.type === "password" || localName(el) === "select") return value && "********"; // not even its length
   return "*".repeat(value.length);
@@ -231,8 +217,7 @@ function maskValue(value, el) {
 // maskInput is what rrweb calls with the value of a control, typed or set by a
 // script. What the page's markup says is not what somebody typed.
 function maskInput(value, el) {
-  const hidden = el.type === "hidden";
-  const set = hidden ? live.has(el) && !/^[a-z]*$/.test(value) : value !== el.defaultValue;
+  const set = el.type === "hidden" ? live.has(el) && !/^[a-z]*$/.test(value) : value !== el.defaultValue;
   if (value && !SET.test(el.type) && !shows(el)) {
     if (set) hear(el, value);
     else live.set(el, value);
@@ -261,28 +246,29 @@ function cutAddress(address, doc = null) {
   return hide(open + (fragment && cutFragment(fragment, doc)));
 }
 
-// cutAddresses does so for the absolute addresses in any text, and in the stack
-// of an error (line and column stay).
+// cutPlain leaves the fragment: in drawings it names what is drawn.
+const cutPlain = (address) => address.replace(/^[^#]*/, (plain) => cutAddress(plain));
+
+// cutAddresses cuts the absolute addresses in any text, and in the stack of an
+// error (line and column stay).
 const ABSOLUTE = /\b(?:https?|wss?|ftp|file):\/\/[^\s"'<>\\]+/gi;
 const SESSION = /;\w*sess\w*=[^\s"'<>?#&;/]+/gi;
 function cutAddresses(text) {
   if (text.includes(";")) text = text.replace(SESSION, "");
   if (!text.includes("://")) return text;
   return text.replace(ABSOLUTE, (found) => {
-    const [, address, rest] = /^(.*?)((?::\d+){0,2}[).,;]*)$/s.exec(found);
-    return cutAddress(address) + rest;
+    const rest = /(?::\d+){0,2}[).,;]*$/.exec(found)[0];
+    return cutAddress(found.slice(0, found.length - rest.length)) + rest;
   });
 }
 
 const cleanWords = (text) => hide(cutAddresses(text));
 
-// In style sheets addresses stand in url(…), and text in quotes and variables.
-const CSS_URL = /(url\(\s*["']?|@import\s+["'])(?!data:|#)([^"')]+)/gi;
+// In style sheets addresses stand in url(…), and words in quotes and variables.
+const CSS_URL = /(url\(\s*["']?|@import\s+["'])(?!data:)([^"')]+)/gi;
 const CSS_TEXT = /"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|--[\w-]+\s*:[^;}]*/gs;
 function cleanCSS(css) {
-  if (css.includes("url(") || css.includes("@import")) {
-    css = css.replace(CSS_URL, (_, before, address) => before + (address.includes("#") ? cutAddress(address.split("#")[0]) + "#" + address.split("#")[1] : cutAddress(address)));
-  }
+  if (/url\(|@import/i.test(css)) css = css.replace(CSS_URL, (_, before, address) => before + cutPlain(address));
   return hide(css) === css ? css : css.replace(CSS_TEXT, hide);
 }
 
@@ -298,7 +284,6 @@ function outer(node) {
 }
 
 function isEditor(el) {
-  if (typedInto.has(el)) return true;
   if (matches(el, SHOWN) || !matches(el, EDITORS) && designMode(ownerDocument(el)) !== "on") return false;
   typedInto.add(el); // also when it is no longer editable
   return true;
@@ -311,7 +296,10 @@ function viewed(el, seen) {
   if (!el) return 0;
   let v = seen.get(el);
   if (v === undefined) {
-    v = matches(el, blockSelector) ? 3 : matches(el, maskSelector) ? 2 : isEditor(el) ? 1 : 0;
+    v = typedInto.has(el) ? 1 : 0;
+    if (matches(el, anySelector) || designMode(ownerDocument(el)) === "on") {
+      v = matches(el, blockSelector) ? 3 : matches(el, maskSelector) ? 2 : v || isEditor(el) ? 1 : 0;
+    }
     const around = v < 3 && viewed(outer(el), seen);
     if (around) v = Math.max(v, around, 2);
     seen.set(el, v);
@@ -324,16 +312,11 @@ function viewedAt(id, seen) {
   return node ? viewed(nodeType(node) === 1 ? node : outer(node), seen) : 0;
 }
 
-// A link's fragment may name a section of its own page; in drawings, fragments
-// name what is drawn.
+// A link's fragment may name a section of its own page.
 function cleanAddress(el, tag, value) {
-  if (!value.includes("#")) return cutAddress(value);
-  if (!/^(a|area|form|input|button|iframe|frame|object|embed|link|base)$/.test(tag)) {
-    const [address, fragment] = value.split("#");
-    return cutAddress(address) + "#" + hide(fragment);
-  }
-  const doc = ownerDocument(el), here = addressOf(doc).split(/[?#]/)[0];
-  return cutAddress(value, value[0] === "#" || value.split(/[?#]/)[0] === here ? doc : null);
+  if (!/^(a|area|form|input|button|iframe|frame|object|embed|link|base)$/.test(tag)) return cutPlain(value);
+  const doc = ownerDocument(el), [path] = value.split(/[?#]/);
+  return cutAddress(value, !path || path === addressOf(doc).split(/[?#]/)[0] ? doc : null);
 }
 
 function cleanStyle(style) {
@@ -380,7 +363,7 @@ function cleanBlocked(serialized, el) {
   delete serialized.isShadowHost;
 }
 
-// cleanNode cleans a serialized node and all below it. fresh: it was added just now.
+// cleanNode cleans a serialized node and all below it. fresh: it appears just after a key.
 function cleanNode(serialized, seen, fresh) {
   const node = nodeOf(serialized.id);
   if (serialized.attributes) {
@@ -414,15 +397,16 @@ function cleanText(node, text, seen, fresh) {
 
 // cleanMutation also leaves out what happens in a blocked element.
 function cleanMutation(data, seen) {
+  const fresh = now() - runAt < DRAWN_MS;
   data.adds = data.adds.filter(({ node, parentId }) => (viewed(outer(nodeOf(node.id)), seen) || viewedAt(parentId, seen)) < 3);
   data.removes = data.removes.filter(({ parentId }) => viewedAt(parentId, seen) < 3);
   data.attributes = data.attributes.filter(({ id }) => viewedAt(id, seen) < 3);
   data.texts = data.texts.filter(({ id }) => viewedAt(id, seen) < 3);
   for (const { node } of data.adds) {
-    cleanNode(node, seen, true);
+    cleanNode(node, seen, fresh);
     if (data.isAttachIframe) hearTyping(viewOf(nodeOf(node.id)));
   }
-  for (const text of data.texts) if (text.value) text.value = cleanText(nodeOf(text.id), text.value, seen, true);
+  for (const text of data.texts) if (text.value) text.value = cleanText(nodeOf(text.id), text.value, seen, fresh);
   for (const { id, attributes } of data.attributes) cleanAttributes(nodeOf(id), attributes, seen);
   return data.adds.length + data.removes.length + data.attributes.length + data.texts.length > 0;
 }
@@ -447,6 +431,7 @@ function clean(event) {
   if (data.id && viewedAt(data.id, seen) === 3) return false;
   if (data.source === INPUT) {
     const el = nodeOf(data.id);
+    if (!el) return false; // a mutation that is still to come brings it
     if (CHOICES.test(el.type)) data.text = maskValue(data.text, el); // rrweb leaves these as they are
     noteControl(data.id, el);
   }

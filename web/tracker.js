@@ -118,11 +118,11 @@ function setClock(last = 0) { origin = Math.max(timeOfDay(), last) - monotonic()
 
 // toText is JSON.stringify for pages whose libraries gave arrays and strings a
 // toJSON of their own (Prototype.js did).
-function toText(value) {
+function toText(value, replacer) {
   const theirs = [Array.prototype, String.prototype].filter((p) => p.toJSON).map((p) => [p, p.toJSON]);
   for (const [p] of theirs) delete p.toJSON;
   try {
-    return stringify(value);
+    return stringify(value, replacer);
   } finally {
     for (const [p, toJSON] of theirs) p.toJSON = toJSON;
   }
@@ -179,12 +179,12 @@ function mend(error) {
 // A form with a field named nodeType, or fields named host and mode, is none
 // that rrweb can walk past.
 function isUnreadable(node) {
-  if (nodeType(node) !== 1 || localName(node) !== "form") return false;
   const { attributes } = node;
   return typeof node.nodeType !== "number" || typeof node.ELEMENT_NODE !== "number" || "host" in node && "mode" in node
     || attributes !== attributesOf(node) && attributes.length > 0;
 }
 
+const unreadable = new Set(); // as the newest snapshot found them
 const leftOut = new WeakMap(); // forms → what stands for them
 function placeholderFor(form) {
   if (!leftOut.has(form)) {
@@ -203,13 +203,14 @@ function placeholderFor(form) {
 // would look elsewhere if it saw Zone.js.
 let guarded = false, unguard = () => {};
 function guardForms() {
+  unreadable.clear();
+  for (const form of formsIn(document, "form")) if (isUnreadable(form)) unreadable.add(form);
   if (guarded) return;
   guarded = true;
   const theirs = Object.getOwnPropertyDescriptor(Node.prototype, "childNodes"), list = own(theirs.get), { Zone } = window;
   const apply = (_, node) => {
     const nodes = list(node);
-    for (const child of nodes) if (isUnreadable(child)) return Array.from(nodes, (one) => (isUnreadable(one) ? placeholderFor(one) : one));
-    return nodes;
+    return unreadable.size ? Array.from(nodes, (child) => (unreadable.has(child) ? placeholderFor(child) : child)) : nodes;
   };
   Object.defineProperty(Node.prototype, "childNodes", { ...theirs, get: new Proxy(theirs.get, { apply }) });
   if (Zone) window.Zone = undefined;
@@ -237,7 +238,7 @@ function fitted(event) {
   let text = toText(event);
   for (let most = limit >> 1; bytesOf(text) > limit && most > 1000; most >>= 2) {
     const shorter = (found) => (found.length > most ? LEFT_OUT : found);
-    text = toText(event, (_, value) => (value.length > most && value.replace ? value.replace(/data:[^\s"'()<>]+/g, shorter) : value));
+    text = toText(event, (_, value) => (typeof value === "string" ? value.replace(/data:[^\s"'()<>]+/g, shorter) : value));
   }
   return bytesOf(text) > limit ? null : text;
 }
@@ -309,8 +310,9 @@ function goOn() {
   startRecorder();
 }
 
-// notePage looks at the address and the title; it is called with every event.
-let page = {}, lastAddress, lastTitle, watching = false;
+// notePage looks at the address and the title; it is called with every event, and
+// when the page goes from one address to another without any.
+let page = {}, lastAddress, lastTitle;
 function notePage() {
   const title = titleOf(document);
   if (location.href === lastAddress && title === lastTitle) return;
@@ -334,24 +336,6 @@ function sayNews() {
   if (news && ready) sayStart();
 }
 
-// Without a Navigation API the history is wrapped, and stays so for good: other
-// scripts may have wrapped what it wrapped.
-function watchHistory() {
-  page = {}, lastAddress = null;
-  notePage();
-  if (window.navigation) return on(navigation, "currententrychange", safe(notePage));
-  if (watching) return;
-  watching = true;
-  for (const name of ["pushState", "replaceState"]) {
-    const original = history[name];
-    history[name] = function (...args) {
-      const result = original.apply(this, args);
-      if (wanted) safe(notePage)();
-      return result;
-    };
-  }
-}
-
 function noteError(type, error, data) {
   if (++noted > MAX_ERRORS) return;
   Object.assign(data, { stack: error && error.stack, timestamp: now() });
@@ -373,6 +357,7 @@ function listen() {
     noteError("promise_rejection", reason, { reason: String(reason && reason.message || reason) });
   });
   for (const type of ["popstate", "hashchange"]) hear(window, type, notePage);
+  if (window.navigation) hear(navigation, "currententrychange", notePage);
   hear(document, "visibilitychange", () => {
     if (ready) say("visibility_change", { hidden: document.hidden, timestamp: now() });
     if (document.hidden) keep();
@@ -385,7 +370,6 @@ function listen() {
   hear(window, "online", () => { if (!ready) { disconnect(); connect(); } });
   hear(window, "offline", () => { disconnect(); retry(); });
   hearTyping(window);
-  watchHistory();
 }
 
 // ── The tab's session ────────────────────────────────────────────────────────
@@ -783,13 +767,16 @@ function start(given) {
   blockSelector = join("[data-replay-block]", options.blockSelector);
   // These throw if a selector is malformed, or JSON cannot hold what is said of
   // the user: then nothing is recorded.
-  own(Document.prototype.querySelector)(document, `${maskSelector}, ${blockSelector}`);
+  anySelector = `${maskSelector}, ${blockSelector}, ${EDITORS}`;
+  own(Document.prototype.querySelector)(document, anySelector);
   toText([options.user, options.traits]);
   if (!sampled()) return explain("sampled-out");
   if (document.prerendering) return document.addEventListener("prerenderingchange", safe(() => start(given)), { once: true });
   wanted = true;
   reason = "";
   setClock((load() || {}).at);
+  page = {}, lastAddress = null;
+  notePage();
   listen();
   begin().catch(complain);
   startRecorder();
