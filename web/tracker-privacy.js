@@ -49,21 +49,50 @@ const DRAWN_MS = 2000; // after a key: what appears and is part of what was type
 const typed = new Set(); // folded, the oldest first
 const typedInto = new WeakSet(); // elements that are or were edited: masked whole
 const live = new WeakMap(); // a control, or the text at the caret, → what it held last
-let index = null; // {heads, seeds, all} of typed; null: to be made anew
+const tree = new Map(); // of typed, a character a level; end says that a string ends there
+const seeds = new Uint8Array(1 << 16); // hashes of the first SHORTEST characters: without a seed no string begins
+let haystack = null; // all of typed, a line each; null: to be made anew
 let run = "", runIn = null, runAt = -Infinity; // the keys since the last pause, their target, the time of the last one
 
 // fold gives a text in lower case, with every blank a space, as long as it was.
-const lower = (text) => (text.toLowerCase().length === text.length ? text.toLowerCase() : text);
+const lower = (text, low = text.toLowerCase()) => (low.length === text.length ? low : text);
 const fold = (text) => lower(text).replace(/\s/g, " ");
+
+// roll goes on with the hash of the last SHORTEST characters.
+const blank = (code) => code <= 32 || code === 160;
+const roll = (hash, code) => ((hash << 4) ^ (blank(code) ? 32 : code)) & 0xffff;
+
+// plant puts a string into the tree, in pieces if it is long, also in the forms
+// that it has in addresses; end: false takes it out.
+function plant(text, end) {
+  const encoded = encodeURIComponent(text.slice(0, 200).replace(/\p{Cs}/gu, "")).toLowerCase();
+  for (const form of [text, encoded, encoded.replace(/%20/g, "+")]) {
+    for (const piece of form.match(/.{4,64}/gs)) {
+      let node = tree, hash = 0;
+      for (let i = 0; i < piece.length; i++) {
+        if (i < SHORTEST) hash = roll(hash, piece.charCodeAt(i));
+        if (!node.has(piece[i])) node.set(piece[i], new Map());
+        node = node.get(piece[i]);
+      }
+      node.end = end;
+      seeds[hash] = 1;
+    }
+  }
+}
+
+function unlearn(text) {
+  if (typed.delete(text)) plant(text, false);
+}
 
 // learn remembers a text; before is what it has grown from.
 function learn(text, before = "") {
   text = fold(text.slice(0, LONGEST)).trim();
   if (text.length < SHORTEST || typed.has(text) || /^[*•\s]*$/.test(text)) return;
-  if (text.startsWith(fold(before).trim())) typed.delete(fold(before).trim());
-  if (typed.size >= MOST) typed.delete(typed.values().next().value);
+  if (text.startsWith(fold(before).trim())) unlearn(fold(before).trim());
+  if (typed.size >= MOST) unlearn(typed.values().next().value);
   typed.add(text);
-  index = null;
+  plant(text, true);
+  haystack = null;
 }
 
 // Names, numbers and codes are remembered one by one too; of plain words only
@@ -75,50 +104,22 @@ function learnWords(text) {
   }
 }
 
-// roll goes on with the hash of the last SHORTEST characters.
-const roll = (hash, code) => ((hash << 4) ^ (code <= 32 || code === 160 ? 32 : code)) & 0xffff;
-
-// indexTyped gives the strings by their first characters (heads), also in the
-// form that they have in addresses, and the hashes of these (seeds): where there
-// is no seed, no string begins.
-function indexTyped() {
-  const heads = new Map(), seeds = new Uint8Array(1 << 16);
-  for (const text of typed) {
-    const encoded = encodeURIComponent(text.replace(/\p{Cs}/gu, "")).toLowerCase();
-    for (const form of [text, encoded, encoded.replace(/%20/g, "+")]) {
-      let hash = 0;
-      for (let i = 0; i < SHORTEST; i++) hash = roll(hash, form.charCodeAt(i));
-      seeds[hash] = 1;
-      const head = form.slice(0, SHORTEST);
-      heads.set(head, [...heads.get(head) || [], form]);
-    }
-  }
-  return { heads, seeds, all: [...typed].join("\n") };
-}
-
-// typedAt gives how many characters of text, from i on, were typed: a whole
-// string, or the beginning of one where the word ends, as while it is typed.
-function typedAt(text, i) {
-  let most = 0;
-  for (const string of index.heads.get(fold(text.slice(i, i + SHORTEST))) || []) {
-    const found = fold(text.slice(i, i + string.length));
-    let n = SHORTEST;
-    while (n < found.length && found[n] === string[n]) n++;
-    if (n > most && (n === string.length || !/[\p{L}\p{N}]/u.test(text[i + n] || ""))) most = n;
-  }
-  return most;
+// typedAt gives how many characters from i on were typed: a whole string, or the
+// beginning of one where the word ends, as while it is typed.
+function typedAt(low, i) {
+  let node = tree, n = 0, whole = 0;
+  while ((node = node.get(blank(low.charCodeAt(i + n)) ? " " : low[i + n]))) if (n++, node.end) whole = n;
+  return n < SHORTEST || /[\p{L}\p{N}]/u.test(low[i + n] || "") ? whole : n;
 }
 
 // hide masks in a text what was typed.
 function hide(text) {
   if (!typed.size || text.length < SHORTEST) return text;
-  index ??= indexTyped();
   const low = lower(text);
   let out = "", from = 0;
   for (let i = 0, hash = 0; i < low.length; i++) {
     hash = roll(hash, low.charCodeAt(i));
-    const start = i - SHORTEST + 1;
-    const length = index.seeds[hash] && start >= from && typedAt(text, start);
+    const start = i - SHORTEST + 1, length = seeds[hash] && start >= from && typedAt(low, start);
     if (!length) continue;
     out += text.slice(from, start) + stars(text.slice(start, start + length));
     from = start + length;
@@ -143,8 +144,8 @@ function hideInName(value) {
 function isDrawn(text) {
   const piece = fold(text).trim();
   if (!piece) return false;
-  index ??= indexTyped();
-  return fold(run).includes(piece) || piece.length >= SHORTEST && index.all.includes(piece);
+  haystack ??= [...typed].join("\n");
+  return fold(run).includes(piece) || piece.length >= SHORTEST && haystack.includes(piece);
 }
 
 const targetOf = (event) => event.composedPath()[0] || event.target;
