@@ -150,7 +150,7 @@ function isDrawn(text) {
 
 const targetOf = (event) => event.composedPath()[0] || event.target;
 const isElement = (node) => !!node && nodeType(node) === 1;
-const shows = (el) => isElement(el) && matches(el, SHOWN) && !/^(password|hidden)$/.test(el.type) && !viewed(el, new Map());
+const shows = (el) => isElement(el) && matches(el, SHOWN) && !/^(password|hidden)$/.test(el.type) && !view(el, new Map());
 
 // hear learns what a control, or a text node, holds now.
 function hear(holder, text) {
@@ -290,10 +290,10 @@ function isEditor(el) {
   return true;
 }
 
-// viewed tells how an element is recorded: 0 openly, 1 as an editor, whose text
+// view tells how an element is recorded: 0 openly, 1 as an editor, whose text
 // is masked and whose own labels are not, 2 masked, 3 not at all. seen remembers
 // the answers for the length of one event.
-function viewed(el, seen) {
+function view(el, seen) {
   if (!el) return 0;
   let v = seen.get(el);
   if (v === undefined) {
@@ -301,16 +301,16 @@ function viewed(el, seen) {
     if (matches(el, anySelector) || designMode(ownerDocument(el)) === "on") {
       v = matches(el, blockSelector) ? 3 : matches(el, maskSelector) ? 2 : v || isEditor(el) ? 1 : 0;
     }
-    const around = v < 3 && viewed(outer(el), seen);
+    const around = v < 3 && view(outer(el), seen);
     if (around) v = Math.max(v, around, 2);
     seen.set(el, v);
   }
   return v;
 }
 
-function viewedAt(id, seen) {
+function viewAt(id, seen) {
   const node = nodeOf(id);
-  return node ? viewed(nodeType(node) === 1 ? node : outer(node), seen) : 0;
+  return node ? view(nodeType(node) === 1 ? node : outer(node), seen) : 0;
 }
 
 // A link's fragment may name a section of its own page.
@@ -344,7 +344,7 @@ function cleanAttribute(el, tag, name, value, masked) {
 // A control, or an editor, is labelled by its page: its own words are masked
 // only where the owner says so, or what is around it is masked.
 function cleanAttributes(el, attributes, seen) {
-  const tag = localName(el), masked = viewed(el, seen) === 2;
+  const tag = localName(el), masked = view(el, seen) === 2;
   for (const name of Object.keys(attributes)) {
     const value = attributes[name];
     if (/^on|^srcdoc$|^selected$/.test(name)) delete attributes[name]; // a frame's document is recorded itself
@@ -368,7 +368,7 @@ function cleanBlocked(serialized, el) {
 function cleanNode(serialized, seen, fresh) {
   const node = nodeOf(serialized.id);
   if (serialized.attributes) {
-    if (viewed(node, seen) === 3) return cleanBlocked(serialized, node);
+    if (view(node, seen) === 3) return cleanBlocked(serialized, node);
     if (serialized.tagName === "form") cleanForm(serialized, node);
     cleanAttributes(node, serialized.attributes, seen);
     if (isControl(node)) noteControl(serialized.id, node);
@@ -388,7 +388,7 @@ function cleanText(node, text, seen, fresh) {
   const el = outer(node), tag = el && localName(el);
   if (tag === "style") return cleanCSS(text);
   if (tag === "noscript") return ""; // markup as text; a replay never shows it
-  if (viewed(el, seen)) return stars(text);
+  if (view(el, seen)) return stars(text);
   if (!fresh || !el || !isDrawn(text)) return cleanWords(text);
   if (tag !== "body" && childElementCount(el) < 4) typedInto.add(el);
   return stars(text);
@@ -399,10 +399,10 @@ function cleanText(node, text, seen, fresh) {
 // cleanMutation also leaves out what happens in a blocked element.
 function cleanMutation(data, seen) {
   const fresh = now() - runAt < DRAWN_MS;
-  data.adds = data.adds.filter(({ node, parentId }) => (viewed(outer(nodeOf(node.id)), seen) || viewedAt(parentId, seen)) < 3);
-  data.removes = data.removes.filter(({ parentId }) => viewedAt(parentId, seen) < 3);
-  data.attributes = data.attributes.filter(({ id }) => viewedAt(id, seen) < 3);
-  data.texts = data.texts.filter(({ id }) => viewedAt(id, seen) < 3);
+  data.adds = data.adds.filter(({ node, parentId }) => (view(outer(nodeOf(node.id)), seen) || viewAt(parentId, seen)) < 3);
+  data.removes = data.removes.filter(({ parentId }) => viewAt(parentId, seen) < 3);
+  data.attributes = data.attributes.filter(({ id }) => viewAt(id, seen) < 3);
+  data.texts = data.texts.filter(({ id }) => viewAt(id, seen) < 3);
   for (const { node } of data.adds) {
     cleanNode(node, seen, fresh);
     if (data.isAttachIframe) hearTyping(viewOf(nodeOf(node.id)));
@@ -429,7 +429,7 @@ function clean(event) {
   if (type === FULL) cleanNode(data.node, seen, false);
   if (type !== INCREMENTAL) return true;
   if (data.source === MUTATION) return cleanMutation(data, seen);
-  if (data.id && viewedAt(data.id, seen) === 3) return false;
+  if (data.id && viewAt(data.id, seen) === 3) return false;
   if (data.source === INPUT) {
     const el = nodeOf(data.id);
     if (!el) return false; // a mutation that is still to come brings it
