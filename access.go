@@ -7,6 +7,7 @@ import (
 	"crypto/subtle"
 	"encoding/hex"
 	"fmt"
+	"log/slog"
 	"net/http"
 	"net/netip"
 	"net/url"
@@ -16,23 +17,28 @@ import (
 	"time"
 )
 
-// who says for whom a route is. The zero value is the strictest.
-type who int
+// audience says for whom a route is. The zero value is the strictest.
+type audience int
 
 const (
-	viewers  who = iota // who may list, watch, read and delete recordings
-	browsers            // viewers, who may also come by a link with the token
-	scrapers            // viewers, or anyone with METRICS_OPEN
-	sockets             // trackers or viewers, as they say of themselves
-	visitors            // pages of this server that are not signed in yet
-	anyone              // there is nothing here to protect
+	viewers  audience = iota // may list, watch, read and delete recordings
+	browsers                 // viewers, also by a link that has the token
+	scrapers                 // viewers, or anyone with METRICS_OPEN
+	sockets                  // trackers or viewers, as their type parameter says
+	visitors                 // pages of this server before the sign-in
+	anyone                   // there is nothing here to protect
 )
+
+// minTokenLength keeps ACCESS_TOKEN from being guessed: there is no limit on
+// attempts, which an attacker could use to lock viewers out.
+const minTokenLength = 16
 
 // accessConfig is what the settings say of access.
 type accessConfig struct {
 	token, key                    string   // ACCESS_TOKEN, INGEST_KEY; empty when there is none
 	trackerOrigins, viewerOrigins []string // scheme://host[:port], or * for trackers
 	publicHosts                   []string // host[:port]
+	mediaOrigins                  []string // whose pictures, fonts and style sheets a replay may load
 	trustProxy, metricsOpen       bool
 	maxConnections, maxPerAddress int
 }
@@ -40,24 +46,30 @@ type accessConfig struct {
 // access decides who may do what. It is safe for concurrent use.
 type access struct {
 	accessConfig
-	open       bool   // there is no token: who reaches the loopback HOST may view
-	made       bool   // the token was made for this start
+	log        *slog.Logger
+	open       bool   // there is no token: whoever reaches the loopback HOST may view
+	generated  bool   // the token was made for this start
 	cookieName string // has the port: browsers send a host's cookies to all of its ports
 	cookie     string // the value that stands for the token
 
+	unnamed sync.Once // says once that a proxy named no address
+
 	mu      sync.Mutex
-	failed  map[netip.Addr]failures // addresses that tried wrong tokens
-	sockets map[netip.Addr]int      // open WebSockets by address
-	total   int                     // of these
-	closed  bool                    // the server stops: no more of them
+	sockets map[netip.Addr]int // open WebSockets by address
+	total   int                // of these
+	starts  map[netip.Addr]int // sessions begun since startsSince, by address
+	closed  bool               // the server stops: no more of them
+
+	startsSince time.Time
 }
 
 // newAccess makes a token where a missing one would open the server to a network.
-func newAccess(c accessConfig, host, port string) *access {
-	a := &access{accessConfig: c, cookieName: "session-replay-" + port, failed: map[netip.Addr]failures{}, sockets: map[netip.Addr]int{}}
+func newAccess(c accessConfig, host, port string, log *slog.Logger) *access {
+	a := &access{accessConfig: c, log: log, cookieName: "session-replay-" + port,
+		sockets: map[netip.Addr]int{}, starts: map[netip.Addr]int{}}
 	addr, _ := netip.ParseAddr(host)
 	a.open = c.token == "" && (host == "localhost" || addr.IsLoopback())
-	if a.made = c.token == "" && !a.open; a.made {
+	if a.generated = c.token == "" && !a.open; a.generated {
 		a.token = rand.Text()
 	}
 	mac := hmac.New(sha256.New, []byte(a.token))
@@ -66,69 +78,80 @@ func newAccess(c accessConfig, host, port string) *access {
 	return a
 }
 
-// denial is why somebody is not let in.
+// denial is why a request is not let in.
 type denial struct {
 	status          int
-	reason, message string        // for counters, and for people
-	wait            time.Duration // before it is of use to try again
+	reason, message string // for counters, and for people
+	retryAfter      int    // seconds before another attempt can succeed; 0: none will
 }
 
 // admit decides about a request; nil lets it in.
-func (a *access) admit(who who, r *http.Request) *denial {
+func (a *access) admit(who audience, r *http.Request) *denial {
 	switch {
 	case who == anyone, who == scrapers && a.metricsOpen:
 		return nil
 	case who == sockets && r.URL.Query().Get("type") != "viewer":
-		return a.admitTracker(r)
-	case a.open && !a.knownHost(strings.ToLower(r.Host)):
-		return &denial{http.StatusMisdirectedRequest, "host", "unknown host: set ACCESS_TOKEN, or name it in PUBLIC_HOSTS", 0}
-	case !a.knownPage(r):
+		return a.admitTracker(r, r.URL.Query().Get("key"))
+	case a.open && !a.isKnownHost(strings.ToLower(r.Host)):
+		return &denial{http.StatusMisdirectedRequest, "host",
+			"unknown host: name it in PUBLIC_HOSTS or set ACCESS_TOKEN", 0}
+	case !a.isKnownPage(r):
 		return &denial{http.StatusForbidden, "origin", "pages of other sites may not do this: see VIEWER_ORIGINS", 0}
 	case a.open, who == visitors, a.signedIn(r):
 		return nil
 	}
-	presented, right := a.presented(r, who == browsers || who == sockets)
-	if !presented {
-		return &denial{http.StatusUnauthorized, "no_token", "this needs the access token", 0}
-	}
-	return a.judge(r, right)
+	return a.checkToken(r, who == browsers || who == sockets)
 }
 
-// admitTracker asks for the key, and for an origin that may record; programs
-// have none. The token does not stand for the key.
-func (a *access) admitTracker(r *http.Request) *denial {
-	origin := r.Header.Get("Origin")
+// admitTracker asks for the key, and for an origin that may record. The token
+// does not stand for the key.
+func (a *access) admitTracker(r *http.Request, key string) *denial {
 	switch {
-	case a.key != "" && !same(r.URL.Query().Get("key"), a.key):
+	case a.key != "" && !equalSecret(key, a.key):
 		return &denial{http.StatusUnauthorized, "ingest_key", "this needs the ingest key", 0}
-	case origin == "", slices.Contains(a.trackerOrigins, "*"), slices.Contains(a.trackerOrigins, origin), a.own(r, origin):
-		return nil
+	case !a.mayRecord(r):
+		return &denial{http.StatusForbidden, "origin", "pages of this origin may not record: see TRACKER_ORIGINS", 0}
 	}
-	return &denial{http.StatusForbidden, "origin", "pages of this origin may not record: see TRACKER_ORIGINS", 0}
+	return nil
+}
+
+// mayRecord says whether a request comes from a page of TRACKER_ORIGINS or of this
+// server, or from a program, which has no origin.
+func (a *access) mayRecord(r *http.Request) bool {
+	origin := r.Header.Get("Origin")
+	return origin == "" || slices.Contains(a.trackerOrigins, "*") || slices.Contains(a.trackerOrigins, origin) ||
+		a.isOwnOrigin(r, origin)
 }
 
 // Tokens.
 
-// presented says whether a request brings a token and whether that is right. A
-// cookie that stands for another token counts as a wrong one.
-func (a *access) presented(r *http.Request, byLink bool) (presented, right bool) {
+// checkToken looks for the token in the Authorization header or, with byLink, in
+// the query string. A cookie that is left here stands for another token.
+func (a *access) checkToken(r *http.Request, byLink bool) *denial {
 	scheme, token, _ := strings.Cut(r.Header.Get("Authorization"), " ")
-	link := r.URL.Query().Get("token")
-	switch {
-	case strings.EqualFold(scheme, "Bearer"):
-		return true, same(token, a.token)
-	case byLink && link != "":
-		return true, same(link, a.token)
+	if !strings.EqualFold(scheme, "Bearer") {
+		token = ""
 	}
-	_, err := r.Cookie(a.cookieName)
-	return err == nil, false
+	if token == "" && byLink {
+		token = r.URL.Query().Get("token")
+	}
+	if _, err := r.Cookie(a.cookieName); token == "" && err != nil {
+		return &denial{http.StatusUnauthorized, "no_token", "this needs the access token", 0}
+	}
+	return a.compareToken(token)
 }
 
-// signedIn says whether a request comes with the cookie, which nobody guesses:
-// those who try tokens do not keep out who has it.
+func (a *access) compareToken(token string) *denial {
+	if !equalSecret(token, a.token) {
+		return &denial{http.StatusUnauthorized, "wrong_token", "this is not the access token", 0}
+	}
+	return nil
+}
+
+// signedIn says whether a request has the cookie that stands for the token.
 func (a *access) signedIn(r *http.Request) bool {
 	cookie, err := r.Cookie(a.cookieName)
-	return !a.open && err == nil && same(cookie.Value, a.cookie)
+	return !a.open && err == nil && equalSecret(cookie.Value, a.cookie)
 }
 
 // signIn gives a browser the cookie, if there is a token at all; with a negative
@@ -140,69 +163,31 @@ func (a *access) signIn(w http.ResponseWriter, r *http.Request, age int) {
 	}
 }
 
-// same compares secrets in a time that does not depend on them.
-func same(a, b string) bool {
+// equalSecret takes a time that does not depend on the secrets.
+func equalSecret(a, b string) bool {
 	x, y := sha256.Sum256([]byte(a)), sha256.Sum256([]byte(b))
 	return subtle.ConstantTimeCompare(x[:], y[:]) == 1
 }
 
-const (
-	freeAttempts = 10 // wrong tokens before an address has to wait
-	longestWait  = time.Minute
-	forgetAfter  = 10 * time.Minute
-	maxFailed    = 10_000 // addresses remembered
-)
-
-type failures struct {
-	n    int
-	last time.Time
-}
-
-// judge answers an attempt with a token. After too many wrong ones the address
-// has to wait, each time twice as long, and meanwhile nobody learns whether an
-// attempt from there was right.
-func (a *access) judge(r *http.Request, right bool) *denial {
-	addr := a.address(r)
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	f := a.failed[addr]
-	age := time.Since(f.last)
-	if age > forgetAfter {
-		f.n = 0
-	}
-	if f.n >= freeAttempts {
-		if wait := min(longestWait, time.Second<<min(f.n-freeAttempts, 10)) - age; wait > 0 {
-			return &denial{http.StatusTooManyRequests, "attempts", "too many wrong tokens from this address: wait", wait}
-		}
-	}
-	if right {
-		delete(a.failed, addr)
-		return nil
-	}
-	if len(a.failed) >= maxFailed {
-		clear(a.failed)
-	}
-	a.failed[addr] = failures{f.n + 1, time.Now()}
-	return &denial{http.StatusUnauthorized, "wrong_token", "this is not the access token", 0}
-}
-
 // Where a request comes from.
 
-// knownHost turns away names that somebody has pointed at this machine to read
-// what is open to it (DNS rebinding). Viewing is open on a loopback HOST only.
-func (a *access) knownHost(host string) bool {
+// isKnownHost is asked where viewing is open, on a loopback HOST. Otherwise a
+// page could point its own name at this machine and read recordings (DNS
+// rebinding).
+func (a *access) isKnownHost(host string) bool {
 	name := (&url.URL{Host: host}).Hostname()
 	addr, _ := netip.ParseAddr(name)
-	return name == "localhost" || addr.IsLoopback() || slices.Contains(a.publicHosts, name) || slices.Contains(a.publicHosts, host)
+	return name == "localhost" || addr.IsLoopback() ||
+		slices.Contains(a.publicHosts, name) || slices.Contains(a.publicHosts, host)
 }
 
-// knownPage says whether a request comes from a program, from a page of this
+// isKnownPage says whether a request comes from a program, from a page of this
 // server or of VIEWER_ORIGINS, or from somebody who follows a link. Browsers
 // send Origin with all by which a page could change something or read the answer.
-func (a *access) knownPage(r *http.Request) bool {
+func (a *access) isKnownPage(r *http.Request) bool {
 	origin, site := r.Header.Get("Origin"), r.Header.Get("Sec-Fetch-Site")
 	switch {
-	case site == "same-origin", slices.Contains(a.viewerOrigins, origin), a.own(r, origin):
+	case site == "same-origin", slices.Contains(a.viewerOrigins, origin), a.isOwnOrigin(r, origin):
 		return true
 	case origin != "":
 		return false
@@ -210,26 +195,31 @@ func (a *access) knownPage(r *http.Request) bool {
 	return site == "" || site == "none" || r.Header.Get("Sec-Fetch-Mode") == "navigate"
 }
 
-// own says whether an origin is this server's. Where it sees no TLS, a proxy may
-// have taken it off.
-func (a *access) own(r *http.Request, origin string) bool {
+// isOwnOrigin says whether an origin is this server's. Where the server sees no
+// TLS, a proxy may have taken it off.
+func (a *access) isOwnOrigin(r *http.Request, origin string) bool {
 	u, err := url.Parse(origin)
 	return err == nil && u.Host != "" && (u.Scheme == "https" || u.Scheme == "http" && !a.secure(r)) &&
 		(strings.EqualFold(u.Host, r.Host) || slices.Contains(a.publicHosts, u.Host))
 }
 
 func (a *access) secure(r *http.Request) bool {
-	return r.TLS != nil || a.trustProxy && last(r, "X-Forwarded-Proto") == "https"
+	return r.TLS != nil || a.trustProxy && lastElement(r, "X-Forwarded-Proto") == "https"
 }
 
-// address is whom a limit counts: the peer, or, with TRUST_PROXY, the one that
-// the nearest proxy names. In IPv6 it is the network, which one client has to
-// itself.
+// address is whom a limit counts: the peer or, with TRUST_PROXY, the address that
+// the nearest proxy names. Of IPv6 it is the network: one client has all of it.
 func (a *access) address(r *http.Request) netip.Addr {
-	peer, _ := netip.ParseAddrPort(r.RemoteAddr)
-	addr := peer.Addr()
-	if named, err := netip.ParseAddr(last(r, "X-Forwarded-For")); a.trustProxy && err == nil {
-		addr = named
+	addr, _ := parseAddress(r.RemoteAddr)
+	if named := lastElement(r, "X-Forwarded-For"); a.trustProxy && named != "" {
+		if client, err := parseAddress(named); err == nil {
+			addr = client
+		} else {
+			a.unnamed.Do(func() {
+				a.log.Warn("X-Forwarded-For names no address, limits count the proxy's", "proxy", addr.String(),
+					"err", err)
+			})
+		}
 	}
 	addr = addr.Unmap().WithZone("")
 	if network, err := addr.Prefix(64); addr.Is6() && !addr.IsLoopback() && err == nil {
@@ -238,9 +228,18 @@ func (a *access) address(r *http.Request) netip.Addr {
 	return addr
 }
 
-// last is the last element of a header that is a list: what the nearest proxy
-// has added, and not what a client made up.
-func last(r *http.Request, header string) string {
+// parseAddress reads an address with or without a port or brackets, as proxies
+// write it.
+func parseAddress(s string) (netip.Addr, error) {
+	if withPort, err := netip.ParseAddrPort(s); err == nil {
+		return withPort.Addr(), nil
+	}
+	return netip.ParseAddr(strings.Trim(s, "[]"))
+}
+
+// lastElement is what the nearest proxy has added to a header that is a list;
+// the elements before it can be made up by a client.
+func lastElement(r *http.Request, header string) string {
 	all := strings.Join(r.Header.Values(header), ",")
 	return strings.TrimSpace(all[strings.LastIndex(all, ",")+1:])
 }
@@ -255,24 +254,48 @@ func parseOrigin(s string) (string, error) {
 	return s, nil
 }
 
+// parseHost gives a host in lower case, without a port or with one.
+func parseHost(s string) (string, error) {
+	origin, err := parseOrigin("http://" + s)
+	if err != nil {
+		return "", fmt.Errorf("%q is not of the form host[:port]", s)
+	}
+	return strings.TrimPrefix(origin, "http://"), nil
+}
+
 // Connections.
 
-// enter counts a WebSocket, or says why it may not be. A loopback address that
-// no trusted proxy has named may be a proxy's, and has no limit of its own.
+// enter counts a WebSocket, or says why it may not be. Without TRUST_PROXY all
+// clients of a proxy on this machine have a loopback address: that has no limit
+// of its own.
 func (a *access) enter(addr netip.Addr) *denial {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	switch {
 	case a.closed:
-		return &denial{http.StatusServiceUnavailable, "stopping", "the server stops", time.Second}
+		return &denial{http.StatusServiceUnavailable, "stopping", "the server stops", 1}
 	case a.total >= a.maxConnections:
-		return &denial{http.StatusServiceUnavailable, "connections", "too many connections: MAX_CONNECTIONS", 5 * time.Second}
+		return &denial{http.StatusServiceUnavailable, "connections", "too many connections: MAX_CONNECTIONS", 5}
 	case a.sockets[addr] >= a.maxPerAddress && (a.trustProxy || !addr.IsLoopback()):
-		return &denial{http.StatusTooManyRequests, "connections_per_address", "too many connections: MAX_CONNECTIONS_PER_ADDRESS", 5 * time.Second}
+		return &denial{http.StatusTooManyRequests, "connections_per_address",
+			"too many connections: MAX_CONNECTIONS_PER_ADDRESS", 5}
 	}
 	a.total++
 	a.sockets[addr]++
 	return nil
+}
+
+// mayStart counts the sessions that an address begins, and reports whether they
+// are at most so many in a minute.
+func (a *access) mayStart(addr netip.Addr, most int) bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if now := time.Now(); now.Sub(a.startsSince) > time.Minute {
+		clear(a.starts)
+		a.startsSince = now
+	}
+	a.starts[addr]++
+	return a.starts[addr] <= most || addr.IsLoopback() && !a.trustProxy
 }
 
 // close lets no more WebSockets in, and gives how many are left.

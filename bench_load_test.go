@@ -3,18 +3,19 @@
 package main
 
 // What the benchmark's load is made of: recordings, batches of them ready to be
-// sent, and trackers that send them.
+// sent, and fleets of trackers that send them; and the programs that the server
+// is compared with.
 
 import (
 	"bufio"
 	"cmp"
-	"encoding/binary"
-	"errors"
+	"context"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -22,9 +23,10 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
-)
 
-// ---- what trackers send ----
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
+)
 
 // recorded is an event of a recording.
 type recorded struct {
@@ -33,7 +35,7 @@ type recorded struct {
 	at   time.Duration // since the recording began
 }
 
-// loadRecordings reads the recordings beside the checkout, or makes some of the
+// loadRecordings reads the recordings beside the checkout, or makes one of the
 // demo's: as long as those, by repetition.
 func loadRecordings(t testing.TB) (all [][]recorded) {
 	files, _ := filepath.Glob("../shared/recordings/*.json.gz")
@@ -42,20 +44,28 @@ func loadRecordings(t testing.TB) (all [][]recorded) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		text, err := gunzip(packed, 0)
+		text, err := unpackChunk(packed)
 		if err != nil {
 			t.Fatal(err)
 		}
 		all = append(all, parseRecording(t, text))
 	}
-	if all == nil {
-		text, err := os.ReadFile("testdata/demo.json")
-		if err != nil {
-			t.Fatal(err)
-		}
-		all = append(all, repeat(parseRecording(t, text), 40*time.Second))
+	if all != nil {
+		return all
 	}
-	return all
+	text, err := os.ReadFile("testdata/demo.json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var long []recorded
+	demo := parseRecording(t, text)
+	for start := time.Duration(0); start < 40*time.Second; start += demo[len(demo)-1].at + time.Second {
+		for _, e := range demo {
+			e.at += start
+			long = append(long, e)
+		}
+	}
+	return [][]recorded{long}
 }
 
 func parseRecording(t testing.TB, text []byte) (r []recorded) {
@@ -68,17 +78,6 @@ func parseRecording(t testing.TB, text []byte) (r []recorded) {
 		r = append(r, recorded{string(text[e.start:e.end]), e.kind, time.Duration(e.time-events[0].time) * time.Millisecond})
 	}
 	return r
-}
-
-func repeat(r []recorded, length time.Duration) (all []recorded) {
-	last := r[len(r)-1].at + time.Second
-	for start := time.Duration(0); start < length; start += last {
-		for _, e := range r {
-			e.at += start
-			all = append(all, e)
-		}
-	}
-	return all
 }
 
 // shot is a batch, ready to be sent by any tracker: the end of the message from
@@ -95,7 +94,7 @@ func newShot(events []recorded) *shot {
 		text[i] = e.text
 	}
 	body := strings.Join(text, ",")
-	return &shot{wireMask([]byte(body + "]}}")), len(body), len(events), events[len(events)-1].at}
+	return &shot{mask([]byte(body + "]}}")), len(body), len(events), events[len(events)-1].at}
 }
 
 // batches cuts a recording as the tracker in web/ does: a full snapshot goes out
@@ -104,7 +103,8 @@ func batches(r []recorded) (shots []*shot) {
 	const meta = 4
 	start := 0
 	for i, e := range r {
-		full := i-start == 50 || e.at-r[start].at > 500*time.Millisecond || e.kind == meta || i > 0 && r[i-1].kind == fullSnapshot
+		full := i-start == 50 || e.at-r[start].at > 500*time.Millisecond || e.kind == meta || i > 0 &&
+			r[i-1].kind == fullSnapshot
 		if i > start && full {
 			shots = append(shots, newShot(r[start:i]))
 			start = i
@@ -116,14 +116,7 @@ func batches(r []recorded) (shots []*shot) {
 // smallShots makes batches of so many events, each 400 bytes on average, give or
 // take a half.
 func smallShots(recordings [][]recorded, n int) (shots []*shot) {
-	var events []recorded
-	for _, r := range recordings {
-		for _, e := range r {
-			if len(e.text) < 1500 {
-				events = append(events, e)
-			}
-		}
-	}
+	events := slices.DeleteFunc(slices.Concat(recordings...), func(e recorded) bool { return len(e.text) >= 1500 })
 	slices.SortFunc(events, func(a, b recorded) int { return cmp.Compare(len(a.text), len(b.text)) })
 	mixed := make([]recorded, 0, len(events)) // small and large in turn
 	for i := range len(events) / 2 {
@@ -137,150 +130,16 @@ func smallShots(recordings [][]recorded, n int) (shots []*shot) {
 	return shots
 }
 
-// ---- a WebSocket client by hand ----
-
-// wire is one connection. It is not the server's library, which would mask and
-// copy every byte here while the server is measured.
-type wire struct {
-	net.Conn
-	r       *bufio.Reader
-	message []byte // the last one, reused
-}
-
-var maskKey = [4]byte{0x37, 0xfa, 0x21, 0x3d}
-
-func wireMask(b []byte) []byte {
-	for i := range b {
-		b[i] ^= maskKey[i&3]
-	}
-	return b
-}
-
-func (b *bench) dial(address, kind string, readBuffer int) (*wire, error) {
-	c, err := net.Dial("tcp", strings.TrimPrefix(address, "http://"))
-	if err != nil {
-		return nil, err
-	}
-	c.SetDeadline(b.until)
-	l := &wire{Conn: c, r: bufio.NewReaderSize(c, readBuffer)}
-	fmt.Fprintf(c, "GET /ws?type=%s HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"+
-		"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n", kind)
-	resp, err := http.ReadResponse(l.r, nil)
-	if err == nil && resp.StatusCode != http.StatusSwitchingProtocols {
-		err = errors.New(resp.Status)
-	}
-	return l, err
-}
-
-// wireHeader appends the header of a text frame with a payload of n bytes.
-func wireHeader(b []byte, masked byte, n int) []byte {
-	switch {
-	case n < 126:
-		b = append(b, 0x81, masked|byte(n))
-	case n < 1<<16:
-		b = binary.BigEndian.AppendUint16(append(b, 0x81, masked|126), uint16(n))
-	default:
-		b = binary.BigEndian.AppendUint64(append(b, 0x81, masked|127), uint64(n))
-	}
-	if masked != 0 {
-		b = append(b, maskKey[:]...)
-	}
-	return b
-}
-
-// readWireHeader reads a frame's header and gives its first byte and its payload's
-// size.
-func readWireHeader(r *bufio.Reader) (first byte, n int, err error) {
-	var h [10]byte
-	if _, err = io.ReadFull(r, h[:2]); err != nil {
-		return 0, 0, err
-	}
-	n = int(h[1] & 0x7f)
-	switch n {
-	case 126:
-		_, err = io.ReadFull(r, h[2:4])
-		n = int(binary.BigEndian.Uint16(h[2:4]))
-	case 127:
-		_, err = io.ReadFull(r, h[2:10])
-		n = int(binary.BigEndian.Uint64(h[2:10]))
-	}
-	if err == nil && h[1]&0x80 != 0 {
-		_, err = r.Discard(len(maskKey))
-	}
-	return h[0], n, err
-}
-
-func (l *wire) send(format string, args ...any) error {
-	text := fmt.Appendf(nil, format, args...)
-	_, err := l.Write(append(wireHeader(nil, 0x80, len(text)), wireMask(text)...))
-	return err
-}
-
-// next gives the next message, whole; it answers pings.
-func (l *wire) next() ([]byte, error) {
-	l.message = l.message[:0]
-	for {
-		first, n, err := readWireHeader(l.r)
-		if err != nil {
-			return nil, err
-		}
-		start := len(l.message)
-		l.message = slices.Grow(l.message, n)[:start+n]
-		if _, err := io.ReadFull(l.r, l.message[start:]); err != nil {
-			return nil, err
-		}
-		switch op := first & 0x0f; {
-		case op == 8:
-			return nil, io.EOF
-		case op == 9:
-			pong := append([]byte{0x8a, 0x80 | byte(n)}, maskKey[:]...)
-			l.Write(append(pong, wireMask(l.message[start:])...))
-			l.message = l.message[:start]
-		case first&0x80 != 0:
-			return l.message, nil
-		}
-	}
-}
-
-// expect reads until a message of a type.
-func (l *wire) expect(typ string) ([]byte, error) {
-	for {
-		m, err := l.next()
-		if err != nil || strings.HasPrefix(string(m), `{"type":"`+typ+`"`) {
-			return m, err
-		}
-		if strings.HasPrefix(string(m), `{"type":"error"`) {
-			return m, fmt.Errorf("the server says %s", m)
-		}
-	}
-}
-
-// digits reads the number that follows a name, -1 when it is not there.
-func digits(m []byte, name string) int64 {
-	_, rest, ok := strings.Cut(string(m[:min(len(m), 400)]), name)
-	n := int64(0)
-	for _, c := range strings.TrimLeft(rest, " ") {
-		if c < '0' || c > '9' {
-			break
-		}
-		n = n*10 + int64(c-'0')
-	}
-	if !ok {
-		return -1
-	}
-	return n
-}
-
 // ---- trackers ----
 
 // workload says what a fleet of trackers sends.
 type workload struct {
 	trackers int
-	window   int
+	window   int                 // bytes without an ack
 	shots    func(i int) []*shot // of tracker i
 	loop     bool                // over and over, until stop
-	// pace says when, since the start, tracker i sends its batch n, with so many
-	// bytes sent before; nil: as fast as acks allow.
+	// pace says when, since the start, tracker i sends its batch n (from 0 on),
+	// with so many bytes sent before; nil: as fast as acks allow.
 	pace func(i int, n, bytes int64, s *shot) time.Duration
 	mark bool // each batch begins with an event that says when it was sent
 }
@@ -296,60 +155,92 @@ func rotated(shots []*shot) func(int) []*shot {
 // fleet is trackers that run, and the sum of what was acked.
 type fleet struct {
 	workload
-	links                  []*loadTracker
-	stopped                chan struct{}
-	ends                   sync.WaitGroup
+	trackers               []*testTracker
+	begin                  time.Time
 	bytes, events, batches atomic.Int64 // acked
 	sent                   atomic.Int64 // events
-	trouble                atomic.Pointer[error]
-}
-
-type loadTracker struct {
-	*wire
-	id    string
-	fleet *fleet
-
-	mu       sync.Mutex
-	wake     *sync.Cond
-	unacked  []*shot
-	inFlight int
-	acked    int64
-	done     bool // sends no more
 }
 
 // launch connects trackers, starts their sessions, and lets them go.
 func (b *bench) launch(t *testing.T, address string, w workload) *fleet {
 	t.Helper()
 	b.fleets++
-	f := &fleet{workload: w, stopped: make(chan struct{}), links: make([]*loadTracker, w.trackers)}
-	parallel(t, w.trackers, func(i int) error {
-		c, err := b.dial(address, "tracker", 4096)
-		if err != nil {
-			return err
-		}
-		tr := &loadTracker{wire: c, id: fmt.Sprintf("bench-%d-%d", b.fleets, i), fleet: f}
-		tr.wake = sync.NewCond(&tr.mu)
-		f.links[i] = tr
-		return tr.start()
-	})
-	begin := time.Now()
-	for i, tr := range f.links {
-		f.ends.Add(2)
-		go tr.shoot(i, begin) // ends with stop
-		go tr.listen()        // ends with the connection
+	f := &fleet{workload: w, begin: time.Now()}
+	for i := range w.trackers {
+		f.trackers = append(f.trackers, f.tracker(t, i, fmt.Sprintf("bench-%d-%d", b.fleets, i)).start(address))
+	}
+	for _, tr := range f.trackers {
+		waitUntil(t, "the trackers are ready", func() bool { return tr.read(&tr.made) > 0 })
 	}
 	return f
 }
 
-func (tr *loadTracker) start() error {
-	err := tr.send(`{"type":"session_start","data":{"sessionId":"%s","resume":"","userId":"ann","url":"https://example.com/shop",`+
-		`"userAgent":"Mozilla/5.0 (X11; Linux x86_64) AppleWebKit/537.36 (KHTML, like Gecko) Chrome/140.0.0.0 Safari/537.36",`+
-		`"viewport":{"width":1280,"height":800,"devicePixelRatio":1},"startTime":1700000000000,"referrer":"","timeZone":"UTC"}}`, tr.id)
-	if err != nil {
-		return err
+func (f *fleet) tracker(t *testing.T, i int, id string) *testTracker {
+	tr, shots, bytes := newTracker(t, id), f.shots(i), int64(0)
+	shot := func(seq int64) *shot { return shots[(seq-1)%int64(len(shots))] }
+	tr.window, tr.ends, tr.pause = f.window, true, 0
+	if !f.loop {
+		tr.limit = int64(len(shots))
 	}
-	_, err = tr.expect("session_ready")
-	return err
+	tr.weigh = func(seq int64) int { return shot(seq).json }
+	tr.sending = func(seq int64) { f.sent.Add(int64(shot(seq).events)) }
+	tr.confirmed = func(seq int64) {
+		f.bytes.Add(int64(shot(seq).json))
+		f.events.Add(int64(shot(seq).events))
+		f.batches.Add(1)
+	}
+	tr.frame = func(seq int64) net.Buffers { return shot(seq).frame(seq, f.mark) }
+	if f.workload.pace != nil {
+		tr.pace = func(seq int64) time.Duration {
+			bytes += int64(shot(seq).json)
+			return time.Until(f.begin.Add(f.workload.pace(i, seq, bytes, shot(seq+1))))
+		}
+	}
+	return tr
+}
+
+// frame is the batch's message: its number and, if asked, a first event, before
+// the events that are masked already.
+func (s *shot) frame(seq int64, marked bool) net.Buffers {
+	prefix := fmt.Appendf(make([]byte, 0, 256), `{"type":"events_batch","data":{"seq":%d,"events":[`, seq)
+	if marked {
+		now := time.Now()
+		prefix = fmt.Appendf(prefix, `{"type":5,"timestamp":%d,"data":{"tag":"bench","payload":%d}},`, now.UnixMilli(),
+			now.UnixNano())
+	}
+	for len(prefix)%len(maskKey) != 0 {
+		prefix = append(prefix, ' ')
+	}
+	return net.Buffers{append(frameHeader(0x81, uint64(len(prefix)+len(s.masked))), mask(prefix)...), s.masked}
+}
+
+// stop sends no more and waits until everything is acked, over the connections
+// that there were from the start.
+func (f *fleet) stop(t *testing.T) {
+	t.Helper()
+	for _, tr := range f.trackers {
+		tr.stop()
+	}
+	f.wait(t)
+}
+
+// wait waits until all is sent and acked.
+func (f *fleet) wait(t *testing.T) {
+	t.Helper()
+	for _, tr := range f.trackers {
+		if !f.loop {
+			waitUntil(t, "all is sent", func() bool { return tr.read(&tr.made) == tr.limit })
+		}
+		if tr.finish(); tr.reconnects > 1 || len(tr.errors) > 0 {
+			t.Fatalf("%s: %d connections, errors %v", tr.session, tr.reconnects, tr.errors)
+		}
+	}
+}
+
+func (f *fleet) abandon() {
+	for _, tr := range f.trackers {
+		tr.abandon()
+	}
 }
 
 // parallel does something n times, 50 at a time.
@@ -373,139 +264,173 @@ func parallel(t *testing.T, n int, do func(int) error) {
 	}
 }
 
-func (tr *loadTracker) shoot(i int, begin time.Time) {
-	defer tr.fleet.ends.Done()
-	f := tr.fleet
-	shots, bytes := f.shots(i), int64(0)
-	for n := int64(0); f.loop || n < int64(len(shots)); n++ {
-		s := shots[n%int64(len(shots))]
-		if f.pace != nil {
-			select {
-			case <-f.stopped:
-			case <-time.After(time.Until(begin.Add(f.pace(i, n, bytes, s)))):
-			}
+// ---- the bare programs ----
+
+// A bare program does nothing but commit chunks, in a process of its own: chunks
+// that are ready, or, to do the same work as the server, that it compresses as
+// the server does. To be fair it also receives, from the same trackers and as
+// fast, the bytes that the chunks are made of, without looking at them: it pays
+// for the sockets and shares the two cores with the trackers as the server does.
+// It has the server's table, number of connections and size of transactions, and
+// acks what is committed.
+func init() {
+	if database := os.Getenv("BENCH_BARE"); database != "" {
+		if err := bare(database, os.Getenv("BENCH_BARE_GZIP") != ""); err != nil {
+			fmt.Fprintln(os.Stderr, "bare:", err)
 		}
-		if !tr.room(s) {
-			break
-		}
-		if err := tr.fire(n+1, s); err != nil {
-			f.fail(err)
-			break
-		}
-		bytes += int64(s.json)
-	}
-	tr.mu.Lock()
-	tr.done = true
-	if len(tr.unacked) == 0 {
-		tr.quit()
-	}
-	tr.mu.Unlock()
-}
-
-// room waits until a batch may be sent, and says false when nothing more is.
-func (tr *loadTracker) room(s *shot) bool {
-	tr.mu.Lock()
-	defer tr.mu.Unlock()
-	for tr.inFlight > 0 && tr.inFlight+s.json > tr.fleet.window && !tr.fleet.ended() {
-		tr.wake.Wait()
-	}
-	if tr.fleet.ended() {
-		return false
-	}
-	tr.unacked = append(tr.unacked, s)
-	tr.inFlight += s.json
-	tr.fleet.sent.Add(int64(s.events))
-	return true
-}
-
-func (f *fleet) ended() bool {
-	select {
-	case <-f.stopped:
-		return true
-	default:
-		return false
+		os.Exit(1)
 	}
 }
 
-func (f *fleet) fail(err error) { f.trouble.CompareAndSwap(nil, &err) }
-
-// fire sends a batch: its number and, if asked, a first event, before the events
-// that are masked already.
-func (tr *loadTracker) fire(seq int64, s *shot) error {
-	prefix := make([]byte, 0, 256)
-	prefix = fmt.Appendf(prefix, `{"type":"events_batch","data":{"seq":%d,"events":[`, seq)
-	if tr.fleet.mark {
-		now := time.Now()
-		prefix = fmt.Appendf(prefix, `{"type":5,"timestamp":%d,"data":{"tag":"bench","payload":%d}},`, now.UnixMilli(), now.UnixNano())
-	}
-	for len(prefix)%len(maskKey) != 0 {
-		prefix = append(prefix, ' ')
-	}
-	head := wireHeader(make([]byte, 0, 300), 0x80, len(prefix)+len(s.masked))
-	head = append(head, wireMask(prefix)...)
-	_, err := (&net.Buffers{head, s.masked}).WriteTo(tr.Conn)
-	return err
+// bareChunk is a flush of one chunk, acked with seq.
+type bareChunk struct {
+	flush
+	conn net.Conn
+	seq  int64
 }
 
-func (tr *loadTracker) listen() {
-	defer tr.fleet.ends.Done()
-	for {
-		m, err := tr.expect("events_ack")
+func bare(database string, compress bool) error {
+	go func() { // ends with the process, and ends it with who started it
+		io.Copy(io.Discard, os.Stdin)
+		os.Exit(0)
+	}()
+	pool, err := pgxpool.New(context.Background(), database)
+	if err != nil {
+		return err
+	}
+	chunks := readyChunks()
+	work := make(chan bareChunk, 1024)
+	for range writers {
+		go bareWriter(pool, work, compress) // ends with the process, as all here
+	}
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return err
+	}
+	fmt.Println(listener.Addr())
+	for n := 0; ; n++ {
+		conn, err := listener.Accept()
 		if err != nil {
-			tr.mu.Lock()
-			if !tr.done || len(tr.unacked) > 0 {
-				tr.fleet.fail(fmt.Errorf("%s: %w", tr.id, err))
-			}
-			tr.mu.Unlock()
+			return err
+		}
+		go bareReader(conn, fmt.Sprintf("bare-%d", n), pool, chunks, work)
+	}
+}
+
+// readyChunks are the recordings in chunks as the server makes them, each with
+// the batches that it is made of.
+func readyChunks() (all []flush) {
+	for _, r := range loadRecordings(nil) {
+		whole := flush{batches: recordedBatches(r)}
+		whole.encode()
+		for _, c := range whole.chunks {
+			n := int(c.count)
+			all = append(all, flush{batches: whole.batches[:n:n], chunks: []chunk{c}})
+			whole.batches = whole.batches[n:]
+		}
+	}
+	return all
+}
+
+// recordedBatches has each event in a batch of its own.
+func recordedBatches(r []recorded) (all []*batch) {
+	for _, e := range r {
+		all = append(all, &batch{body: []byte(e.text), events: []event{{0, uint32(len(e.text)), e.kind, 0}}})
+	}
+	return all
+}
+
+func bareReader(conn net.Conn, id string, pool *pgxpool.Pool, chunks []flush, work chan<- bareChunk) {
+	defer conn.Close()
+	r := bufio.NewReaderSize(conn, 64<<10)
+	if _, err := http.ReadRequest(r); err != nil {
+		return
+	}
+	io.WriteString(conn, "HTTP/1.1 101 Switching Protocols\r\n\r\n")
+	received, first := 0, int64(0)
+	var message []byte
+	for seq := int64(0); ; seq++ {
+		var err error
+		if _, message, err = readFrame(r, message[:0]); err != nil {
 			return
 		}
-		tr.heard(digits(m, `"seq":`))
-	}
-}
-
-func (tr *loadTracker) heard(seq int64) {
-	tr.mu.Lock()
-	defer tr.mu.Unlock()
-	for ; tr.acked < seq; tr.acked++ {
-		s := tr.unacked[0]
-		tr.unacked = tr.unacked[1:]
-		tr.inFlight -= s.json
-		tr.fleet.bytes.Add(int64(s.json))
-		tr.fleet.events.Add(int64(s.events))
-		tr.fleet.batches.Add(1)
-	}
-	tr.wake.Signal()
-	if tr.done && len(tr.unacked) == 0 {
-		tr.quit()
-	}
-}
-
-// quit ends the session and the connection.
-func (tr *loadTracker) quit() {
-	tr.send(`{"type":"session_end","data":{"sessionId":"%s"}}`, tr.id)
-	tr.Conn.(*net.TCPConn).CloseWrite()
-}
-
-// stop sends no more. With patience it waits until everything is acked.
-func (f *fleet) stop(t *testing.T, patient bool) {
-	t.Helper()
-	close(f.stopped)
-	for _, tr := range f.links {
-		tr.wake.Signal()
-		if !patient {
-			tr.Close()
+		if seq == 0 {
+			pool.Exec(context.Background(),
+				"insert into sessions (session_id, user_id, url, metadata, is_active) values ($1, '', '', '{}', true)", id)
+			io.WriteString(conn, "\x81\x18{\"type\":\"session_ready\"}")
+			continue
+		}
+		received += len(message)
+		for c := chunks[first%int64(len(chunks))]; received >= c.chunks[0].raw; c = chunks[first%int64(len(chunks))] {
+			received -= c.chunks[0].raw
+			c.session, c.chunks = id, slices.Clone(c.chunks)
+			c.chunks[0].first = first
+			work <- bareChunk{c, conn, seq}
+			first++
 		}
 	}
-	if patient {
-		f.wait(t)
+}
+
+func bareWriter(pool *pgxpool.Pool, work <-chan bareChunk, compress bool) {
+	for {
+		group, bytes := []bareChunk{<-work}, 0
+		for more := true; more && bytes < maxFlushBytes; {
+			select {
+			case c := <-work:
+				group = append(group, c)
+				bytes += c.chunks[0].raw
+			default:
+				more = false
+			}
+		}
+		batch := &pgx.Batch{}
+		for _, f := range group {
+			c := f.chunks[0]
+			if compress {
+				f.encode()
+				c.events = f.chunks[0].events
+			}
+			batch.Queue(`insert into session_events
+				(session_id, first_index, event_count, start_time, end_time, snapshot_index, raw_bytes, events)
+				values ($1, $2, $3, $4, $5, $6, $7, $8)`,
+				f.session, c.first, c.count, c.startTime, c.endTime, c.snapshot, c.raw, c.events)
+		}
+		if err := pool.SendBatch(context.Background(), batch).Close(); err != nil {
+			fmt.Fprintln(os.Stderr, "bare:", err)
+			os.Exit(1)
+		}
+		for _, c := range group {
+			ack := fmt.Sprintf(`{"type":"events_ack","data":{"seq":%d}}`, c.seq)
+			fmt.Fprintf(c.conn, "\x81%c%s", len(ack), ack)
+		}
 	}
 }
 
-// wait waits until all is sent and acked.
-func (f *fleet) wait(t *testing.T) {
-	t.Helper()
-	f.ends.Wait()
-	if err := f.trouble.Load(); err != nil {
-		t.Fatal(*err)
+// startBare starts a bare program; it ends with the part.
+func (b *bench) startBare(t *testing.T, env ...string) (address string, pid int) {
+	database := databaseIn(t, b.cluster.url)
+	execSQL(t, database, schema)
+	cmd := exec.Command(os.Args[0])
+	cmd.Env = append(append(os.Environ(), "BENCH_BARE="+database), env...)
+	cmd.Stderr = os.Stderr
+	stdin, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
 	}
+	stdout, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		stdin.Close()
+		cmd.Wait()
+	})
+	line, err := bufio.NewReader(stdout).ReadString('\n')
+	if err != nil {
+		t.Fatalf("bare program: %v", err)
+	}
+	return "ws://" + strings.TrimSpace(line) + "/ws", cmd.Process.Pid
 }

@@ -4,13 +4,9 @@ package main
 // whose README.md says how they are written.
 
 import (
-	"bufio"
-	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
-	"net"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -19,115 +15,28 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"nhooyr.io/websocket"
 )
 
-// rawConn is a TCP connection to the server, on which anything can be sent.
-type rawConn struct {
-	t testing.TB
-	net.Conn
-	in *bufio.Reader
-}
-
-func rawTCP(t testing.TB, s *insideServer) *rawConn {
-	t.Helper()
-	conn, err := net.Dial("tcp", "127.0.0.1:"+s.port)
-	if err != nil {
-		t.Fatalf("dial: %v", err)
-	}
-	t.Cleanup(func() { conn.Close() })
-	conn.SetDeadline(time.Now().Add(patience))
-	return &rawConn{t, conn, bufio.NewReader(conn)}
-}
-
-// rawWebSocket is one behind the handshake.
-func rawWebSocket(t testing.TB, s *insideServer, kind string) *rawConn {
-	t.Helper()
-	c := rawTCP(t, s)
-	c.write("GET /ws?type=" + kind + " HTTP/1.1\r\nHost: 127.0.0.1:" + s.port + "\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n" +
-		"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n")
-	if status := c.status(); status != http.StatusSwitchingProtocols {
-		t.Fatalf("handshake: got status %d", status)
-	}
-	return c
-}
-
-// write ignores errors: the server may have closed in the middle.
-func (c *rawConn) write(text string) { io.WriteString(c, text) }
-
-// status reads the head of an answer and gives its status, 0 when there is none.
-func (c *rawConn) status() int {
-	resp, err := http.ReadResponse(c.in, nil)
-	if err != nil {
-		return 0
-	}
-	return resp.StatusCode
-}
-
-// readFrame reads one frame of the server.
-func (c *rawConn) readFrame() (op byte, payload []byte, err error) {
-	var head [2]byte
-	if _, err := io.ReadFull(c.in, head[:]); err != nil {
-		return 0, nil, err
-	}
-	n := uint64(head[1] & 0x7f)
-	if n >= 126 {
-		size := make([]byte, map[uint64]int{126: 2, 127: 8}[n])
-		if _, err := io.ReadFull(c.in, size); err != nil {
-			return 0, nil, err
-		}
-		n = binary.BigEndian.Uint64(append(make([]byte, 8-len(size)), size...))
-	}
-	payload = make([]byte, n)
-	_, err = io.ReadFull(c.in, payload)
-	return head[0] & 0x0f, payload, err
-}
-
-// closeFrame reads on until the server closes; -1 when it ends the connection
+// closeCode reads on until the server closes; -1 when it ends the connection
 // without a close frame.
-func (c *rawConn) closeFrame() (code int, reason string) {
+func (c *testConn) closeCode() int {
 	c.t.Helper()
 	for {
-		op, payload, err := c.readFrame()
-		if errors.Is(err, os.ErrDeadlineExceeded) {
+		_, err := c.receive()
+		var closed websocket.CloseError
+		switch {
+		case err == nil:
+		case errors.Is(err, os.ErrDeadlineExceeded):
 			c.t.Fatal("the server does not close")
-		}
-		if err != nil {
-			return -1, ""
-		}
-		if op == 8 && len(payload) >= 2 {
-			return int(binary.BigEndian.Uint16(payload)), string(payload[2:])
+		case errors.As(err, &closed):
+			return int(closed.Code)
+		default:
+			return -1
 		}
 	}
 }
-
-// maskedFrame is a frame as a client sends it; head is its first byte.
-func maskedFrame(head byte, payload []byte) []byte {
-	frame := frameHeader(head, uint64(len(payload)))
-	key := frame[len(frame)-4:]
-	for i, b := range payload {
-		frame = append(frame, b^key[i%4])
-	}
-	return frame
-}
-
-// frameHeader has the mask's key at its end.
-func frameHeader(head byte, size uint64) []byte {
-	frame := []byte{head}
-	switch {
-	case size < 126:
-		frame = append(frame, 0x80|byte(size))
-	case size < 1<<16:
-		frame = binary.BigEndian.AppendUint16(append(frame, 0x80|126), uint16(size))
-	default:
-		frame = binary.BigEndian.AppendUint64(append(frame, 0x80|127), size)
-	}
-	return append(frame, "KEY!"...)
-}
-
-func maskedText(payload []byte) []byte { return maskedFrame(0x81, payload) }
-
-// announce is the header of a text frame of a size, without what it announces.
-func announce(size uint64) []byte { return frameHeader(0x81, size) }
 
 // hostileCase is a file: what to send, and what has to come.
 type hostileCase struct {
@@ -198,9 +107,9 @@ func parseHostile(line string) (step hostileStep, err error) {
 }
 
 // play sends a case to the server and checks what comes.
-func (hc hostileCase) play(t testing.TB, s *insideServer) {
-	var c *rawConn
-	var all []*rawConn
+func (hc hostileCase) play(t testing.TB, s *testServer) {
+	var c *testConn
+	var all []*testConn
 	for _, step := range hc.steps {
 		arg := ""
 		if len(step.args) > 0 {
@@ -238,25 +147,25 @@ func (hc hostileCase) play(t testing.TB, s *insideServer) {
 }
 
 // answers checks what the server does, and says what else it did.
-func (c *rawConn) answers(want []string) string {
+func (c *testConn) answers(want []string) string {
 	switch want[0] {
 	case "status":
 		if got := strconv.Itoa(c.status()); got != want[1] {
 			return "status " + got
 		}
 	case "close":
-		if code, reason := c.closeFrame(); strconv.Itoa(code) != want[1] {
-			return fmt.Sprintf("close code %d, reason %q", code, reason)
+		if code := c.closeCode(); strconv.Itoa(code) != want[1] {
+			return fmt.Sprintf("close code %d", code)
 		}
 	case "end":
-		c.closeFrame()
+		c.closeCode()
 	case "alive":
 		c.write(string(maskedFrame(0x89, []byte("are you there"))))
 		return c.await(func(op byte, payload []byte) bool { return op == 10 && string(payload) == "are you there" })
 	case "error", "message":
 		return c.await(func(op byte, payload []byte) bool {
-			var m testMessage
-			return op == 1 && json.Unmarshal(payload, &m) == nil && (m.Type == want[1] || m.Type == want[0] && m.Data.Code == want[1])
+			m, err := parseMessage(payload)
+			return op == 1 && err == nil && (m.Type == want[1] || m.Type == want[0] && m.Data.Code == want[1])
 		})
 	default:
 		return "an expectation that nobody understands"
@@ -265,10 +174,12 @@ func (c *rawConn) answers(want []string) string {
 }
 
 // await reads on until a frame fits; otherwise it says what came instead.
-func (c *rawConn) await(fits func(op byte, payload []byte) bool) string {
+func (c *testConn) await(fits func(op byte, payload []byte) bool) string {
 	var passed []string
+	c.SetReadDeadline(time.Now().Add(patience))
 	for {
-		op, payload, err := c.readFrame()
+		head, payload, err := readFrame(c.in, nil)
+		op := head & 0x0f
 		if err != nil {
 			return fmt.Sprintf("%v after %.500v", err, passed)
 		}
@@ -304,7 +215,8 @@ func TestHostile(t *testing.T) {
 }
 
 func playHostile(t *testing.T, cases []hostileCase, env ...string) {
-	s := startInside(t, append(env, "MAX_MESSAGE_BYTES=2000000", "SESSION_GRACE_PERIOD=0", "MAX_SESSIONS_PER_MINUTE=100000", "BATCH_INTERVAL=5")...)
+	s := startInside(t, append(env, "MAX_MESSAGE_BYTES=2000000", "SESSION_GRACE_PERIOD=0",
+		"MAX_SESSIONS_PER_MINUTE=100000", "BATCH_INTERVAL=5")...)
 	innocent := s.recording("innocent")
 	recorded := 0
 	check := func(t *testing.T) {
@@ -336,9 +248,10 @@ func playHostile(t *testing.T, cases []hostileCase, env ...string) {
 	innocent.t = t
 	innocent.send("session_end", `{}`)
 	waitUntil(t, "it has ended", func() bool { return s.memory().sessions == 0 })
-	innocent.CloseNow()
+	innocent.Close()
 	s.nothingLeft()
-	if n := querySQL[int](t, s.database, "select count(*) from sessions where session_id !~ '^[A-Za-z0-9_.:-]{1,128}$' or user_id ~ '[[:cntrl:]]'"); n != 0 {
+	if n := querySQL[int](t, s.database, `select count(*) from sessions
+		where session_id !~ '^[A-Za-z0-9_.:-]{1,128}$' or user_id ~ '[[:cntrl:]]'`); n != 0 {
 		t.Errorf("%d sessions have an id or a user that is not sane", n)
 	}
 }
@@ -354,35 +267,26 @@ func innocentEvents(batches int) (events []json.RawMessage) {
 
 // calm waits until the server is healthy and has the innocent connection only,
 // with one goroutine that reads it.
-func (s *insideServer) calm(t *testing.T) {
+func (s *testServer) calm(t *testing.T) {
 	t.Helper()
 	if status, body := s.get("/health"); status != http.StatusOK {
 		t.Fatalf("/health: status %d %s", status, body)
 	}
 	waitUntil(t, "no connection is left over", func() bool { return s.stat("totalClients") == 1 })
 	waitUntil(t, "no session is left over", func() bool { return s.memory().sessions == 1 })
-	deadline := time.Now().Add(10 * time.Second)
-	for {
+	waitUntil(t, "the only goroutine of a connection is the innocent's", func() bool {
 		http.DefaultClient.CloseIdleConnections()
-		of, stacks := connectionGoroutines()
-		if of == 1 {
-			return
-		}
-		if time.Now().After(deadline) {
-			t.Fatalf("%d goroutines are there for connections, want 1:\n%s", of, stacks)
-		}
-		time.Sleep(5 * time.Millisecond)
-	}
+		return connectionGoroutines() == 1
+	})
 }
 
 // connectionGoroutines counts the server's goroutines that serve connections.
-func connectionGoroutines() (n int, stacks string) {
+func connectionGoroutines() (n int) {
 	buf := make([]byte, 1<<20)
-	stacks = string(buf[:runtime.Stack(buf, true)])
-	for _, stack := range strings.Split(stacks, "\n\n") {
+	for stack := range strings.SplitSeq(string(buf[:runtime.Stack(buf, true)]), "\n\n") {
 		if strings.Contains(stack, "session-replay.(*conn).") || strings.Contains(stack, "net/http.(*conn).serve(") {
 			n++
 		}
 	}
-	return n, stacks
+	return n
 }

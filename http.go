@@ -2,25 +2,24 @@ package main
 
 import (
 	"bufio"
-	"bytes"
-	"compress/gzip"
 	"context"
-	"crypto/sha256"
-	"embed"
-	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io/fs"
-	"log/slog"
+	"maps"
+	"math"
 	"net"
 	"net/http"
+	"net/netip"
 	"net/url"
-	"path"
+	"runtime"
+	"runtime/debug"
+	rt "runtime/metrics"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"nhooyr.io/websocket"
@@ -29,17 +28,16 @@ import (
 // server answers HTTP and WebSocket requests. It owns the connections' readers
 // and writers; its parts are safe for concurrent use.
 type server struct {
-	cfg     config
-	hub     *hub
-	store   *store
-	budget  *budget
-	metrics *metrics
+	core
 	writers []*writer
 	access  *access
-	logs    *logs
-	log     *slog.Logger
+	audit   *audit
+	origins *origins
 	started time.Time
 	files   map[string]asset
+	reason  atomic.Pointer[string] // why the server is unhealthy, "" when it is not
+
+	reasonLogged time.Time // beat's own
 
 	ctx  context.Context // ends the connections when all else has failed
 	open sync.Map        // of *conn: those to be told when the server stops
@@ -48,7 +46,7 @@ type server struct {
 // route is a pattern of net/http, for whom it is, and what answers.
 type route struct {
 	pattern string
-	who     who
+	who     audience
 	handle  http.HandlerFunc
 }
 
@@ -57,55 +55,114 @@ func (s *server) table() []route {
 	return []route{
 		{"GET /{$}", browsers, s.handleRoot},
 		{"GET /ws", sockets, s.handleWebSocket},
-		{"GET /health", anyone, s.handleHealth},
-		{"GET /stats", viewers, s.handleStats},
-		{"GET /metrics", scrapers, s.handleMetrics},
-		{"GET /sessions", viewers, s.query(s.handleSessions)},
+		{"POST /ws", anyone, s.handlePost}, // trackers', as the next four are: they look at the key themselves
+		{"OPTIONS /ws", anyone, s.handlePreflight},
+		{"GET /recordings/{id}/events/ws", anyone, s.handleRecordingSocket},
+		{"POST /recordings/{id}/events", anyone, s.handleRecordingPost},
+		{"OPTIONS /recordings/{id}/events", anyone, s.handlePreflight},
+		{"GET /health", anyone, s.query(s.handleHealth)},
+		{"GET /stats", viewers, s.query(s.handleStats)},
+		{"GET /metrics", scrapers, s.query(s.handleMetrics)},
+		{"GET /sessions", viewers, s.query(s.handleSessions, append(filterNames, "limit", "offset")...)},
+		{"DELETE /sessions", viewers, s.query(s.handleDeleteUser, "userId")},
+		{"GET /sessions/export", viewers, s.query(s.handleExportUser, "userId")},
 		{"GET /sessions/active", viewers, s.query(s.handleActive)},
 		{"GET /sessions/{id}", viewers, s.query(s.handleSession)},
-		{"GET /sessions/{id}/events", viewers, s.query(s.handleEvents)},
+		{"GET /sessions/{id}/events", viewers, s.query(s.handleEvents, "fromIndex", "limit")},
 		{"GET /sessions/{id}/errors", viewers, s.query(s.handleErrors)},
-		{"GET /sessions/{id}/chunks/{index}", viewers, s.query(s.handleChunk)},
-		{"DELETE /sessions/cleanup", viewers, s.query(s.handleCleanup)},
+		{"GET /sessions/{id}/chunks/{index}", viewers, s.query(s.handleChunk, "of")},
+		{"GET /sessions/{id}/export", viewers, s.query(s.handleExport)},
+		{"DELETE /sessions/cleanup", viewers, s.query(s.handleCleanup, "maxAgeHours")},
 		{"DELETE /sessions/{id}", viewers, s.query(s.handleDelete)},
-		{"GET /view/{id}", browsers, s.handleView},
+		{"GET /view/{id}", browsers, s.page("view.html", mediaPolicy(s.access.mediaOrigins))},
 		{"POST /signin", visitors, s.handleSignIn},
 		{"POST /signout", visitors, s.handleSignOut},
-		{"GET /demo", anyone, s.handleDemo},
-		{"GET /demo/{page}", anyone, s.handleDemo},
+		{"GET /demo", anyone, s.page("demo.html", demoPolicy)},
+		{"GET /demo/{page}", anyone, s.page("demo.html", demoPolicy)},
 		{"GET /assets/{file}", anyone, s.handleAsset},
 		{"GET /tracker.js", anyone, s.handleTracker},
 	}
 }
 
+// routes gives the handler of all requests. What no route takes is answered as
+// the mux would, but in JSON.
 func (s *server) routes() http.Handler {
 	mux := http.NewServeMux()
 	for _, route := range s.table() {
 		mux.HandleFunc(route.pattern, s.guard(route))
 	}
-	mux.HandleFunc("/", s.guard(route{"/", anyone, s.handleElse(mux)}))
-	return s.recovered(mux)
-}
-
-// guard lets in whom the route is for. Whoever comes to a page by a link with
-// the token gets the cookie, and the page's URL without it.
-func (s *server) guard(route route) http.HandlerFunc {
-	return func(w http.ResponseWriter, r *http.Request) {
-		h := w.Header()
-		h.Set("X-Content-Type-Options", "nosniff")
-		h.Set("Vary", "Origin")
-		if origin := r.Header.Get("Origin"); slices.Contains(s.access.viewerOrigins, origin) {
-			h.Set("Access-Control-Allow-Origin", origin)
-		}
-		if d := s.access.admit(route.who, r); d != nil {
-			s.deny(w, r, route.who == browsers && isBrowser(r), d)
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		defer s.recoverHandler(w, r)
+		if s.allowOrigin(w.Header(), r) {
+			w.WriteHeader(http.StatusNoContent)
 			return
 		}
-		if query := r.URL.Query(); route.who == browsers && isBrowser(r) && query.Has("token") {
+		if builtIn, pattern := mux.Handler(r); pattern == "" {
+			answer := &statusOnly{ResponseWriter: w}
+			builtIn.ServeHTTP(answer, r)
+			s.fail(w, r, answer.status, strings.ToLower(http.StatusText(answer.status)), nil)
+			return
+		}
+		mux.ServeHTTP(w, r)
+	})
+}
+
+// statusOnly keeps back an answer's status and body, but not its header.
+type statusOnly struct {
+	http.ResponseWriter
+	status int
+}
+
+func (a *statusOnly) WriteHeader(status int)         { a.status = status }
+func (a *statusOnly) Write(body []byte) (int, error) { return len(body), nil }
+
+// recoverHandler logs a handler's panic and answers for it.
+func (s *server) recoverHandler(w http.ResponseWriter, r *http.Request) {
+	switch v := recover(); v {
+	case nil:
+	case http.ErrAbortHandler:
+		panic(v)
+	default:
+		s.logs.exception("handler", v, debug.Stack())
+		s.fail(w, r, http.StatusInternalServerError, "internal error", nil)
+	}
+}
+
+// allowOrigin lets the pages of VIEWER_ORIGINS read the answer. With preflight the
+// request asks for no more than that.
+func (s *server) allowOrigin(h http.Header, r *http.Request) (preflight bool) {
+	h.Set("X-Content-Type-Options", "nosniff")
+	h.Set("Vary", "Origin")
+	origin := r.Header.Get("Origin")
+	if !slices.Contains(s.access.viewerOrigins, origin) {
+		return false
+	}
+	h.Set("Access-Control-Allow-Origin", origin)
+	if r.Method != http.MethodOptions || isTracker(r) {
+		return false
+	}
+	h.Set("Access-Control-Allow-Methods", "GET, DELETE")
+	h.Set("Access-Control-Allow-Headers", "Authorization")
+	h.Set("Access-Control-Max-Age", "600")
+	return true
+}
+
+// guard lets in whom the route is for. A browser that comes to a page by a link
+// with the token gets the cookie, and the page's URL without the token.
+func (s *server) guard(route route) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		page := route.who == browsers && isBrowser(r)
+		if d := s.access.admit(route.who, r); d != nil {
+			s.deny(w, r, page, d)
+			return
+		}
+		if query := r.URL.Query(); page && query.Has("token") {
 			query.Del("token")
 			s.access.signIn(w, r, signInAge)
-			h.Set("Referrer-Policy", "no-referrer")
-			http.Redirect(w, r, (&url.URL{Path: r.URL.Path, RawPath: r.URL.RawPath, RawQuery: query.Encode()}).String(), http.StatusSeeOther)
+			s.audit.note(s.access.address(r), "signed in")
+			w.Header().Set("Referrer-Policy", "no-referrer")
+			clean := url.URL{Path: r.URL.Path, RawPath: r.URL.RawPath, RawQuery: query.Encode()}
+			http.Redirect(w, r, clean.String(), http.StatusSeeOther)
 			return
 		}
 		route.handle(w, r)
@@ -114,26 +171,36 @@ func (s *server) guard(route route) http.HandlerFunc {
 
 func isBrowser(r *http.Request) bool { return strings.Contains(r.Header.Get("Accept"), "text/html") }
 
-// deny answers who is not let in; with page, by the sign-in page.
+// deny answers a request that is not let in; with page, by the sign-in page.
 func (s *server) deny(w http.ResponseWriter, r *http.Request, page bool, d *denial) {
 	s.metrics.refuse(d.reason)
-	h := w.Header()
-	if d.wait > 0 {
-		h.Set("Retry-After", strconv.Itoa(int((d.wait+time.Second-1)/time.Second)))
+	if d.reason == "wrong_token" {
+		s.audit.note(s.access.address(r), "sign-in refused")
 	}
-	if d.status == http.StatusUnauthorized {
-		h.Set("WWW-Authenticate", "Bearer")
-		if _, err := r.Cookie(s.access.cookieName); err == nil && !s.access.signedIn(r) {
-			s.access.signIn(w, r, -1) // it is of another token: the browser need not try it again
-		}
+	if isTracker(r) {
+		s.origins.refused(originOf(r), d.reason)
+	}
+	h := w.Header()
+	if d.retryAfter > 0 {
+		h.Set("Retry-After", strconv.Itoa(d.retryAfter))
+	}
+	if d.status != http.StatusUnauthorized {
+		s.fail(w, r, d.status, d.message, nil)
+		return
+	}
+	h.Set("WWW-Authenticate", "Bearer")
+	if _, err := r.Cookie(s.access.cookieName); err == nil && !s.access.signedIn(r) {
+		s.access.signIn(w, r, -1) // the cookie stands for another token: the browser forgets it
 	}
 	file, ok := s.files["signin.html"]
-	if !page || !ok || d.status != http.StatusUnauthorized {
+	if !page || !ok {
 		s.fail(w, r, d.status, d.message, nil)
 		return
 	}
 	if r.Header.Get("Sec-Fetch-Site") == "cross-site" {
-		h.Set("Refresh", "0") // the cookie comes with requests of this site's own pages only: this is one now
+		// The browser followed a link of another site and kept its SameSite=Strict
+		// cookie back. It loads the page again: that request is of this site.
+		h.Set("Refresh", "0")
 	}
 	h.Set("Content-Security-Policy", viewerPolicy)
 	h.Set("Content-Type", file.contentType)
@@ -150,11 +217,12 @@ func (s *server) handleSignIn(w http.ResponseWriter, r *http.Request) {
 		s.fail(w, r, http.StatusBadRequest, `the body must be {"token": …}`, nil)
 		return
 	}
-	if d := s.access.judge(r, s.access.open || same(body.Token, s.access.token)); d != nil {
+	if d := s.access.compareToken(body.Token); d != nil && !s.access.open {
 		s.deny(w, r, false, d)
 		return
 	}
 	s.access.signIn(w, r, signInAge)
+	s.audit.note(s.access.address(r), "signed in")
 	w.WriteHeader(http.StatusNoContent)
 }
 
@@ -164,50 +232,6 @@ func (s *server) handleSignOut(w http.ResponseWriter, r *http.Request) {
 	s.access.signIn(w, r, -1)
 	w.Header().Set("Clear-Site-Data", `"cache"`)
 	w.WriteHeader(http.StatusNoContent)
-}
-
-// recovered writes down a handler's panic and answers for it.
-func (s *server) recovered(next http.Handler) http.Handler {
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		defer func() {
-			if v := recover(); v != nil {
-				if v == http.ErrAbortHandler {
-					panic(v)
-				}
-				s.fail(w, r, http.StatusInternalServerError, "internal error", nil)
-				func() { defer s.catch("handler"); panic(v) }()
-			}
-		}()
-		next.ServeHTTP(w, r)
-	})
-}
-
-// handleElse answers what no route takes: 405 where another method would do.
-func (s *server) handleElse(mux *http.ServeMux) http.HandlerFunc {
-	return func(w http.ResponseWriter, r *http.Request) {
-		h := w.Header()
-		if r.Method == http.MethodOptions && h.Get("Access-Control-Allow-Origin") != "" { // a page of VIEWER_ORIGINS asks before it asks
-			h.Set("Access-Control-Allow-Methods", "GET, DELETE")
-			h.Set("Access-Control-Allow-Headers", "Authorization")
-			h.Set("Access-Control-Max-Age", "600")
-			w.WriteHeader(http.StatusNoContent)
-			return
-		}
-		var allowed []string
-		for _, method := range []string{"GET", "POST", "DELETE"} {
-			other := r.Clone(r.Context())
-			other.Method = method
-			if _, pattern := mux.Handler(other); pattern != "/" {
-				allowed = append(allowed, method)
-			}
-		}
-		if allowed == nil {
-			s.fail(w, r, http.StatusNotFound, "no such page", nil)
-			return
-		}
-		h.Set("Allow", strings.Join(allowed, ", "))
-		s.fail(w, r, http.StatusMethodNotAllowed, "method not allowed", nil)
-	}
 }
 
 // fail answers with an error, and logs its cause.
@@ -225,23 +249,33 @@ func (s *server) write(w http.ResponseWriter, status int, v any) {
 	w.Write(encodeJSON(v))
 }
 
-// query makes a handler of one that asks the database. What that returns as an
-// error is answered here: it has written nothing then.
-func (s *server) query(handle func(http.ResponseWriter, *http.Request) error) http.HandlerFunc {
+// query makes a handler of one that may fail, and that takes these parameters. It
+// writes nothing when it returns an error: the error is answered here. What reads
+// sessions waits until there is room in memory for its answer.
+func (s *server) query(handle func(http.ResponseWriter, *http.Request) error, names ...string) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
-		err := errNotFound
-		if !strings.Contains(r.Pattern, "{id}") || validID(r.PathValue("id")) {
+		if strings.HasPrefix(r.URL.Path, "/sessions") {
+			if s.outgoing.take(r.Context(), pageBytes) != nil {
+				return // the client has left
+			}
+			defer s.outgoing.give(pageBytes)
+		}
+		err := checkParams(r, names)
+		if err == nil && strings.Contains(r.Pattern, "{id}") && !validID(r.PathValue("id")) {
+			err = errNotFound
+		}
+		if err == nil {
 			err = handle(w, r)
 		}
 		var bad badRequest
 		switch {
 		case err == nil:
 		case errors.As(err, &bad):
-			s.fail(w, r, http.StatusBadRequest, strings.ReplaceAll(err.Error(), "\n", "; "), nil)
+			s.fail(w, r, http.StatusBadRequest, bad.Error(), nil)
 		case errors.Is(err, errNotFound):
 			s.fail(w, r, http.StatusNotFound, "no such session", nil)
 		default:
-			if r.Context().Err() == nil { // otherwise it is the client that left
+			if r.Context().Err() == nil { // otherwise the client has left
 				s.metrics.databaseErrors.Add(1)
 			}
 			s.fail(w, r, http.StatusServiceUnavailable, "the database does not answer", err)
@@ -256,11 +290,7 @@ func (b badRequest) Error() string { return string(b) }
 
 // queryNumber reads a whole number from the query string, between bounds.
 func queryNumber(r *http.Request, name string, preset, least, most int64) (int64, error) {
-	values, err := url.ParseQuery(r.URL.RawQuery)
-	if err != nil {
-		return 0, badRequest("the query string cannot be read")
-	}
-	raw := values.Get(name)
+	raw := r.URL.Query().Get(name)
 	if raw == "" {
 		return preset, nil
 	}
@@ -271,6 +301,50 @@ func queryNumber(r *http.Request, name string, preset, least, most int64) (int64
 	return n, nil
 }
 
+// Embedded files.
+
+func (s *server) serve(w http.ResponseWriter, r *http.Request, name, cache string) {
+	file, ok := s.files[name]
+	if !ok {
+		s.fail(w, r, http.StatusNotFound, "no such file", nil)
+		return
+	}
+	file.serve(w, r, cache)
+}
+
+func (s *server) page(name, policy string) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Content-Security-Policy", policy)
+		w.Header().Set("Referrer-Policy", "no-referrer")
+		s.serve(w, r, name, "no-cache")
+	}
+}
+
+func (s *server) handleRoot(w http.ResponseWriter, r *http.Request) {
+	if isBrowser(r) {
+		s.page("index.html", viewerPolicy)(w, r)
+		return
+	}
+	s.write(w, http.StatusOK, map[string]any{
+		"name": "session-replay", "version": version(),
+		"endpoints": map[string]string{"websocket": "/ws", "health": "/health", "stats": "/stats",
+			"activeSessions": "/sessions/active",
+			"sessionEvents":  "/sessions/:sessionId/events", "cleanup": "/sessions/cleanup"},
+		"documentation": "README.md", "signedIn": s.access.signedIn(r), "ingestKey": s.access.key,
+	})
+}
+
+func (s *server) handleAsset(w http.ResponseWriter, r *http.Request) {
+	s.serve(w, r, r.PathValue("file"), "no-cache")
+}
+
+func (s *server) handleTracker(w http.ResponseWriter, r *http.Request) {
+	s.origins.fetched(originOf(r))
+	w.Header().Set("Access-Control-Allow-Origin", "*")
+	w.Header().Set("Cross-Origin-Resource-Policy", "cross-origin")
+	s.serve(w, r, "tracker.js", "public, max-age=3600")
+}
+
 // WebSocket.
 
 // hijacker hands a connection over from HTTP to a WebSocket, and keeps hold of
@@ -278,31 +352,32 @@ func queryNumber(r *http.Request, name string, preset, least, most int64) (int64
 // it lasts; smaller ones serve a tracker, which is sent little, as well.
 type hijacker struct {
 	http.ResponseWriter
-	small  bool
-	conn   net.Conn
-	status int    // what Accept answers
-	reason string // if it is a refusal
+	tracker bool
+	wire    *atomic.Int64 // counts what a tracker sends
+	conn    net.Conn
 }
 
-// WriteHeader and Write keep back what Accept says of a handshake that it does
-// not like: it is answered like all else that is refused.
-func (h *hijacker) WriteHeader(status int) {
-	if h.status = status; status == http.StatusSwitchingProtocols {
-		h.ResponseWriter.WriteHeader(status)
-	}
+// countedConn counts the bytes that are read from it.
+type countedConn struct {
+	net.Conn
+	wire *atomic.Int64
 }
 
-func (h *hijacker) Write(text []byte) (int, error) {
-	h.reason += string(text)
-	return len(text), nil
+func (c countedConn) Read(p []byte) (int, error) {
+	n, err := c.Conn.Read(p)
+	c.wire.Add(int64(n))
+	return n, err
 }
 
 func (h *hijacker) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 	conn, rw, err := http.NewResponseController(h.ResponseWriter).Hijack()
-	h.conn = conn
-	if err == nil && h.small && rw.Reader.Buffered() == 0 {
-		rw = bufio.NewReadWriter(bufio.NewReaderSize(conn, 1<<10), bufio.NewWriterSize(conn, 512))
+	if err == nil && h.tracker {
+		conn = countedConn{conn, h.wire}
+		if rw.Reader.Buffered() == 0 {
+			rw = bufio.NewReadWriter(bufio.NewReaderSize(conn, 1<<10), bufio.NewWriterSize(conn, 512))
+		}
 	}
+	h.conn = conn
 	return conn, rw, err
 }
 
@@ -312,94 +387,86 @@ func (s *server) handleWebSocket(w http.ResponseWriter, r *http.Request) {
 		s.fail(w, r, http.StatusBadRequest, `type must be "tracker" or "viewer"`, nil)
 		return
 	}
+	s.upgrade(w, r, kind == "viewer")
+}
+
+// upgrade makes a WebSocket of a request. Browsers compress what a tracker sends;
+// the server compresses nothing, which would take 1.2 MB for each that it writes to.
+func (s *server) upgrade(w http.ResponseWriter, r *http.Request, isViewer bool) {
 	addr := s.access.address(r)
 	if d := s.access.enter(addr); d != nil {
 		s.deny(w, r, false, d)
 		return
 	}
-	h := &hijacker{ResponseWriter: w, small: kind != "viewer"}
-	ws, err := websocket.Accept(h, r, &websocket.AcceptOptions{InsecureSkipVerify: true, CompressionMode: websocket.CompressionDisabled})
+	options := websocket.AcceptOptions{InsecureSkipVerify: true}
+	if !isViewer {
+		options.CompressionMode, options.CompressionThreshold = websocket.CompressionNoContextTakeover, math.MaxInt
+	}
+	h := &hijacker{ResponseWriter: w, tracker: !isViewer, wire: &s.metrics.wireBytes}
+	ws, err := websocket.Accept(h, r, &options)
 	if err != nil {
-		s.access.leave(addr)
-		if h.status >= http.StatusBadRequest {
-			s.fail(w, r, h.status, strings.TrimSpace(h.reason), nil)
-		}
+		s.access.leave(addr) // Accept has answered
 		return
 	}
 	ws.SetReadLimit(-1) // conn.read has its own
-	c := &conn{srv: s, ws: ws, net: h.conn, addr: addr, viewer: kind == "viewer"}
+	c := &conn{core: &s.core, ws: ws, net: h.conn, urgent: isViewer}
+	if w.Header().Get("Sec-WebSocket-Extensions") != "" {
+		c.inflater = inflater
+	}
 	c.ctx, c.cancel = context.WithCancel(s.ctx)
-	c.limit = time.AfterFunc(time.Hour, func() {
-		s.metrics.refuse("message_time")
-		c.shut(closePolicy, "the message took too long")
-	})
-	c.limit.Stop()
-	c.pulse = time.AfterFunc(time.Hour, c.heartbeat)
+	if isViewer {
+		c.maxMessage, c.out = maxViewerMessage, newOutbox()
+		c.handle = (&viewer{&s.core, c.ctx, c.out, func(id string) { s.audit.open(addr, id) }}).handle
+	} else {
+		c.maxMessage, c.out = s.cfg.maxMessageBytes, newOutbox()
+		s.newTracker(c, r, addr)
+	}
+	go s.serveWebSocket(c, addr, isViewer) // ends with the connection
+}
+
+// newTracker makes a page the one that a connection hears. A path with an id is
+// that of rrweb's own client.
+func (s *server) newTracker(c *conn, r *http.Request, addr netip.Addr) *tracker {
+	origin := originOf(r)
+	t := &tracker{core: &s.core, ctx: c.ctx, out: c.out}
+	t.mayStart = func() bool { return s.access.mayStart(addr, s.cfg.maxSessionsPerMinute) }
+	t.started = func() { s.origins.started(origin) }
+	c.handle = t.handle
+	if id := r.PathValue("id"); id != "" {
+		t.share = true
+		c.handle = (&rrwebClient{tracker: t, recording: id}).handle
+	}
+	return t
+}
+
+// serveWebSocket is a connection from its handshake to its end.
+func (s *server) serveWebSocket(c *conn, addr netip.Addr, isViewer bool) {
+	defer s.access.leave(addr)
+	c.open()
 	s.open.Store(c, nil)
-	go c.serve()
+	defer s.open.Delete(c)
+	defer c.close()
+	if !s.hub.send(enter{c.out, isViewer}) {
+		c.out.closeAfterSending(closeGoingAway, "the server stops")
+	}
+	defer s.hub.send(leave{c.out})
+	c.serve()
 }
 
-// forget is called when a connection has ended.
-func (s *server) forget(c *conn) {
-	s.open.Delete(c)
-	s.access.leave(c.addr)
-}
-
-// goodbye tells every connection that the server stops, also those that are
+// closeAll tells every connection that the server stops, also those that are
 // about to open, and waits until all have ended or ctx has.
-func (s *server) goodbye(ctx context.Context) {
+func (s *server) closeAll(ctx context.Context) {
 	s.budget.open()
 	for s.access.close() > 0 && ctx.Err() == nil {
 		s.open.Range(func(c, _ any) bool {
-			c.(*conn).shut(closeGoingAway, "the server stops")
+			c.(*conn).out.closeAfterSending(closeGoingAway, "the server stops")
 			return true
 		})
 		time.Sleep(5 * time.Millisecond)
 	}
 }
 
-// Pages of events.
-
-// events calls emit with the events of a session from one number on, at most
-// limit, until emit says false; those not yet committed too. What is in memory
-// is asked for first: everything before it was committed by then.
-func (s *server) events(ctx context.Context, id string, from, limit int64, emit func([]byte) bool) (summary, error) {
-	reply := make(chan found, 1)
-	f, ok := ask(s.hub, reply, find{id, from, from + limit, reply})
-	if !ok {
-		return summary{}, net.ErrClosed
-	}
-	if !f.ok {
-		row, err := s.store.session(ctx, id)
-		if err != nil {
-			return summary{}, err
-		}
-		f.session = row.summary
-	}
-	to := min(from+limit, f.session.now.events)
-	inMemory := to
-	if len(f.batches) > 0 {
-		inMemory = min(to, f.batches[0].first)
-	}
-	more := true
-	if from < inMemory {
-		err := s.store.events(ctx, id, from, inMemory, func(event []byte) bool {
-			from++
-			more = emit(event)
-			return more
-		})
-		if err != nil || from < inMemory {
-			return f.session, err
-		}
-	}
-	for _, b := range f.batches {
-		for ; more && from < min(to, b.end()); from++ {
-			e := b.events[from-b.first]
-			more = emit(b.body[e.start:e.end])
-		}
-	}
-	return f.session, nil
-}
+// Recordings.
 
 const maxIndex = 1 << 53
 
@@ -410,51 +477,26 @@ func (s *server) handleEvents(w http.ResponseWriter, r *http.Request) error {
 	if err := errors.Join(err, err2); err != nil {
 		return err
 	}
-	out := &eventsWriter{w: w, id: id}
-	_, err = s.events(r.Context(), id, from, limit, out.add)
-	switch {
-	case err != nil && out.count == 0:
+	p, err := s.eventPage(r.Context(), id, from, limit, `{"sessionId":"`+id+`","events":[`)
+	defer p.release()
+	if err != nil {
 		return err
-	case err != nil || out.err != nil:
-		panic(http.ErrAbortHandler) // the client sees that the answer is cut
 	}
-	out.finish(from)
+	s.audit.open(s.access.address(r), id)
+	w.Header().Set("Content-Type", "application/json; charset=utf-8")
+	w.Header().Set("Cache-Control", "no-store")
+	s.writeSlowly(w, fmt.Appendf(p.text, `],"fromIndex":%d,"count":%d}`, from, p.count))
 	return nil
 }
 
-// eventsWriter writes a page of events as they come.
-type eventsWriter struct {
-	w     http.ResponseWriter
-	id    string
-	count int64
-	err   error
-}
-
-func (o *eventsWriter) begin() {
-	o.w.Header().Set("Content-Type", "application/json; charset=utf-8")
-	o.w.Header().Set("Cache-Control", "no-store")
-	fmt.Fprintf(o.w, `{"sessionId":"%s","events":[`, o.id)
-}
-
-func (o *eventsWriter) add(event []byte) bool {
-	if o.count == 0 {
-		o.begin()
-	} else {
-		o.w.Write([]byte{','})
+// writeSlowly gives a client that reads at all the time that a large answer takes.
+func (s *server) writeSlowly(w http.ResponseWriter, body []byte) {
+	for piece := range slices.Chunk(body, writePiece) {
+		http.NewResponseController(w).SetWriteDeadline(time.Now().Add(time.Minute))
+		if _, err := w.Write(piece); err != nil {
+			return
+		}
 	}
-	o.count++
-	if len(event) > writePiece || o.count%100 == 0 {
-		http.NewResponseController(o.w).SetWriteDeadline(time.Now().Add(time.Minute))
-	}
-	_, o.err = o.w.Write(event)
-	return o.err == nil
-}
-
-func (o *eventsWriter) finish(from int64) {
-	if o.count == 0 {
-		o.begin()
-	}
-	fmt.Fprintf(o.w, `],"fromIndex":%d,"count":%d}`, from, o.count)
 }
 
 func (s *server) handleChunk(w http.ResponseWriter, r *http.Request) error {
@@ -467,12 +509,13 @@ func (s *server) handleChunk(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
+	s.audit.open(s.access.address(r), id)
 	h := w.Header()
 	h.Set("Content-Type", "application/json; charset=utf-8")
 	h.Set("Cache-Control", "private, max-age=31536000, immutable")
 	h.Add("Vary", "Accept-Encoding")
 	if !strings.Contains(r.Header.Get("Accept-Encoding"), "gzip") {
-		if data, err = gunzip(data, 4*len(data)); err != nil {
+		if data, err = unzip(data, 4*len(data)); err != nil {
 			s.fail(w, r, http.StatusInternalServerError, "the chunk is damaged", err)
 			return nil
 		}
@@ -480,7 +523,7 @@ func (s *server) handleChunk(w http.ResponseWriter, r *http.Request) error {
 		h.Set("Content-Encoding", "gzip")
 	}
 	h.Set("Content-Length", strconv.Itoa(len(data)))
-	w.Write(data)
+	s.writeSlowly(w, data)
 	return nil
 }
 
@@ -502,64 +545,47 @@ type sessionJSON struct {
 	StoredBytes   int64           `json:"storedBytes"`
 	RawBytes      int64           `json:"rawBytes"`
 	SnapshotIndex *int64          `json:"snapshotIndex"`
+	State         string          `json:"state,omitempty"` // of a live session: see session.state
 }
 
-// millis gives a timestamp as JSON has it: null when there is none.
-func millis(t int64) *int64 {
+// nullableMillis gives a timestamp as JSON has it: null for none.
+func nullableMillis(t int64) *int64 {
 	if t == 0 {
 		return nil
 	}
 	return &t
 }
 
-// toJSON takes a row, and what memory knows better of it.
-func toJSON(row storedSession, live map[string]summary) sessionJSON {
+// toJSON gives a row as lists show it.
+func toJSON(row storedSession) sessionJSON {
 	s := row.summary
-	if l, ok := live[s.id]; ok && l.now.events >= s.now.events { // it may be on another server by now
-		stored := s.now.stored
-		s = l
-		s.now.stored = stored
-	}
 	return sessionJSON{
-		sessionID: sessionID{s.id}, UserID: s.about.userID, Metadata: s.about.metadata, EventCount: s.now.events, ErrorCount: s.now.errors,
+		sessionID: sessionID{s.id}, UserID: s.about.userID, Metadata: s.about.brief, EventCount: s.now.events, ErrorCount: s.now.errors,
 		IsActive: s.isActive, CreatedAt: row.createdAt.UTC(), UpdatedAt: row.updatedAt.UTC(), EndedAt: row.endedAt,
-		StartTime: millis(s.now.firstTime), EndTime: millis(s.now.endTime), StoredBytes: s.now.stored, RawBytes: s.now.raw,
-		SnapshotIndex: index(s.now.snapshot),
+		StartTime: nullableMillis(s.now.firstTime), EndTime: nullableMillis(s.now.endTime), StoredBytes: s.now.stored, RawBytes: s.now.raw,
+		SnapshotIndex: nullableIndex(s.now.snapshot),
 	}
 }
 
-// live gives the sessions in memory by their ids.
-func (s *server) live() map[string]summary {
+// listJSON gives the rows of a list, as many as a page has room for. Whether the
+// pages of live ones are there is in this server's memory only.
+func (s *server) listJSON(rows []storedSession) []sessionJSON {
 	reply := make(chan []summary, 1)
-	all, _ := ask(s.hub, reply, active{reply})
-	byID := make(map[string]summary, len(all))
-	for _, l := range all {
-		byID[l.id] = l
+	live, _ := ask(s.hub, reply, liveQuery{reply})
+	states := map[string]string{}
+	for _, l := range live {
+		states[l.id] = l.state
 	}
-	return byID
-}
-
-func (s *server) toJSON(rows []storedSession) []sessionJSON {
-	live := s.live()
-	all := make([]sessionJSON, len(rows))
-	for i, row := range rows {
-		all[i] = toJSON(row, live)
+	all, size := make([]sessionJSON, 0, len(rows)), 0
+	for _, row := range rows {
+		if size += row.listSize(); size > pageBytes && len(all) > 0 {
+			break
+		}
+		one := toJSON(row)
+		one.State = states[row.id]
+		all = append(all, one)
 	}
 	return all
-}
-
-func (s *server) handleSessions(w http.ResponseWriter, r *http.Request) error {
-	limit, err := queryNumber(r, "limit", 100, 1, 1000)
-	offset, err2 := queryNumber(r, "offset", 0, 0, maxIndex)
-	if err := errors.Join(err, err2); err != nil {
-		return err
-	}
-	rows, err := s.store.newest(r.Context(), limit, offset, r.URL.Query().Get("active") != "false")
-	if err != nil {
-		return err
-	}
-	s.write(w, http.StatusOK, map[string]any{"sessions": s.toJSON(rows), "limit": limit, "offset": offset})
-	return nil
 }
 
 func (s *server) handleActive(w http.ResponseWriter, r *http.Request) error {
@@ -567,7 +593,7 @@ func (s *server) handleActive(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	s.write(w, http.StatusOK, map[string]any{"sessions": s.toJSON(rows)})
+	s.write(w, http.StatusOK, map[string]any{"sessions": s.listJSON(rows)})
 	return nil
 }
 
@@ -591,12 +617,15 @@ func (s *server) handleSession(w http.ResponseWriter, r *http.Request) error {
 	}
 	seek := make([]chunkJSON, len(chunks))
 	for i, c := range chunks {
-		seek[i] = chunkJSON{c.first, c.count, millis(c.startTime), millis(c.endTime), index(c.snapshot), c.raw}
+		seek[i] = chunkJSON{c.first, c.count, nullableMillis(c.startTime), nullableMillis(c.endTime), nullableIndex(c.snapshot), c.raw}
 	}
+	s.audit.open(s.access.address(r), id)
+	one := toJSON(row)
+	one.Metadata = row.about.metadata
 	s.write(w, http.StatusOK, struct {
 		sessionJSON
 		Chunks []chunkJSON `json:"chunks"`
-	}{toJSON(row, s.live()), seek})
+	}{one, seek})
 	return nil
 }
 
@@ -613,27 +642,12 @@ func (s *server) handleErrors(w http.ResponseWriter, r *http.Request) error {
 	return nil
 }
 
-func (s *server) handleDelete(w http.ResponseWriter, r *http.Request) error {
-	id := r.PathValue("id")
-	err := s.store.remove(r.Context(), id)
-	if err == nil || errors.Is(err, errNotFound) {
-		reply := make(chan struct{}, 1)
-		ask(s.hub, reply, evict{id, reply})
-	}
-	if err != nil {
-		return err
-	}
-	s.log.Info("session deleted", "session", id)
-	w.WriteHeader(http.StatusNoContent)
-	return nil
-}
-
 func (s *server) handleCleanup(w http.ResponseWriter, r *http.Request) error {
 	hours, err := queryNumber(r, "maxAgeHours", int64(s.cfg.retention/time.Hour), 0, 1<<20)
 	if err != nil {
 		return err
 	}
-	n, err := s.store.removeEnded(r.Context(), time.Now().Add(-time.Duration(hours)*time.Hour))
+	n, err := s.store.removeOld(r.Context(), time.Duration(hours)*time.Hour, 0)
 	if err != nil {
 		return err
 	}
@@ -645,155 +659,101 @@ func (s *server) handleCleanup(w http.ResponseWriter, r *http.Request) error {
 
 func (s *server) stats() hubStats {
 	reply := make(chan hubStats, 1)
-	st, _ := ask(s.hub, reply, look{reply})
-	return st
+	stats, _ := ask(s.hub, reply, statsQuery{reply})
+	return stats
 }
 
 func (s *server) uptime() int64 { return time.Since(s.started).Milliseconds() }
 
 // handleHealth tells everyone how the server is, and viewers what it does.
-func (s *server) handleHealth(w http.ResponseWriter, r *http.Request) {
-	status, code := "healthy", http.StatusOK
+func (s *server) handleHealth(w http.ResponseWriter, r *http.Request) error {
+	status, code, reason := "healthy", http.StatusOK, *s.reason.Load()
+	if reason != "" {
+		status, code = "unhealthy", http.StatusServiceUnavailable
+	}
 	if s.access.admit(viewers, r) != nil {
-		if s.store.ping(r.Context()) != nil {
-			status, code = "unhealthy", http.StatusServiceUnavailable
-		}
 		s.write(w, code, map[string]string{"status": status})
-		return
+		return nil
 	}
 	st := s.stats()
 	t, err := s.store.totals(r.Context())
-	if err != nil {
-		status, code = "unhealthy", http.StatusServiceUnavailable
+	if err != nil && reason == "" {
+		status, code, reason = "unhealthy", http.StatusServiceUnavailable, "the database does not answer: "+err.Error()
 	}
-	s.write(w, code, map[string]any{
+	answer := map[string]any{
 		"status": status, "timestamp": time.Now().UTC(), "uptime": s.uptime(),
 		"database":   map[string]int64{"totalSessions": t.sessions, "activeSessions": t.active, "totalEvents": t.events},
 		"sessions":   map[string]int64{"totalSessions": int64(st.sessions), "activeSessions": int64(st.live), "totalEvents": st.events},
 		"websockets": map[string]int{"totalClients": st.trackers + st.viewers, "viewers": st.viewers, "trackers": st.trackers},
-	})
+	}
+	if skew := time.Duration(s.store.skew.Load()); skew.Abs() > maxClockSkew && reason == "" {
+		reason = fmt.Sprintf("this machine's clock is %v ahead of the database's: nothing is deleted for its age", skew.Round(time.Second))
+	}
+	if reason != "" {
+		answer["reason"] = reason
+	}
+	s.write(w, code, answer)
+	return nil
 }
 
-func (s *server) handleStats(w http.ResponseWriter, r *http.Request) {
+func (s *server) handleStats(w http.ResponseWriter, r *http.Request) error {
 	st := s.stats()
 	s.write(w, http.StatusOK, map[string]any{
 		"totalClients": st.trackers + st.viewers, "activeSessions": st.live, "viewers": st.viewers, "trackers": st.trackers,
 		"totalEvents": st.events, "uptime": s.uptime(),
+		"trackerFetches":  s.origins.recent(),
 		"refusedSessions": s.metrics.refusedSessions.Load(), "viewersLagged": s.metrics.viewersLagged.Load(), "refusals": s.metrics.refused(),
 	})
+	return nil
 }
 
-// The browser's side.
-
-//go:embed web/*.html web/*.js web/*.css web/dist
-var web embed.FS
-
-// asset is an embedded file, ready to be served.
-type asset struct {
-	body, zipped []byte
-	contentType  string
-	etag         string
-}
-
-func newAsset(name string, body []byte) asset {
-	sum := sha256.Sum256(body)
-	types := map[string]string{".html": "text/html", ".js": "text/javascript", ".css": "text/css"}
-	var zipped bytes.Buffer
-	z, _ := gzip.NewWriterLevel(&zipped, gzip.BestCompression)
-	z.Write(body)
-	z.Close()
-	return asset{body, zipped.Bytes(), types[path.Ext(name)] + "; charset=utf-8", `"` + hex.EncodeToString(sum[:8]) + `"`}
-}
-
-// assets are the embedded files by their base names, and whether the recorder is
-// among them. The tracker is put together here: rrweb's recorder and ours, in a
-// function of their own, so that the recorder's bundle finds neither the page's
-// globals nor its module loader.
-var assets = sync.OnceValues(func() (map[string]asset, bool) {
-	files := map[string]asset{}
-	fs.WalkDir(web, "web", func(name string, d fs.DirEntry, err error) error {
-		if err == nil && !d.IsDir() && path.Ext(name) != ".txt" {
-			body, _ := web.ReadFile(name)
-			files[path.Base(name)] = newAsset(name, body)
-		}
-		return err
-	})
-	recorder, bundled := files["rrweb-record.js"]
-	script := []byte(`console.warn("session-replay: the recorder was not bundled: run 'make web' and build again");`)
-	if bundled {
-		script = []byte("(function(){var module={exports:{}},exports=module.exports,define;" + string(recorder.body) +
-			"\n;var rrwebRecord=module.exports;(()=>{\"use strict\";" + string(files["tracker-privacy.js"].body) +
-			string(files["tracker-picture.js"].body) + string(files["tracker.js"].body) + "})()})();")
+func (s *server) metricsNow() []metric {
+	st, m := s.stats(), s.metrics
+	memory := []rt.Sample{{Name: "/memory/classes/heap/objects:bytes"}, {Name: "/memory/classes/total:bytes"}}
+	rt.Read(memory)
+	n := func(c *atomic.Int64) float64 { return float64(c.Load()) }
+	const counter, gauge = "counter", "gauge"
+	all := []metric{
+		{`session_replay_connections{type="tracker"}`, "WebSockets that are open.", gauge, float64(st.trackers)},
+		{`session_replay_connections{type="viewer"}`, "", gauge, float64(st.viewers)},
+		{"session_replay_sessions_live", "Sessions that are being recorded.", gauge, float64(st.live)},
+		{"session_replay_sessions_in_memory", "Those, and ended ones that are not wholly stored.", gauge, float64(st.sessions)},
+		{"session_replay_sessions_started_total", "Sessions begun or continued.", counter, n(&m.sessionsStarted)},
+		{"session_replay_sessions_deleted_total", "Sessions deleted for their age or MAX_STORAGE_BYTES.", counter, n(&m.sessionsDeleted)},
+		{"session_replay_sessions_refused_total", "Sessions given up because PostgreSQL refused their data.", counter, n(&m.refusedSessions)},
+		{"session_replay_events_received_total", "Events accepted.", counter, n(&m.eventsIn)},
+		{"session_replay_received_bytes_total", "JSON of these.", counter, n(&m.bytesIn)},
+		{"session_replay_wire_bytes_total", "What trackers have sent, compressed where it came so.", counter, n(&m.wireBytes)},
+		{"session_replay_events_stored_total", "Events committed.", counter, n(&m.eventsStored)},
+		{"session_replay_stored_bytes_total", "Chunks of these, compressed.", counter, n(&m.bytesStored)},
+		{"session_replay_acks_total", "Acks sent; one may stand for many batches.", counter, n(&m.acks)},
+		{"session_replay_oldest_pending_seconds", "Age of the oldest event not committed.", gauge, st.oldest.Seconds()},
+		{"session_replay_buffer_bytes", "Memory in use of MAX_BUFFER_BYTES.", gauge, float64(int64(s.cfg.maxBufferBytes) - s.budget.left())},
+		{"session_replay_buffer_limit_bytes", "MAX_BUFFER_BYTES.", gauge, float64(s.cfg.maxBufferBytes)},
+		{"session_replay_tail_bytes", "Memory in use for events that are committed.", gauge, float64(st.tailBytes)},
+		{"session_replay_viewers_lagged_total", "Times that a viewer was too slow.", counter, n(&m.viewersLagged)},
+		{"session_replay_database_errors_total", "Transactions and questions that failed.", counter, n(&m.databaseErrors)},
+		{"session_replay_log_write_errors_total", "Lines that did not reach a log file.", counter, float64(s.logs.writeErrors())},
+		{"session_replay_batch_seconds_sum", "Time to compress and commit a batch, or to fail.", "summary", n(&m.batchNanos) / 1e9},
+		{"session_replay_batch_seconds_count", "", "", n(&m.batches)},
+		{"session_replay_batch_bytes_sum", "JSON in a batch.", "summary", n(&m.batchBytes)},
+		{"session_replay_batch_bytes_count", "", "", n(&m.batches)},
+		{"go_goroutines", "Goroutines.", gauge, float64(runtime.NumGoroutine())},
+		{"go_memstats_alloc_bytes", "Memory of Go objects.", gauge, float64(memory[0].Value.Uint64())},
+		{"go_memstats_sys_bytes", "Memory taken from the system.", gauge, float64(memory[1].Value.Uint64())},
+		{"process_start_time_seconds", "Start, in seconds since 1970.", gauge, float64(s.started.Unix())},
 	}
-	files["tracker.js"] = newAsset("tracker.js", script)
-	return files, bundled
-})
-
-func (s *server) serve(w http.ResponseWriter, r *http.Request, name, cache string) {
-	a, ok := s.files[name]
-	if !ok {
-		s.fail(w, r, http.StatusNotFound, "no such file", nil)
-		return
+	refused, help := m.refused(), "Requests, messages and connections refused."
+	for _, reason := range slices.Sorted(maps.Keys(refused)) {
+		name := `session_replay_refusals_total{reason="` + reason + `"}`
+		all = append(all, metric{name, help, counter, float64(refused[reason])})
+		help = ""
 	}
-	h := w.Header()
-	h.Set("Content-Type", a.contentType)
-	h.Set("Cache-Control", cache)
-	h.Set("ETag", a.etag)
-	h.Add("Vary", "Accept-Encoding")
-	if r.Header.Get("If-None-Match") == a.etag {
-		w.WriteHeader(http.StatusNotModified)
-		return
-	}
-	body := a.body
-	if strings.Contains(r.Header.Get("Accept-Encoding"), "gzip") {
-		h.Set("Content-Encoding", "gzip")
-		body = a.zipped
-	}
-	h.Set("Content-Length", strconv.Itoa(len(body)))
-	w.Write(body)
+	return all
 }
 
-const (
-	// viewerPolicy keeps what was recorded, which may be hostile, from running
-	// scripts, sending requests and reaching the viewer's session.
-	viewerPolicy = "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src data:; " +
-		"font-src data:; connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
-	demoPolicy = "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; " +
-		"connect-src 'self' ws: wss:; form-action 'self'; base-uri 'none'"
-)
-
-func (s *server) page(w http.ResponseWriter, r *http.Request, name, policy string) {
-	w.Header().Set("Content-Security-Policy", policy)
-	w.Header().Set("Referrer-Policy", "no-referrer")
-	s.serve(w, r, name, "no-cache")
-}
-
-func (s *server) handleRoot(w http.ResponseWriter, r *http.Request) {
-	if isBrowser(r) {
-		s.page(w, r, "index.html", viewerPolicy)
-		return
-	}
-	s.write(w, http.StatusOK, map[string]any{
-		"name": "session-replay", "version": version(),
-		"endpoints": map[string]string{"websocket": "/ws", "health": "/health", "stats": "/stats", "activeSessions": "/sessions/active",
-			"sessionEvents": "/sessions/:sessionId/events", "cleanup": "/sessions/cleanup"},
-		"documentation": "README.md", "signedIn": s.access.signedIn(r),
-	})
-}
-
-func (s *server) handleView(w http.ResponseWriter, r *http.Request) {
-	s.page(w, r, "view.html", viewerPolicy)
-}
-func (s *server) handleDemo(w http.ResponseWriter, r *http.Request) {
-	s.page(w, r, "demo.html", demoPolicy)
-}
-
-func (s *server) handleAsset(w http.ResponseWriter, r *http.Request) {
-	s.serve(w, r, r.PathValue("file"), "no-cache")
-}
-
-func (s *server) handleTracker(w http.ResponseWriter, r *http.Request) {
-	w.Header().Set("Access-Control-Allow-Origin", "*")
-	w.Header().Set("Cross-Origin-Resource-Policy", "cross-origin")
-	s.serve(w, r, "tracker.js", "public, max-age=3600")
+func (s *server) handleMetrics(w http.ResponseWriter, r *http.Request) error {
+	w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+	writeMetrics(w, s.metricsNow())
+	return nil
 }

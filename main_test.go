@@ -14,8 +14,6 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
-	"reflect"
-	"regexp"
 	"slices"
 	"strings"
 	"sync"
@@ -26,87 +24,12 @@ import (
 	"nhooyr.io/websocket"
 )
 
-// insideServer is the server inside the test process, where the race detector
-// sees it and tests see its parts. It has the addresses and questions of a
-// serverProcess, but no process.
-type insideServer struct {
-	*serverProcess
-	server *server
-	stop   func() error // stops it as SIGTERM does; what run has returned
-}
-
-var listeningAt = regexp.MustCompile(`url=http://127\.0\.0\.1:(\d+)`)
-
-// startInside starts the server in this process and waits until it is healthy;
-// env as for startServer.
-func startInside(t testing.TB, env ...string) *insideServer {
-	t.Helper()
-	s := launchInside(t, env...)
-	waitUntil(t, "the server is healthy", func() bool { status, _ := s.get("/health"); return status == http.StatusOK })
-	return s
-}
-
-// launchInside does not wait for the database.
-func launchInside(t testing.TB, env ...string) *insideServer {
-	t.Helper()
-	settings := map[string]string{"PORT": "0", "LOG_DIR": filepath.Join(t.TempDir(), "logs"), "LOG_LEVEL": "debug",
-		"DB_MAX_CONNECTIONS": "6", "BATCH_INTERVAL": "20"}
-	for _, setting := range env {
-		name, value, _ := strings.Cut(setting, "=")
-		settings[name] = value
-	}
-	if settings["DATABASE_URL"] == "" {
-		settings["DATABASE_URL"] = testDatabase(t)
-	}
-	cfg, err := loadConfig(func(name string) string { return settings[name] })
-	if err != nil {
-		t.Fatalf("settings: %v", err)
-	}
-	s := &insideServer{serverProcess: &serverProcess{t: t, dir: filepath.Dir(settings["LOG_DIR"]), database: settings["DATABASE_URL"]}}
-	logs := openLogs(cfg.log, &s.output, &s.output, false)
-	if s.server, err = assemble(cfg, logs); err != nil {
-		t.Fatalf("assemble: %v", err)
-	}
-	s.stop = runInside(s, logs)
-	t.Cleanup(func() {
-		s.stop()
-		if t.Failed() {
-			t.Logf("the server's last words:\n%s", s.output.tail())
-		}
-		if panics := s.log("exceptions"); panics != "" {
-			t.Errorf("the server's exceptions log: %s", panics)
-		}
-	})
-	waitUntil(t, "the server listens", func() bool { return listeningAt.MatchString(s.output.String()) })
-	s.port = listeningAt.FindStringSubmatch(s.output.String())[1]
-	s.url = "http://127.0.0.1:" + s.port
-	return s
-}
-
-// runInside runs the server until what it returns is called.
-func runInside(s *insideServer, logs *logs) (stop func() error) {
-	ctx, cancel := context.WithCancel(context.Background())
-	ended := make(chan error, 1)
-	go func() { // ends when stop is called
-		ended <- s.server.run(ctx)
-	}()
-	return sync.OnceValue(func() error {
-		cancel()
-		err := <-ended
-		s.server.store.close()
-		logs.Close()
-		return err
-	})
-}
-
 // nothingLeft waits until all room is given back, no connection is counted and
 // no session is in memory any more.
 func (s *insideServer) nothingLeft() {
 	s.t.Helper()
 	waitUntil(s.t, "all room is given back", func() bool {
-		s.server.budget.mu.Lock()
-		defer s.server.budget.mu.Unlock()
-		return s.server.budget.free == int64(s.server.cfg.maxBufferBytes) && len(s.server.budget.waiting) == 0
+		return s.server.budget.left() == int64(s.server.cfg.maxBufferBytes)
 	})
 	var health healthJSON
 	waitUntil(s.t, "no connection and no session is left in memory", func() bool {
@@ -124,252 +47,10 @@ type healthJSON struct {
 	Websockets         struct{ TotalClients, Viewers, Trackers int64 }
 }
 
-// ---- settings ----
-
-func TestSettingsDefaults(t *testing.T) {
-	c, err := loadConfig(func(string) string { return "" })
-	if err != nil {
-		t.Fatal(err)
-	}
-	db := c.database.ConnConfig
-	checks := []struct {
-		name      string
-		got, want any
-	}{
-		{"HOST", c.host, "127.0.0.1"},
-		{"PORT", c.port, "8080"},
-		{"DB_HOST", db.Host, "localhost"},
-		{"DB_PORT", int(db.Port), 5432},
-		{"DB_NAME", db.Database, "session_replay"},
-		{"DB_USER", db.User, "postgres"},
-		{"DB_PASSWORD", db.Password, "postgres"},
-		{"DB_MAX_CONNECTIONS", int(c.database.MaxConns), 20},
-		{"DB_IDLE_TIMEOUT", c.database.MaxConnIdleTime, 30 * time.Second},
-		{"DB_CONNECTION_TIMEOUT", db.ConnectTimeout, 2 * time.Second},
-		{"BATCH_SIZE", c.batchSize, 50},
-		{"BATCH_INTERVAL", c.batchInterval, 5 * time.Second},
-		{"MAX_EVENTS_PER_SESSION", c.maxEvents, 20000},
-		{"SESSION_CLEANUP_INTERVAL", c.cleanupInterval, 5 * time.Minute},
-		{"SESSION_GRACE_PERIOD", c.grace, 15 * time.Second},
-		{"HEARTBEAT_INTERVAL", c.heartbeat, 30 * time.Second},
-		{"MESSAGE_TIMEOUT", c.messageTimeout, time.Minute},
-		{"READ_HEADER_TIMEOUT", c.readHeaderTimeout, 10 * time.Second},
-		{"RETENTION_HOURS", c.retention, 720 * time.Hour},
-		{"MAX_MESSAGE_BYTES", c.maxMessageBytes, 33554432},
-		{"MAX_BUFFER_BYTES", c.maxBufferBytes, 268435456},
-		{"MAX_CONNECTIONS", c.maxConnections, 10000},
-		{"MAX_HEADER_BYTES", c.maxHeaderBytes, 16384},
-		{"MAX_SESSION_BYTES", c.maxSessionBytes, 1073741824},
-		{"MAX_STORAGE_BYTES", c.maxStorageBytes, 0},
-		{"MAX_SESSIONS_PER_MINUTE", c.maxSessionsPerMinute, 30},
-		{"LOG_LEVEL", c.log.level.String(), "INFO"},
-		{"LOG_DIR", c.log.dir, "logs"},
-		{"LOG_MAX_SIZE", c.log.maxSize, int64(20 << 20)},
-		{"LOG_MAX_FILES", c.log.maxAge, 14 * 24 * time.Hour},
-		{"LOG_ZIPPED", c.log.zipped, false},
-	}
-	for _, check := range checks {
-		if check.got != check.want {
-			t.Errorf("%s: got %v by default, want %v", check.name, check.got, check.want)
-		}
-	}
-}
-
-// Every setting is read, and from nowhere else than its own name.
-func TestSettingsAreRead(t *testing.T) {
-	values := map[string]string{
-		"HOST": "127.0.0.2", "PORT": "81", "BATCH_SIZE": "82", "BATCH_INTERVAL": "83", "MAX_EVENTS_PER_SESSION": "84",
-		"SESSION_CLEANUP_INTERVAL": "85", "SESSION_GRACE_PERIOD": "86", "HEARTBEAT_INTERVAL": "87", "MESSAGE_TIMEOUT": "88",
-		"READ_HEADER_TIMEOUT": "89", "RETENTION_HOURS": "90", "MAX_MESSAGE_BYTES": "9100", "MAX_BUFFER_BYTES": "92000000",
-		"MAX_CONNECTIONS": "93", "MAX_HEADER_BYTES": "9400", "MAX_SESSION_BYTES": "95", "MAX_STORAGE_BYTES": "96",
-		"MAX_SESSIONS_PER_MINUTE": "97", "DB_MAX_CONNECTIONS": "98", "DB_IDLE_TIMEOUT": "99", "DB_CONNECTION_TIMEOUT": "100",
-		"DB_HOST": "db.example.com", "DB_PORT": "101", "DB_NAME": "some name", "DB_USER": "us er", "DB_PASSWORD": "p@/?#:% \"'\\",
-		"LOG_LEVEL": "warn", "LOG_DIR": "/somewhere", "LOG_MAX_SIZE": "102k", "LOG_MAX_FILES": "103", "LOG_ZIPPED": "true",
-	}
-	for name, value := range values {
-		preset, _ := loadConfig(func(string) string { return "" })
-		c, err := loadConfig(func(asked string) string {
-			if asked == name {
-				return value
-			}
-			return ""
-		})
-		if err != nil {
-			t.Errorf("%s=%s: %v", name, value, err)
-		} else if got := settingsOf(c); reflect.DeepEqual(got, settingsOf(preset)) {
-			t.Errorf("%s=%s changes nothing", name, value)
-		}
-	}
-	all, err := loadConfig(func(name string) string { return values[name] })
-	if err != nil {
-		t.Fatal(err)
-	}
-	db := all.database.ConnConfig
-	got := []any{db.Host, int(db.Port), db.Database, db.User, db.Password, all.batchInterval, all.retention, all.log.maxSize, all.log.maxCount}
-	want := []any{"db.example.com", 101, "some name", "us er", "p@/?#:% \"'\\", 83 * time.Millisecond, 90 * time.Hour, int64(102 << 10), 103}
-	if !reflect.DeepEqual(got, want) {
-		t.Errorf("got %v, want %v", got, want)
-	}
-	values["DATABASE_URL"] = "postgres://u:p@elsewhere:1/n"
-	all, err = loadConfig(func(name string) string { return values[name] })
-	if err != nil || all.database.ConnConfig.Host != "elsewhere" || all.database.ConnConfig.Database != "n" {
-		t.Errorf("DATABASE_URL does not win: %v", err)
-	}
-	values = map[string]string{"DB_HOST": "/run/postgresql"}
-	if all, err = loadConfig(func(name string) string { return values[name] }); err != nil || all.database.ConnConfig.Host != "/run/postgresql" {
-		t.Errorf("DB_HOST=/run/postgresql: got %v, error %v, want a socket directory", all.database, err)
-	}
-}
-
-// settingsOf is what can be compared of a configuration.
-func settingsOf(c config) any {
-	db := c.database.ConnConfig
-	pool := []any{db.Host, db.Port, db.Database, db.User, db.Password, db.ConnectTimeout, c.database.MaxConns, c.database.MaxConnIdleTime}
-	c.database = nil
-	return []any{c, pool}
-}
-
-func TestSettingsRefused(t *testing.T) {
-	numbers := []string{"PORT", "BATCH_SIZE", "BATCH_INTERVAL", "MAX_EVENTS_PER_SESSION", "SESSION_CLEANUP_INTERVAL", "SESSION_GRACE_PERIOD",
-		"HEARTBEAT_INTERVAL", "MESSAGE_TIMEOUT", "READ_HEADER_TIMEOUT", "RETENTION_HOURS", "MAX_MESSAGE_BYTES", "MAX_BUFFER_BYTES",
-		"MAX_CONNECTIONS", "MAX_HEADER_BYTES", "MAX_SESSION_BYTES", "MAX_STORAGE_BYTES", "MAX_SESSIONS_PER_MINUTE",
-		"DB_MAX_CONNECTIONS", "DB_IDLE_TIMEOUT", "DB_CONNECTION_TIMEOUT", "DB_PORT"}
-	type bad struct{ name, value string }
-	var tests []bad
-	for _, name := range numbers {
-		for _, value := range []string{"-1", "x", "1.5", "1e3", "5 seconds", "99999999999999999999", "NaN", "0x10", "10\nand more"} {
-			tests = append(tests, bad{name, value})
-		}
-	}
-	for _, name := range numbers {
-		if name != "PORT" && name != "SESSION_GRACE_PERIOD" && name != "MAX_STORAGE_BYTES" {
-			tests = append(tests, bad{name, "0"})
-		}
-	}
-	tests = append(tests,
-		bad{"PORT", "65536"}, bad{"DB_PORT", "65536"},
-		bad{"LOG_LEVEL", "loud"}, bad{"LOG_MAX_SIZE", "big"}, bad{"LOG_MAX_SIZE", "-1m"}, bad{"LOG_MAX_FILES", "14 days"},
-		bad{"LOG_MAX_FILES", "-3"}, bad{"LOG_ZIPPED", "perhaps"},
-		bad{"DATABASE_URL", "postgres://user:secret@host:port/x"}, bad{"DATABASE_URL", "not a url secret"},
-	)
-	t.Chdir(t.TempDir()) // no .env of a developer's
-	for _, tt := range tests {
-		ctx, cancel := context.WithCancel(context.Background())
-		cancel() // should it start, it stops at once
-		err := run(ctx, nil, func(name string) string { return map[string]string{tt.name: tt.value}[name] }, io.Discard, io.Discard)
-		switch {
-		case err == nil:
-			t.Errorf("%s=%q: the server starts, want an error", tt.name, tt.value)
-		case !strings.Contains(err.Error(), tt.name) || strings.Contains(err.Error(), "\n"):
-			t.Errorf("%s=%q: got error %q, want one line that names it", tt.name, tt.value, err)
-		case strings.Contains(err.Error(), "secret"):
-			t.Errorf("%s: the error tells a password: %q", tt.name, err)
-		}
-	}
-}
-
-// .env.example documents each setting with its default, and no others; so does
-// the README.
-func TestSettingsDocumented(t *testing.T) {
-	asked := map[string]bool{}
-	if _, err := loadConfig(func(name string) string { asked[name] = true; return "" }); err != nil {
-		t.Fatal(err)
-	}
-	for _, name := range []string{"NOTIFY_SOCKET", "WATCHDOG_USEC", "CREDENTIALS_DIRECTORY"} {
-		delete(asked, name) // set by systemd
-	}
-	example, err := os.ReadFile(".env.example")
-	if err != nil {
-		t.Fatal(err)
-	}
-	readme, err := os.ReadFile("README.md")
-	if err != nil {
-		t.Fatal(err)
-	}
-	values := map[string]string{}
-	for _, line := range regexp.MustCompile(`(?m)^#?([A-Z_]+)=(.*)$`).FindAllStringSubmatch(string(example), -1) {
-		values[line[1]] = line[2]
-		if !asked[line[1]] {
-			t.Errorf(".env.example has %s, which nothing reads", line[1])
-		}
-	}
-	for name := range asked {
-		if _, ok := values[name]; !ok {
-			t.Errorf(".env.example does not have %s", name)
-		}
-		if !regexp.MustCompile(`\b` + name + `\b`).Match(readme) {
-			t.Errorf("the README does not have %s", name)
-		}
-	}
-	preset, _ := loadConfig(func(string) string { return "" })
-	shown, err := loadConfig(func(name string) string { return values[name] })
-	if err != nil || !reflect.DeepEqual(settingsOf(shown), settingsOf(preset)) {
-		t.Errorf("the values in .env.example are not the defaults: %v\ngot  %v\nwant %v", err, settingsOf(shown), settingsOf(preset))
-	}
-}
-
-func TestDotEnv(t *testing.T) {
-	file := filepath.Join(t.TempDir(), ".env")
-	text := "# a comment\n\nPORT=1\nexport HOST = 127.0.0.9 \nDB_NAME=\"a # b\"\nDB_USER='quoted'\nDB_PASSWORD=with=equals # and a comment\nBATCH_SIZE=\r\nLOG_DIR=crlf\r\n"
-	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	environment := map[string]string{"PORT": "2", "LOG_LEVEL": "warn"}
-	get, err := withDotEnv(func(name string) string { return environment[name] }, file)
-	if err != nil {
-		t.Fatal(err)
-	}
-	for name, want := range map[string]string{"PORT": "2", "LOG_LEVEL": "warn", "HOST": "127.0.0.9", "DB_NAME": "a # b", "DB_USER": "quoted",
-		"DB_PASSWORD": "with=equals", "BATCH_SIZE": "", "LOG_DIR": "crlf", "DB_PORT": ""} {
-		if got := get(name); got != want {
-			t.Errorf("%s: got %q, want %q", name, got, want)
-		}
-	}
-	for _, broken := range []string{"PORT=1\nnonsense\n", "PORT=1\nexport\n"} {
-		os.WriteFile(file, []byte(broken), 0o600)
-		if _, err := withDotEnv(os.Getenv, file); err == nil || !strings.Contains(err.Error(), ".env:2") {
-			t.Errorf("%q: got error %v, want one that names the file and the line", broken, err)
-		}
-	}
-	if _, err := withDotEnv(os.Getenv, t.TempDir()); err == nil {
-		t.Error("a .env that cannot be read: got no error")
-	}
-}
-
-// As its users start it: one line on stderr and exit 1, or a server that has
-// read its .env file.
-func TestProcessSettings(t *testing.T) {
-	t.Parallel()
-	s := newServer(t, "MAX_CONNECTIONS=")
-	dotEnv := func(text string) {
-		if err := os.WriteFile(filepath.Join(s.dir, ".env"), []byte(text), 0o600); err != nil {
-			t.Fatal(err)
-		}
-	}
-	dotEnv("BATCH_INTERVAL=never\nMAX_CONNECTIONS=many\n") // the environment has another BATCH_INTERVAL, which wins
-	s.start()
-	<-s.exited
-	if code, out := s.cmd.ProcessState.ExitCode(), s.output.String(); code != 1 || strings.Count(out, "\n") != 1 || !strings.Contains(out, "MAX_CONNECTIONS") {
-		t.Errorf("got exit code %d and %q, want 1 and one line that names MAX_CONNECTIONS", code, out)
-	}
-	dotEnv("BATCH_INTERVAL=never\nMAX_CONNECTIONS=1\n")
-	s.start()
-	s.waitHealthy()
-	dialServer(t, s.ws("viewer"))
-	if _, err := dialWebSocket(t.Context(), s.ws("viewer")); err == nil {
-		t.Error("a second connection got in: MAX_CONNECTIONS=1 in .env was not read")
-	}
-	other := newServer(t, "PORT="+s.port)
-	other.start()
-	<-other.exited
-	if code, out := other.cmd.ProcessState.ExitCode(), other.output.String(); code != 1 || !strings.Contains(out, s.port) {
-		t.Errorf("a port in use: got exit code %d and %q, want 1 and an error that names the port", code, out)
-	}
-}
-
 func TestProcessVersion(t *testing.T) {
 	var out bytes.Buffer
-	if err := run(t.Context(), []string{"-version"}, os.Getenv, &out, io.Discard); err != nil || !strings.HasPrefix(out.String(), "session-replay ") {
+	if err := run(t.Context(), []string{"-version"}, os.Getenv, &out, io.Discard); err != nil ||
+		!strings.HasPrefix(out.String(), "session-replay ") {
 		t.Errorf("-version: got %q, error %v", &out, err)
 	}
 	if err := run(t.Context(), []string{"-nonsense"}, os.Getenv, io.Discard, io.Discard); err == nil {
@@ -397,7 +78,8 @@ func oddEvents() (events []json.RawMessage) {
 	for i, odd := range oddities {
 		events = append(events,
 			json.RawMessage(fmt.Sprintf(`{"type":3,"data":%s,"timestamp":%d}`, odd, 1700000000000+i)),
-			json.RawMessage(fmt.Sprintf("{ \"data\" :\n\t[ %s ,%s ] ,\r\n \"timestamp\": %d , \"type\" : 3 }", odd, odd, 1700000000000+i)))
+			json.RawMessage(fmt.Sprintf("{ \"data\" :\n\t[ %s ,%s ] ,\r\n \"timestamp\": %d , \"type\" : 3 }", odd, odd,
+				1700000000000+i)))
 	}
 	return append(events,
 		json.RawMessage(`{}`), json.RawMessage(`{ }`), json.RawMessage(`{"":""}`),
@@ -498,7 +180,7 @@ func checkSummary(t testing.TB, s *insideServer, id string, events []json.RawMes
 		if string(e.Type) == "2" {
 			snapshot = i
 		}
-		if n := number(e.Timestamp, 0); n != 0 {
+		if n := wholeNumber(e.Timestamp, 0); n != 0 {
 			if least == 0 || n < least {
 				least = n
 			}
@@ -534,8 +216,10 @@ func (s *serverProcess) restEvents(id string, limit int) (all []json.RawMessage)
 			FromIndex, Count *int
 		}
 		s.getJSON(fmt.Sprintf("/sessions/%s/events?fromIndex=%d&limit=%d", id, len(all), limit), &page)
-		if page.SessionID != id || page.FromIndex == nil || *page.FromIndex != len(all) || page.Count == nil || *page.Count != len(page.Events) {
-			s.t.Fatalf("page at %d: got sessionId %q, fromIndex %v, count %v and %d events", len(all), page.SessionID, page.FromIndex, page.Count, len(page.Events))
+		if page.SessionID != id || page.FromIndex == nil || *page.FromIndex != len(all) || page.Count == nil ||
+			*page.Count != len(page.Events) {
+			s.t.Fatalf("page at %d: got sessionId %q, fromIndex %v, count %v and %d events", len(all), page.SessionID,
+				page.FromIndex, page.Count, len(page.Events))
 		}
 		all = append(all, page.Events...)
 		if len(page.Events) < limit {
@@ -569,11 +253,12 @@ func (s *serverProcess) chunkEvents(id string) (all []json.RawMessage) {
 func pagesOf(t testing.TB, s *insideServer, id string, limit int) (all []json.RawMessage) {
 	t.Helper()
 	c := dialServer(t, s.ws("viewer"))
-	defer c.CloseNow()
+	defer c.Close()
 	for more := true; more; {
 		c.send("get_session_events", map[string]any{"sessionId": id, "fromIndex": len(all), "limit": limit})
 		page := c.expect("session_events").Data
-		if page.SessionID != id || page.FromIndex != len(all) || len(page.Events) > limit || page.HasMore != (len(all)+len(page.Events) < page.TotalEvents) {
+		if page.SessionID != id || page.FromIndex != len(all) || len(page.Events) > limit ||
+			page.HasMore != (len(all)+len(page.Events) < page.TotalEvents) {
 			t.Fatalf("page at %d: got sessionId %q, fromIndex %d, %d events of %d, hasMore %v",
 				len(all), page.SessionID, page.FromIndex, len(page.Events), page.TotalEvents, page.HasMore)
 		}
@@ -634,13 +319,15 @@ func TestHugeSnapshot(t *testing.T) {
 		page = fmt.Appendf(page, "<li>%d %x</li>", i, uint64(i)*0x9E3779B97F4A7C15)
 	}
 	snapshot := slices.Concat([]byte(`{"type":2,"data":{"node":"`), page, []byte(`"},"timestamp":1700000000001}`))
-	events := slices.Concat([]byte(`{"type":4,"timestamp":1700000000000},`), snapshot, []byte(`,{"type":3,"timestamp":1700000000002}`))
+	events := slices.Concat([]byte(`{"type":4,"timestamp":1700000000000},`), snapshot,
+		[]byte(`,{"type":3,"timestamp":1700000000002}`))
 	tracker, viewer := dialServer(t, s.ws("tracker")), dialServer(t, s.ws("viewer"))
 	tracker.send("session_start", `{"sessionId":"huge","resume":""}`)
 	tracker.expect("session_ready")
 	viewer.send("viewer_join_session", `{"sessionId":"huge"}`)
 	viewer.expect("session_joined")
-	if err := tracker.Write(t.Context(), websocket.MessageText, slices.Concat([]byte(`{"type":"events_batch","data":{"seq":1,"events":[`), events, []byte(`]}}`))); err != nil {
+	if _, err := tracker.Write(maskedText(slices.Concat([]byte(`{"type":"events_batch","data":{"seq":1,"events":[`),
+		events, []byte(`]}}`)))); err != nil {
 		t.Fatal(err)
 	}
 	whole := func(way string, text []byte, err error) {
@@ -649,18 +336,23 @@ func TestHugeSnapshot(t *testing.T) {
 			t.Errorf("%s: got %d bytes, %v, want the snapshot in them", way, len(text), err)
 		}
 	}
-	_, text, err := viewer.Read(t.Context())
+	text, err := viewer.read()
 	whole("live", text, err)
 	tracker.expect("events_ack")
 	viewer.send("get_session_events", `{"sessionId":"huge"}`)
-	_, first, err := viewer.Read(t.Context())
+	first, err := viewer.read()
+	first = bytes.Clone(first)
 	viewer.send("get_session_events", `{"sessionId":"huge","fromIndex":2}`)
-	_, second, err2 := viewer.Read(t.Context())
-	if !bytes.Contains(first, snapshot) || !bytes.Contains(first, []byte(`"hasMore":true`)) || !bytes.Contains(second, []byte(`1700000000002`)) || err != nil || err2 != nil {
-		t.Errorf("pages: got %d and %d bytes, %v, %v, want the snapshot in the first, the rest in the second", len(first), len(second), err, err2)
+	second, err2 := viewer.read()
+	if !bytes.Contains(first, snapshot) || !bytes.Contains(first, []byte(`"hasMore":true`)) || !bytes.Contains(second,
+		[]byte(`1700000000002`)) || err != nil || err2 != nil {
+		t.Errorf("pages: got %d and %d bytes, %v, %v, want the snapshot in the first, the rest in the second", len(first),
+			len(second), err, err2)
 	}
-	_, text = s.get("/sessions/huge/events")
-	whole("REST", text, nil)
+	_, text = s.get("/sessions/huge/events") // ends where it has 4 MB
+	if !bytes.Contains(text, snapshot) || !bytes.HasSuffix(text, []byte(`"count":2}`)) {
+		t.Errorf("REST: got %d bytes, want two events, the snapshot whole", len(text))
+	}
 	_, text = s.get("/sessions/huge/chunks/1")
 	if !bytes.Equal(text, slices.Concat([]byte("["), snapshot, []byte("]"))) {
 		t.Errorf("chunk: got %d bytes, want the snapshot's %d and two brackets", len(text), len(snapshot))
@@ -675,12 +367,18 @@ func TestStartWithoutDatabase(t *testing.T) {
 	database := testDatabase(t)
 	gate := newGate(t, database)
 	s := launchInside(t, "DATABASE_URL="+gate.url)
-	if status, body := s.get("/health"); status != http.StatusServiceUnavailable || !bytes.Contains(body, []byte(`"unhealthy"`)) {
+	if status, body := s.get("/health"); status != http.StatusServiceUnavailable || !bytes.Contains(body,
+		[]byte(`"unhealthy"`)) {
 		t.Errorf("/health without a database: got %d %s, want 503 and unhealthy", status, body)
 	}
-	waitUntil(t, "the log says what it waits for", func() bool { return strings.Contains(s.output.String(), "waiting for the database") })
-	for _, path := range []string{"/sessions", "/sessions/active", "/sessions/x", "/sessions/x/events", "/sessions/x/chunks/0"} {
-		if status, body := s.get(path); status != http.StatusServiceUnavailable || !bytes.Contains(body, []byte(`{"error":`)) {
+	waitUntil(t, "the log says what it waits for", func() bool {
+		return strings.Contains(s.output.String(),
+			"waiting for the database")
+	})
+	for _, path := range []string{"/sessions", "/sessions/active", "/sessions/x", "/sessions/x/events",
+		"/sessions/x/chunks/0"} {
+		if status, body := s.get(path); status != http.StatusServiceUnavailable || !bytes.Contains(body,
+			[]byte(`{"error":`)) {
 			t.Errorf("GET %s without a database: got %d %.100s, want 503 and an error", path, status, body)
 		}
 	}
@@ -742,8 +440,9 @@ func TestServersStartTogether(t *testing.T) {
 			tracker.expect("session_ready")
 			tracker.sendRaw(batchOf(1, oddEvents()))
 			tracker.expect("events_ack")
-			tracker.CloseNow()
-			if out := s.output.String(); strings.Contains(out, "level=ERROR") || strings.Contains(out, "level=WARN") && !strings.Contains(out, "bundled") {
+			tracker.Close()
+			if out := s.output.String(); strings.Contains(out, "level=ERROR") || strings.Contains(out, "level=WARN") &&
+				!strings.Contains(out, "bundled") {
 				t.Errorf("round %d: server %d complains:\n%s", round, i, out)
 			}
 		}
@@ -775,7 +474,7 @@ func TestShutdown(t *testing.T) {
 	}
 	waitUntil(t, "all is accepted", func() bool { return s.memory().events == int64(3*len(oddEvents())) })
 	stuckPeers(t, s)
-	stopStorm, late := make(chan struct{}), make(chan *websocket.Conn, 400)
+	stopStorm, late := make(chan struct{}), make(chan *testConn, 400)
 	var storm sync.WaitGroup
 	for range 4 {
 		storm.Go(func() { // ends with stopStorm
@@ -785,7 +484,7 @@ func TestShutdown(t *testing.T) {
 					return
 				default:
 				}
-				if conn, err := dialWebSocket(t.Context(), s.ws("tracker")); err == nil {
+				if conn, err := openWebSocket(&net.Dialer{}, s.ws("tracker"), 512); err == nil {
 					late <- conn // silent from now on
 				} else {
 					time.Sleep(time.Millisecond)
@@ -818,12 +517,13 @@ func TestShutdown(t *testing.T) {
 	}
 	close(late)
 	for conn := range late {
-		if _, _, err := conn.Read(t.Context()); websocket.CloseStatus(err) != websocket.StatusGoingAway {
+		if _, err := conn.receive(); websocket.CloseStatus(err) != websocket.StatusGoingAway {
 			t.Errorf("a late connection ended with %v, want close code 1001", err)
 		}
-		conn.CloseNow()
+		conn.Close()
 	}
-	if n := querySQL[int](t, s.database, "select sum(event_count) from sessions where not is_active"); n != 3*len(oddEvents()) {
+	const ended = "select sum(event_count) from sessions where not is_active"
+	if n := querySQL[int](t, s.database, ended); n != 3*len(oddEvents()) {
 		t.Errorf("%d events are stored, want %d", n, 3*len(oddEvents()))
 	}
 	if _, err := net.Dial("tcp", "127.0.0.1:"+s.port); err == nil {
@@ -880,5 +580,74 @@ func TestShutdownWithoutDatabase(t *testing.T) {
 	err := s.stop()
 	if took := time.Since(began); err == nil || errors.Is(err, context.Canceled) || took > 25*time.Second {
 		t.Errorf("stop: got error %v after %v, want one that says what was not stored, within 20 s", err, took)
+	}
+}
+
+// ---- operation ----
+
+// systemd is what the server tells at NOTIFY_SOCKET.
+func systemd(t testing.TB) (socket string, told func() string) {
+	t.Helper()
+	socket = filepath.Join(t.TempDir(), "notify")
+	conn, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: socket, Net: "unixgram"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	return socket, func() string {
+		t.Helper()
+		text := make([]byte, 1000)
+		conn.SetReadDeadline(time.Now().Add(patience))
+		n, err := conn.Read(text)
+		if err != nil {
+			t.Fatalf("systemd hears nothing: %v", err)
+		}
+		return string(text[:n])
+	}
+}
+
+func TestSystemd(t *testing.T) {
+	socket, told := systemd(t)
+	s := newServer(t, "NOTIFY_SOCKET="+socket, "WATCHDOG_USEC=200000", "DATABASE_URL=postgres://127.0.0.1:1/none")
+	s.start() // also without its database
+	for i, want := range []string{"READY=1", "WATCHDOG=1", "WATCHDOG=1", "WATCHDOG=1"} {
+		if got := told(); got != want {
+			t.Errorf("message %d: got %q, want %q", i, got, want)
+		}
+	}
+	s.cmd.Process.Signal(syscall.SIGHUP) // nothing to reload, nothing to end
+	if got := told(); got != "WATCHDOG=1" || !s.running() {
+		t.Errorf("after SIGHUP: got %q, running %v", got, s.running())
+	}
+	if code, _ := s.term(); code != 0 {
+		t.Errorf("exit code %d", code)
+	}
+	last := ""
+	for last != "STOPPING=1" {
+		if last = told(); last != "WATCHDOG=1" && last != "STOPPING=1" {
+			t.Fatalf("got %q", last)
+		}
+	}
+}
+
+// While the hub does not answer the watchdog is not told, and systemd ends the
+// server.
+func TestWatchdog(t *testing.T) {
+	socket, told := systemd(t)
+	logs := openLogs(logConfig{dir: t.TempDir()}, io.Discard, io.Discard, false)
+	defer logs.Close()
+	s := &server{core: core{logs: logs, hub: newHub(config{batchInterval: time.Second}, newBudget(1<<20), newMetrics())}}
+	s.cfg.notifySocket, s.cfg.watchdog = socket, 2*time.Millisecond
+	ctx, stop := context.WithCancel(t.Context())
+	defer stop()
+	go s.handleSignals(ctx) // ends with the test
+	time.Sleep(100 * time.Millisecond)
+	s.notify("nothing so far")
+	if got := told(); got != "nothing so far" {
+		t.Errorf("a hub that does not run: systemd is told %q", got)
+	}
+	go s.hub.run(ctx) // ends with the test
+	if got := told(); got != "WATCHDOG=1" {
+		t.Errorf("a hub that runs: systemd is told %q", got)
 	}
 }

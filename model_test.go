@@ -68,13 +68,14 @@ func TestModel(t *testing.T) {
 
 func playModel(t *testing.T, seed uint64) {
 	m := &model{r: rand.New(rand.NewPCG(seed, 0)), trackers: []*modelTracker{{}, {}, {}},
-		rows: map[string]*modelRow{}, users: map[*conn]*modelTracker{}, overtaken: map[string]int{}}
+		rows: map[string]*modelRow{}, users: map[*outbox]*modelTracker{}}
 	defer func() {
 		if t.Failed() {
-			t.Logf("seed %d (onlySeed repeats it), the last steps:\n\t%s", seed, strings.Join(m.did[max(0, len(m.did)-25):], "\n\t"))
+			t.Logf("seed %d (onlySeed repeats it), the last steps:\n\t%s", seed, strings.Join(m.did[max(0, len(m.did)-25):],
+				"\n\t"))
 		}
 	}()
-	inHub(t, func(c *hubConfig) {
+	inHub(t, func(c *config) {
 		c.batchSize, c.batchInterval, c.grace, c.maxEvents = 3, time.Second, 3*time.Second, 10
 	}, func(t *hubTest) {
 		m.t = t
@@ -84,18 +85,17 @@ func playModel(t *testing.T, seed uint64) {
 
 // model is what is around a hub.
 type model struct {
-	t         *hubTest
-	r         *rand.Rand
-	rows      map[string]*modelRow // the database: sessions
-	trackers  []*modelTracker
-	users     map[*conn]*modelTracker // the open connections, and whose each is now
-	claims    []modelClaim            // made in the database, and on their way to the hub
-	writers   [][]*flush              // what each has
-	answers   [][]*flush              // tried, and on their way back to the hub
-	zombies   []flush                 // given up, and perhaps carried out later
-	overtaken map[string]int          // how often the hub heard so of a session since its last attach
-	made      int                     // sessions
-	did       []string                // the steps
+	t        *hubTest
+	r        *rand.Rand
+	rows     map[string]*modelRow // the database: sessions
+	trackers []*modelTracker
+	users    map[*outbox]*modelTracker // the open connections, and whose each is now
+	claims   []modelClaim
+	writers  [][]*flush // what each has
+	answers  [][]*flush // tried, and on their way back to the hub
+	zombies  []flush    // given up, and perhaps carried out later
+	made     int        // sessions
+	did      []string   // the steps
 }
 
 // modelRow is a session in the database. An event there is its number, counted
@@ -116,16 +116,19 @@ type modelChunk struct {
 // another.
 type modelTracker struct {
 	id        string
-	conn      *conn // that is attached, nil when none is
-	epoch     int64 // since the attach
-	recording bool  // not while it claims anew, nor after the end
-	seq       int64 // of the last batch it sent
+	out       *outbox // that is attached, nil when none is
+	epoch     int64   // since the attach
+	recording bool    // not while it claims anew, nor after the end
+	seq       int64   // of the last batch it sent
 }
 
+// modelClaim is reserved in the hub, then made in the database, then on its way to
+// the hub.
 type modelClaim struct {
-	tr *modelTracker
-	c  *conn
-	id string
+	tr   *modelTracker
+	out  *outbox
+	id   string
+	made bool
 	claim
 }
 
@@ -180,7 +183,7 @@ func (m *model) send() string {
 	for i := range int64(perBatch) {
 		events = append(events, fmt.Sprintf(`{"type":3,"timestamp":%d}`, (tr.seq-1)*perBatch+i+1))
 	}
-	m.t.do(publish{tr.conn, m.t.batchOf(tr.id, tr.seq, events...)})
+	m.t.do(publish{tr.out, "", m.t.batchOf(tr.id, tr.seq, events...), nil})
 	return fmt.Sprintf("%s: sends batch %d", tr.id, tr.seq)
 }
 
@@ -190,53 +193,60 @@ func (m *model) wait() string {
 	return fmt.Sprintf("%v pass", d)
 }
 
-// claim makes a tracker claim its session, over its own connection, a new one, or
-// that of another tracker, whose session it ends.
+// claim makes a tracker reserve its session, or a new one, over its own
+// connection, a new one, or that of another tracker, whose session it ends.
 func (m *model) claim() string {
-	tr, c := pick(m, m.trackers), (*conn)(nil)
+	tr, out := pick(m, m.trackers), (*outbox)(nil)
 	other := pick(m, m.trackers)
 	switch m.r.IntN(9) {
 	case 0:
-		c = m.t.conn(false)
+		out = m.t.idle()
 	case 1, 2:
-		if c = other.conn; other != tr && c != nil && !m.claiming(c) {
-			m.t.do(finish{c})
-			other.conn, other.recording = nil, false
+		if out = other.out; other != tr && out != nil && !m.claiming(out) {
+			m.t.do(finish{out})
+			other.out, other.recording = nil, false
 		}
 	default:
-		c = tr.conn
+		out = tr.out
 	}
-	if c == nil {
-		c = m.t.conn(false)
+	if out == nil {
+		out = m.t.idle()
 	}
-	if m.claiming(c) {
+	if m.claiming(out) {
 		return "" // its reader waits
 	}
-	k := m.raise(tr)
-	m.users[c] = tr
-	m.claims = append(m.claims, modelClaim{tr, c, tr.id, k})
-	if c == tr.conn {
+	if tr.id == "" {
+		m.made++
+		tr.id = fmt.Sprint("s", m.made)
+	}
+	if got := m.t.reserve(out, tr.id, true, 0); got != granted {
+		m.t.Errorf("%s: reserve: got %d", tr.id, got)
+	}
+	m.users[out] = tr
+	m.claims = append(m.claims, modelClaim{tr: tr, out: out, id: tr.id})
+	if out == tr.out {
 		tr.recording = false
 	}
-	return fmt.Sprintf("%s: is claimed on %p, epoch %d, seq %d", tr.id, c, k.epoch, k.seq)
+	return fmt.Sprintf("%s: is reserved on %p", tr.id, out)
 }
 
-func (m *model) claiming(c *conn) bool {
-	return slices.ContainsFunc(m.claims, func(k modelClaim) bool { return k.c == c })
+func (m *model) claiming(out *outbox) bool {
+	return slices.ContainsFunc(m.claims, func(k modelClaim) bool { return k.out == out })
 }
 
-// raise is a claim in the database. A tracker whose session is not there gets a
-// new one.
-func (m *model) raise(tr *modelTracker) claim {
-	if m.rows[tr.id] == nil {
-		m.made++
-		tr.id, tr.conn, tr.recording = fmt.Sprint("s", m.made), nil, false
-		m.rows[tr.id] = &modelRow{epoch: 1000, counters: counters{snapshot: -1}, chunks: map[int64]modelChunk{}}
+// raise is a claim in the database, by the session's token if it has a row.
+func (m *model) raise(id string) (k claim, ok bool) {
+	row, known := m.rows[id]
+	if row == nil && known {
+		return k, false // it was deleted
 	}
-	row := m.rows[tr.id]
+	if row == nil {
+		row = &modelRow{epoch: 1000, counters: counters{snapshot: -1}, chunks: map[int64]modelChunk{}}
+		m.rows[id] = row
+	}
 	row.epoch++
 	row.active = true
-	return claim{epoch: row.epoch, byToken: true, counters: row.counters}
+	return claim{epoch: row.epoch, counters: row.counters}, true
 }
 
 // abandon closes a connection before its claim comes to the hub.
@@ -245,47 +255,61 @@ func (m *model) abandon() string {
 		return ""
 	}
 	k := pick(m, m.claims)
-	m.close(k.c)
+	m.close(k.out)
 	return fmt.Sprintf("%s: claim of epoch %d dies", k.id, k.epoch)
 }
 
-// attach brings some claim to the hub; of two the newer one may come first.
+// attach makes some claim in the database, or brings one that is made to the hub;
+// of two the newer one may come first.
 func (m *model) attach() string {
 	k, ok := draw(m, &m.claims)
 	if !ok {
 		return ""
 	}
-	at, tr := m.t.attach(k.c, k.id, k.claim), k.tr
-	if at.outcome == attachedNow {
-		m.overtaken[k.id] = 0
+	if !k.made {
+		if k.claim, k.made = m.raise(k.id); k.made {
+			m.claims = append(m.claims, k)
+			return fmt.Sprintf("%s: is claimed, epoch %d, seq %d", k.id, k.epoch, k.seq)
+		}
+		m.t.do(unreserve{k.id})
+		if k.tr.id == k.id {
+			k.tr.id, k.tr.out, k.tr.recording = "", nil, false
+		}
+		return k.id + ": is not there any more"
 	}
-	if at.outcome == attachedNow && k.id == tr.id {
-		k.c.lost.Store(false)
-		tr.conn, tr.epoch, tr.recording, tr.seq = k.c, k.epoch, true, at.accepted
+	at, tr := m.t.attachAs(k.out, k.id, k.claim, aboutNobody), k.tr
+	if !at.outdated && k.id == tr.id {
+		tr.out, tr.epoch, tr.recording, tr.seq = k.out, k.epoch, true, at.accepted
 		m.acked(k.id, at.stored)
 	} else {
-		m.close(k.c) // it came too late, or the tracker has another session by now
+		m.close(k.out) // it came too late, or the tracker has another session by now
 	}
-	return fmt.Sprintf("%s: epoch %d is attached on %p: %+v", k.id, k.epoch, k.c, at)
+	return fmt.Sprintf("%s: epoch %d is attached on %p: %+v", k.id, k.epoch, k.out, at)
 }
 
 func (m *model) leave() string {
 	tr := pick(m, m.trackers)
-	if tr.conn == nil || m.claiming(tr.conn) {
+	if tr.out == nil || m.claiming(tr.out) {
 		return ""
 	}
-	m.close(tr.conn)
+	m.close(tr.out)
 	return tr.id + ": its tracker leaves"
 }
 
-// close ends a connection, and what hangs on it.
-func (m *model) close(c *conn) {
-	m.t.do(leave{c})
-	delete(m.users, c)
-	m.claims = slices.DeleteFunc(m.claims, func(k modelClaim) bool { return k.c == c })
+// close ends a connection, and what hangs on it. The answer to a claim may have
+// been lost: it was made, and comes to nothing.
+func (m *model) close(out *outbox) {
+	for _, k := range m.claims {
+		if k.out == out {
+			m.t.do(unreserve{k.id})
+		}
+	}
+	m.claims = slices.DeleteFunc(m.claims, func(k modelClaim) bool { return k.out == out })
+	m.t.do(leave{out})
+	delete(m.users, out)
 	for _, tr := range m.trackers {
-		if tr.conn == c {
-			tr.conn, tr.recording = nil, false
+		if tr.out == out {
+			tr.out, tr.recording = nil, false
 		}
 	}
 }
@@ -295,31 +319,30 @@ func (m *model) end() string {
 	if !tr.recording {
 		return ""
 	}
-	m.t.do(finish{tr.conn})
+	m.t.do(finish{tr.out})
 	tr.recording = false
 	return tr.id + ": ends"
 }
 
 // listen reads what the hub has sent to each connection.
 func (m *model) listen() {
-	for c, tr := range maps.Clone(m.users) {
-		for _, text := range m.t.messages(c) {
+	for out, tr := range maps.Clone(m.users) {
+		for _, text := range m.t.messages(out) {
 			var id string
 			var n int64
 			switch {
 			case scan(text, "ack %s %d", &id, &n):
 				m.acked(id, n)
 			case scan(text, "close %d", &n):
-				if row := m.rows[tr.id]; c == tr.conn && tr.recording && row != nil && m.overtaken[tr.id] < 2 {
+				if row := m.rows[tr.id]; out == tr.out && tr.recording && row != nil && row.epoch == tr.epoch {
 					m.t.Errorf("%s: its tracker is sent away with code %d, and nobody else has it", tr.id, n)
 				}
-				m.close(c)
+				m.close(out)
 			case text != "error session_deleted" && text != "error not_stored":
 				m.t.Errorf("%s: its tracker is told %q", tr.id, text)
+			case out == tr.out:
+				tr.recording = false
 			}
-		}
-		if c == tr.conn && tr.recording && c.lost.Swap(false) {
-			tr.recording = false
 		}
 	}
 }
@@ -342,9 +365,12 @@ func (m *model) acked(id string, seq int64) {
 // batch.
 func (m *model) elsewhere() string {
 	tr := pick(m, m.trackers)
-	k := m.raise(tr)
+	row := m.rows[tr.id]
+	if row == nil {
+		return ""
+	}
+	k, _ := m.raise(tr.id)
 	if m.r.IntN(2) == 0 {
-		row := m.rows[tr.id]
 		for range perBatch {
 			row.chunks[row.events] = modelChunk{[]int64{row.events + 1}, 30}
 			row.events++
@@ -352,16 +378,19 @@ func (m *model) elsewhere() string {
 		}
 		row.seq++
 	}
-	return fmt.Sprintf("%s: another server has it, epoch %d, seq %d", tr.id, k.epoch, m.rows[tr.id].seq)
+	return fmt.Sprintf("%s: another server has it, epoch %d, seq %d", tr.id, k.epoch, row.seq)
 }
 
 // remove deletes a session, on this server or another.
 func (m *model) remove() string {
 	tr := pick(m, m.trackers)
-	if delete(m.rows, tr.id); m.r.IntN(2) == 0 {
+	if m.rows[tr.id] == nil {
+		return ""
+	}
+	if m.rows[tr.id] = nil; m.r.IntN(2) == 0 {
 		return tr.id + ": is deleted on another server"
 	}
-	m.t.do(evict{tr.id, make(chan struct{}, 1)})
+	m.t.evict(tr.id)
 	return tr.id + ": is deleted"
 }
 
@@ -372,7 +401,7 @@ func (m *model) store(f *flush) outcome {
 	case row == nil:
 		return deleted
 	case row.epoch != f.epoch:
-		return overtaken
+		return epochLost
 	}
 	for i, b := range f.batches {
 		first := f.batches[0].first
@@ -387,10 +416,10 @@ func (m *model) store(f *flush) outcome {
 		row.chunks[first] = chunk
 	}
 	defer m.complete(f.session)
-	if row.events > f.after.events || row.seq > f.after.seq {
-		return overtaken
+	if row.events > f.totals.events || row.seq > f.totals.seq {
+		return epochLost
 	}
-	row.counters, row.active = f.after, !f.ended
+	row.counters, row.active = f.totals, !f.ended
 	return stored
 }
 
@@ -450,7 +479,7 @@ func (m *model) try(how string, store func(*flush) outcome) string {
 	}
 	for _, f := range work {
 		f.outcome = store(f)
-		how += fmt.Sprintf(", %s epoch %d seq %d: outcome %d", f.session, f.epoch, f.after.seq, f.outcome)
+		how += fmt.Sprintf(", %s epoch %d seq %d: outcome %d", f.session, f.epoch, f.totals.seq, f.outcome)
 	}
 	m.answers = append(m.answers, work)
 	return how
@@ -462,12 +491,7 @@ func (m *model) answer() string {
 	if !ok {
 		return ""
 	}
-	for _, f := range work {
-		if f.outcome == overtaken {
-			m.overtaken[f.session]++
-		}
-	}
-	m.t.do(settled{work})
+	m.t.do(flushDone{work})
 	return fmt.Sprintf("%v: handed back", sessionsOf(work))
 }
 
@@ -478,7 +502,7 @@ func (m *model) zombie() string {
 	if !ok {
 		return ""
 	}
-	return fmt.Sprintf("%s: epoch %d, seq %d is committed late: outcome %d", f.session, f.epoch, f.after.seq, m.store(&f))
+	return fmt.Sprintf("%s: epoch %d, seq %d is committed late: outcome %d", f.session, f.epoch, f.totals.seq, m.store(&f))
 }
 
 // quiet lets all leave and all be stored. Then what was sent last is stored too,
@@ -495,8 +519,8 @@ func (m *model) quiet() {
 			sent[row] = *tr
 		}
 	}
-	for c := range maps.Clone(m.users) {
-		m.close(c)
+	for out := range maps.Clone(m.users) {
+		m.close(out)
 	}
 	for n := 0; n < 200 && m.t.stats().sessions > 0; n++ {
 		time.Sleep(200 * time.Millisecond)
@@ -511,7 +535,8 @@ func (m *model) quiet() {
 	}
 	for row, tr := range sent {
 		if row.seq != tr.seq || row.active {
-			m.t.Errorf("%s: at the end batch %d of %d is the last that is stored, active is %v", tr.id, row.seq, tr.seq, row.active)
+			m.t.Errorf("%s: at the end batch %d of %d is the last that is stored, active is %v", tr.id, row.seq, tr.seq,
+				row.active)
 		}
 	}
 }

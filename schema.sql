@@ -20,13 +20,33 @@ create table if not exists sessions (
     snapshot_index   bigint,                    -- number of the newest full snapshot
     last_seq         bigint not null default 0, -- highest batch number that is stored
     resume_hash      bytea,                     -- SHA-256 of the token that continues it
+    server           text not null default '',  -- which of the servers records it, or did last
+    page             bigint not null default 0, -- which page of its tab; an earlier one does not get it back
     -- Raised by each claim; writes of an older one are refused. It begins at the
     -- time in microseconds: a row made again after its deletion has a higher one.
     epoch            bigint not null default extract(epoch from clock_timestamp()) * 1000000
 ) with (fillfactor = 80);                       -- room for updates in place
 
-create index if not exists sessions_created on sessions (created_at desc, session_id);
-create index if not exists sessions_past on sessions (created_at desc, session_id) where not is_active;
+-- These columns were added later. Not unless they must be, as below. length is the
+-- duration of a session that has ended, null if it has no event. Of a live one it
+-- is null too: a column that an index has and that changes with each batch would end the updates in place.
+do $$ begin
+    if (select count(*) < 2 from pg_attribute where attrelid = 'sessions'::regclass and attname in ('server', 'page')) then
+        alter table sessions add column if not exists server text not null default '',
+            add column if not exists page bigint not null default 0;
+    end if;
+    if not exists (select from pg_attribute where attrelid = 'sessions'::regclass and attname = 'length') then
+        alter table sessions add column length bigint
+            generated always as (case when not is_active and event_count > 0
+                then coalesce(last_event_time - first_event_time, 0) end) stored;
+    end if;
+end $$;
+
+-- A search reads sessions_found alone, and the rows of the page that it gives.
+drop index if exists sessions_created, sessions_past;
+create index if not exists sessions_found on sessions (created_at desc, session_id) include (is_active, url, length);
+create index if not exists sessions_user on sessions (user_id, created_at desc);
+create index if not exists sessions_errors on sessions (created_at desc, session_id) where error_count > 0;
 create index if not exists sessions_active on sessions (created_at desc) where is_active;
 create index if not exists sessions_ended on sessions (ended_at) where not is_active;
 
@@ -57,4 +77,10 @@ create table if not exists session_errors (
     error_data json not null,
     created_at timestamptz not null default now(),
     primary key (session_id, id)
+);
+
+-- The servers that share this database; each says now and then that it is there.
+create table if not exists servers (
+    server  text primary key,
+    seen_at timestamptz not null default now()
 );

@@ -7,790 +7,190 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
-	"math/bits"
+	"log/slog"
 	"net"
-	"net/netip"
 	"regexp"
-	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
-	"sync"
-	"sync/atomic"
-	"time"
 	"unicode"
 	"unicode/utf8"
-
-	"nhooyr.io/websocket"
 )
 
-type closeCode = websocket.StatusCode
-
-// Why the server closes a connection. The codes from 4000 on are the protocol's.
-const (
-	closeGoingAway closeCode = websocket.StatusGoingAway
-	closePolicy    closeCode = websocket.StatusPolicyViolation
-	closeTooBig    closeCode = websocket.StatusMessageTooBig
-	closeTryAgain  closeCode = websocket.StatusTryAgainLater
-	closeTaken     closeCode = 4001
-	closeDeleted   closeCode = 4004
-)
+// What a tracker and a viewer may say.
 
 const (
-	firstRead        = 16 << 10 // room for a message before it is known to be larger
 	maxViewerMessage = 64 << 10
-	maxBatchEvents   = 100_000 // in a message: bounds what its index takes in memory
-	maxMetadata      = 64 << 10
-	maxField         = 4 << 10
+	maxData          = 64 << 10 // of a report, or of what is passed on to viewers
+	maxMetadata      = 8 << 10
+	maxField         = 512     // of the documented fields, where only those are kept
+	maxText          = 2 << 10 // of a user's id and a URL
 	maxNesting       = 500     // of metadata and errors: PostgreSQL and encoding/json have their limits
+	minToken         = 16      // shorter ones are none
 	maxSeq           = 1 << 53 // numbers in JavaScript are exact up to here
-	maxErrors        = 100     // in a row, then the connection is closed
-	eventRoom        = 24      // bytes that an event's bounds take
-
-	outboxMessages = 1024
-	outboxBytes    = 4 << 20
-	writePiece     = 256 << 10       // of a large message, each with its own deadline
-	farewellTime   = 2 * time.Second // for a close handshake
-	pageBytes      = 4 << 20         // JSON in a session_events answer, unless one event is larger
-	maxPage        = 1000
+	pageBytes        = 4 << 20 // of JSON in a page of events, unless one event is larger
+	maxPage          = 1000    // events in a session_events answer
 )
 
-// Messages.
-
-// message is something to be sent to a client. encode is called by the
-// goroutine that sends it.
-type message interface {
-	encode() []byte
-	size() int // about, in bytes
+// core is what connections and requests work with.
+type core struct {
+	cfg      config
+	hub      *hub
+	store    *store
+	budget   *budget
+	outgoing *budget // of answers to requests
+	metrics  *metrics
+	logs     *logs
+	log      *slog.Logger
 }
 
-func (b *batch) encode() []byte { return b.frame }
-func (b *batch) size() int      { return len(b.frame) }
+// tracker is a page that records itself. One goroutine at a time calls handle.
+type tracker struct {
+	*core
+	ctx context.Context // ends with its connection
+	out *outbox
 
-// text is a message that is encoded already.
-type text []byte
+	id    string // of the session that it records; empty for none
+	asked string // the id that it had asked for
+	last  string // the last that it has recorded
+	token string // which continues the session; empty for none
+	share bool   // several may record one session: they cannot number their events
 
-func (t text) encode() []byte { return t }
-func (t text) size() int      { return len(t) }
-
-// envelope makes a message of small parts. data must be fit for JSON.
-func envelope(typ string, data any) text {
-	return encodeJSON(struct {
-		Type string `json:"type"`
-		Data any    `json:"data"`
-	}{typ, data})
+	mayStart func() bool // counts the sessions that its address begins
+	started  func()      // called when a session has started, if set
 }
 
-// encodeJSON encodes what is known to be fit for JSON. Of raw JSON in it only
-// the white space is left out.
-func encodeJSON(v any) []byte {
-	var out bytes.Buffer
-	enc := json.NewEncoder(&out)
-	enc.SetEscapeHTML(false)
-	if err := enc.Encode(v); err != nil {
-		panic(fmt.Sprintf("encode %T: %v", v, err))
-	}
-	return bytes.TrimSuffix(out.Bytes(), []byte("\n"))
-}
-
-func errorMessage(code, reason string) text {
-	return envelope("error", map[string]string{"message": reason, "code": code})
-}
-
-type sessionID struct {
-	ID string `json:"sessionId"`
-}
-
-func sessionEnded(id string) text { return envelope("session_ended", sessionID{id}) }
-func takeSnapshot(id string) text { return envelope("take_snapshot", sessionID{id}) }
-
-func lagged(id string, next int64) text {
-	return envelope("session_lagged", map[string]any{"sessionId": id, "nextIndex": next})
-}
-
-func sessionStarted(id string, about *description) text {
-	return envelope("session_started", map[string]any{"sessionId": id, "userId": about.userID, "metadata": json.RawMessage(about.metadata)})
-}
-
-// joined answers viewer_join_session.
-type joined struct{ summary }
-
-func (j joined) size() int { return 256 + len(j.about.metadata) }
-func (j joined) encode() []byte {
-	return envelope("session_joined", map[string]any{
-		"sessionId": j.id, "events": []any{}, "metadata": json.RawMessage(j.about.metadata),
-		"totalEvents": j.now.events, "isActive": j.isActive, "snapshotIndex": index(j.now.snapshot),
-	})
-}
-
-// index gives the number of an event as JSON has it: null when there is none.
-func index(n int64) *int64 {
-	if n < 0 {
-		return nil
-	}
-	return &n
-}
-
-// activeSessions is the list of live sessions.
-type activeSessions []summary
-
-// size leaves the metadata out, which is the sessions' own: many live sessions
-// must not fill an outbox by their list alone.
-func (a activeSessions) size() int { return 64 + 128*len(a) }
-
-func (a activeSessions) encode() []byte {
-	type entry struct {
-		sessionID
-		UserID     string          `json:"userId"`
-		Metadata   json.RawMessage `json:"metadata"`
-		EventCount int64           `json:"eventCount"`
-		ErrorCount int64           `json:"errorCount"`
-	}
-	all := make([]entry, len(a))
-	for i, s := range a {
-		all[i] = entry{sessionID{s.id}, s.about.userID, s.about.metadata, s.now.events, s.now.errors}
-	}
-	return envelope("active_sessions", map[string]any{"sessions": all})
-}
-
-// newBatch copies a message's events into the frame that viewers get. It ends
-// with the events, so that their bounds hold in the frame too.
-func newBatch(id string, f frame, seq int64) *batch {
-	const slot = 20 // digits of an int64; JSON lets spaces stand before and after a number
-	b := &batch{seq: seq, events: f.events, received: time.Now()}
-	var body []byte
-	if n := len(f.events); n > 0 {
-		start := f.events[0].start
-		body = f.body[start:f.events[n-1].end]
-		for i := range b.events {
-			b.events[i].start -= start
-			b.events[i].end -= start
-		}
-	}
-	const head, mid, tail = `{"type":"events_batch","data":{"sessionId":"`, `","fromIndex":`, `,"events":[`
-	frame := make([]byte, 0, len(head)+len(id)+len(mid)+slot+len(tail)+len(body)+3)
-	frame = append(append(append(frame, head...), id...), mid...)
-	place := len(frame)
-	frame = append(append(frame, strings.Repeat(" ", slot)...), tail...)
-	start := len(frame)
-	b.frame = append(append(frame, body...), "]}}"...)
-	b.index = b.frame[place : place+slot : place+slot]
-	b.body = b.frame[start : start+len(body)]
-	b.room = int64(len(b.frame)) + int64(cap(b.events))*eventRoom + 256
-	return b
-}
-
-// Connections.
-
-// conn is one WebSocket. Its own goroutine reads; what it is sent is written by
-// another, which lives only while there is something to write, so that an idle
-// connection has one goroutine less.
-type conn struct {
-	srv    *server
-	ws     *websocket.Conn
-	net    net.Conn
-	addr   netip.Addr
-	viewer bool
-	ctx    context.Context // ends with the connection
-	cancel context.CancelFunc
-	limit  *time.Timer // closes the connection when one message takes too long
-	pulse  *time.Timer // starts the next heartbeat
-	busy   atomic.Bool // inside a message: heartbeats have to wait
-
-	out outbox
-
-	// Of the reader alone:
-	rec      *recording
-	held     int64     // room taken from the budget for this message
-	grown    int64     // of it, what was taken while it was read
-	due      time.Time // when it must have arrived
-	errors   int       // in a row
-	starts   int       // sessions started since startsAt
-	startsAt time.Time
-
-	lost atomic.Bool // the hub has taken rec away
-}
-
-// recording is what a tracker's reader knows of its session.
-type recording struct {
-	id    string
-	asked string // the id that the tracker had asked for
-	token string
-	seq   int64 // of the last batch that was taken
-}
-
-// serve reads until the connection ends. It is the connection's goroutine.
-func (c *conn) serve() {
-	defer c.srv.forget(c)
-	defer c.close()
-	defer c.srv.catch("connection")
-	c.pulse.Reset(c.srv.cfg.heartbeat)
-	if !c.srv.hub.send(enter{c}) {
-		c.shut(closeGoingAway, "the server stops")
-	}
-	for {
-		msg, err := c.read()
-		if err == nil {
-			err = c.handleApart(msg)
-		}
-		c.release(msg)
-		var refusal *refusal
-		switch {
-		case errors.As(err, &refusal):
-			c.complain(refusal)
-		case err != nil:
-			return
-		default:
-			c.errors = 0
-		}
-	}
-}
-
-// close ends the connection and waits for who writes to it. A farewell that is
-// due is said first.
-func (c *conn) close() {
-	c.srv.hub.send(leave{c})
-	c.pulse.Stop()
-	c.limit.Stop()
-	c.out.mu.Lock()
-	parting := c.out.bye != nil
-	c.out.closed = c.out.closed || !parting
-	c.out.mu.Unlock()
-	if parting {
-		c.out.writers.Wait()
-	}
-	c.cancel()
-	c.ws.CloseNow()
-	c.out.writers.Wait()
-}
-
-// Reading.
-
-// buffers are what messages are read into, while they are read and handled; each
-// pool has those of twice the size of the one before, from firstRead to 4 MB.
-var buffers [9]sync.Pool
-
-// newBuffer gives an empty buffer for n bytes at least, and for less than twice
-// as many.
-func newBuffer(n int) []byte {
-	i := bits.Len(uint(n-1) / firstRead)
-	if i >= len(buffers) {
-		return make([]byte, 0, n)
-	}
-	if b, ok := buffers[i].Get().([]byte); ok {
-		return b
-	}
-	return make([]byte, 0, firstRead<<i)
-}
-
-func keepBuffer(b []byte) {
-	if i := bits.Len(uint(cap(b)-1) / firstRead); i < len(buffers) && cap(b) == firstRead<<i {
-		buffers[i].Put(b[:0])
-	}
-}
-
-// read gives the next message, which the caller releases. Room for it is taken
-// from the budget before its bytes are read; while there is none the connection
-// is not read, and TCP makes the peer wait.
-func (c *conn) read() ([]byte, error) {
-	typ, r, err := c.ws.Reader(c.ctx)
-	if err != nil {
-		return nil, err
-	}
-	c.busy.Store(true)
-	if c.viewer {
-		c.srv.budget.give(-firstRead) // what it asks for may be in memory: it does not wait for the database
-	} else if err := c.srv.budget.take(c.ctx, firstRead); err != nil {
-		return nil, err
-	}
-	c.held = firstRead
-	c.due = time.Now().Add(c.srv.cfg.messageTimeout)
-	c.limit.Reset(c.srv.cfg.messageTimeout)
-	defer c.limit.Stop()
-	buf := newBuffer(firstRead)
-	for {
-		if int64(len(buf)) == c.held {
-			if err := c.grow(c.held, int64(c.maxMessage())+1-c.held); err != nil {
-				return buf, err
-			}
-		}
-		if len(buf) == cap(buf) {
-			larger := append(newBuffer(min(2*len(buf), c.maxMessage()+1)), buf...)
-			keepBuffer(buf)
-			buf = larger
-		}
-		n, err := r.Read(buf[len(buf):min(int64(cap(buf)), c.held)])
-		buf = buf[:len(buf)+n]
-		switch {
-		case len(buf) > c.maxMessage():
-			c.srv.metrics.refuse("message_bytes")
-			c.offer(errorMessage("too_large", "the message is larger than MAX_MESSAGE_BYTES"))
-			c.shut(closeTooBig, "the message is larger than MAX_MESSAGE_BYTES")
-			return buf, errors.New("message too large")
-		case err == io.EOF && typ != websocket.MessageText:
-			return buf, &refusal{code: "invalid_message", reason: "messages are text frames"}
-		case err == io.EOF:
-			return buf, c.makeRoom(buf)
-		case err != nil:
-			return buf, err
-		}
-	}
-}
-
-func (c *conn) maxMessage() int {
-	if c.viewer {
-		return maxViewerMessage
-	}
-	return c.srv.cfg.maxMessageBytes
-}
-
-// makeRoom takes room for the index of a tracker's message that is read. There is
-// a brace for each event; those inside of events ask for more than is needed,
-// for as long as the message is handled.
-func (c *conn) makeRoom(msg []byte) error {
-	if c.viewer {
-		return nil
-	}
-	index := eventRoom * int64(min(bytes.Count(msg, []byte("{")), maxBatchEvents+1))
-	if lack := int64(len(msg)) + index - c.held; lack > 0 {
-		return c.grow(lack, lack)
-	}
-	return nil
-}
-
-// grow takes room for n bytes more, or, when it must wait, for most, as
-// budget.grow does. The time that it waits is not the peer's.
-func (c *conn) grow(n, most int64) error {
-	c.limit.Stop()
-	begun := time.Now()
-	got, err := c.srv.budget.grow(c.ctx, n, most)
-	c.held += got
-	c.grown += got
-	c.due = c.due.Add(time.Since(begun))
-	c.limit.Reset(time.Until(c.due))
-	return err
-}
-
-// release gives back a message's buffer and the room that is left of it.
-func (c *conn) release(msg []byte) {
-	if msg != nil {
-		keepBuffer(msg)
-	}
-	c.srv.budget.finish(c.held, c.grown)
-	c.held, c.grown = 0, 0
-	c.busy.Store(false)
-}
-
-// refusal is what a client is told of a message that the server does not take.
-type refusal struct {
-	code, reason string
-	expected     int64 // the seq that a sequence_gap should have had
-}
-
-func (r *refusal) Error() string { return r.reason }
-
-// complain tells the client of a refusal, and gives it up when it sends nothing
-// else. A tracker that has many batches under way meets a gap many times.
-func (c *conn) complain(r *refusal) {
-	c.srv.metrics.refuse(r.code)
-	data := map[string]any{"message": r.reason, "code": r.code}
-	if r.code == "sequence_gap" {
-		data["expected"] = r.expected
-	} else {
-		c.errors++
-	}
-	c.offer(envelope("error", data))
-	if c.errors >= maxErrors {
-		c.shut(closePolicy, "too many errors in a row")
-	}
-}
-
-// handleApart handles a message in a goroutine of its own, which lets go of the
-// stack that parsing and SQL need: an idle connection then takes 4 KB less.
-func (c *conn) handleApart(msg []byte) error {
-	done := make(chan error, 1)
-	go func() { // ends with the message; the reader waits for it
-		err := errors.New("panic") // unless handle returns
-		defer func() { done <- err }()
-		defer c.srv.catch("message")
-		err = c.handle(msg)
-	}()
-	return <-done
-}
-
-func (c *conn) handle(msg []byte) error {
+// handle does what a message asks. kept is how much of the message's room in the
+// budget the hub has from now on.
+func (t *tracker) handle(msg []byte) (kept int64, err error) {
 	f, err := parseFrame(msg)
 	if err != nil {
-		return &refusal{code: "invalid_message", reason: err.Error()}
+		return 0, &protocolError{"invalid_message", err.Error()}
 	}
-	trackers, viewers := trackerMessages[f.typ], viewerMessages[f.typ]
+	switch f.typ {
+	case "events_batch":
+		return t.takeBatch(f)
+	case "session_start":
+		return 0, t.startSession(f)
+	case "session_end":
+		return 0, t.endSession(f)
+	case "error", "javascript_error", "promise_rejection":
+		return t.takeReport(f)
+	case "visibility_change":
+		return 0, t.passOn(f)
+	case "heartbeat":
+		return 0, nil
+	case "get_active_sessions", "viewer_join_session", "viewer_leave_session", "get_session_events":
+		return 0, errForbidden
+	}
+	return 0, errUnknownType
+}
+
+var (
+	errForbidden   = &protocolError{"forbidden", "this type of connection may not send that"}
+	errUnknownType = &protocolError{"unknown_type", "unknown message type"}
+	errNotStarted  = &protocolError{"no_session", "this connection records no session: send session_start"}
+	errNoSession   = &protocolError{"not_found", "no such session"}
+)
+
+func (t *tracker) takeBatch(f frame) (kept int64, err error) {
 	switch {
-	case trackers == nil && viewers == nil:
-		return &refusal{code: "unknown_type", reason: "unknown message type"}
-	case c.viewer && viewers != nil:
-		return viewers(c, f)
-	case !c.viewer && trackers != nil:
-		return trackers(c, f)
+	case t.id == "":
+		return 0, errNotStarted
+	case !f.objects:
+		return 0, &protocolError{"invalid_events", `"events" must be an array of objects`}
+	case len(f.events) > maxBatchEvents:
+		return 0, &protocolError{"invalid_events", fmt.Sprintf("a batch has at most %d events", maxBatchEvents)}
 	}
-	return &refusal{code: "forbidden", reason: "this type of connection may not send that"}
-}
-
-// heartbeat pings the peer, and once more if no pong comes; two missed pongs end
-// the connection. It runs in a goroutine of its own, every HEARTBEAT_INTERVAL.
-func (c *conn) heartbeat() {
-	defer c.srv.catch("heartbeat")
-	interval := c.srv.cfg.heartbeat
-	for missed := 1; !c.ping(interval / 2); missed++ {
-		if missed == 2 {
-			c.cancel()
-			c.net.Close()
-			return
-		}
-	}
-	if c.ctx.Err() == nil {
-		c.pulse.Reset(interval)
-	}
-}
-
-// ping says whether the peer is there. One in the middle of a message, or who
-// waits for the server, is; other limits hold for those.
-func (c *conn) ping(timeout time.Duration) bool {
-	c.out.mu.Lock()
-	writing := c.out.writing
-	if !writing {
-		c.armWrite() // the deadline of what was written last may have passed
-	}
-	c.out.mu.Unlock()
-	if writing || c.busy.Load() {
-		return true
-	}
-	ctx, cancel := context.WithTimeout(c.ctx, timeout)
-	defer cancel()
-	return c.ws.Ping(ctx) == nil || c.busy.Load() || c.out.isWriting()
-}
-
-// Writing.
-
-// outbox is what a connection is to be sent: messages up to a bound, the newest
-// ack, and at last the farewell.
-type outbox struct {
-	mu      sync.Mutex
-	queue   []message
-	bytes   int
-	acks    map[string]int64 // by session: a connection may have ended one and begun another
-	bye     *farewell
-	lagging bool // the outbox was full: it takes nothing until it is empty
-	writing bool // a goroutine empties it
-	closed  bool
-	writers sync.WaitGroup
-}
-
-type farewell struct {
-	code   closeCode
-	reason string
-}
-
-func (o *outbox) isWriting() bool {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	return o.writing
-}
-
-// add puts a message into the outbox and says whether it had room.
-func (o *outbox) add(m message) bool {
-	if o.closed || o.bye != nil || o.lagging {
-		return false
-	}
-	if len(o.queue) >= outboxMessages || o.bytes >= outboxBytes {
-		o.lagging = true
-		return false
-	}
-	o.queue = append(o.queue, m)
-	o.bytes += m.size()
-	return true
-}
-
-// offer gives the connection a message to send, without waiting, and says
-// whether there was room. A viewer that had none is sent nothing until it has
-// read what is there; then the hub hears of it (drained).
-func (c *conn) offer(m message) bool {
-	c.out.mu.Lock()
-	defer c.out.mu.Unlock()
-	was := c.out.lagging
-	ok := c.out.add(m)
-	if c.out.lagging && !was && c.viewer {
-		c.srv.metrics.viewersLagged.Add(1)
-	}
-	c.start()
-	return ok
-}
-
-// ack tells the tracker that everything up to seq is stored.
-func (c *conn) ack(id string, seq int64) {
-	c.out.mu.Lock()
-	defer c.out.mu.Unlock()
-	if c.out.acks == nil {
-		c.out.acks = map[string]int64{}
-	}
-	c.out.acks[id] = seq
-	c.start()
-}
-
-// shut closes the connection, after what is in its outbox, with a reason. It
-// does not wait.
-func (c *conn) shut(code closeCode, reason string) {
-	c.out.mu.Lock()
-	defer c.out.mu.Unlock()
-	if c.out.bye != nil {
-		return
-	}
-	c.out.bye = &farewell{code, reason}
-	c.net.SetWriteDeadline(time.Now().Add(farewellTime))
-	c.start()
-}
-
-// start sees to it that somebody writes. It is called with the outbox locked.
-func (c *conn) start() {
-	if c.out.writing || c.out.closed {
-		return
-	}
-	c.out.writing = true
-	c.out.writers.Add(1)
-	go c.write()
-}
-
-// armWrite sets the deadline for the next piece, unless a farewell has set one
-// for all that is left. It is called with the outbox locked.
-func (c *conn) armWrite() {
-	if c.out.bye == nil {
-		c.net.SetWriteDeadline(time.Now().Add(2 * c.srv.cfg.heartbeat))
-	}
-}
-
-// write empties the outbox. It ends when there is nothing left, or with the
-// connection.
-func (c *conn) write() {
-	defer c.out.writers.Done()
-	defer c.srv.catch("writer of a connection")
-	for {
-		m, again := c.next()
-		if m == nil && !again {
-			return
-		}
-		if m == nil {
-			c.srv.hub.send(drained{c})
-			continue
-		}
-		if err := c.writeMessage(m.encode()); err != nil {
-			c.out.mu.Lock()
-			c.out.closed = true
-			c.out.mu.Unlock()
-			c.cancel()
-			return
-		}
-	}
-}
-
-// next takes what is to be written now. Without a message, again says that the
-// outbox was full and is empty now; otherwise the writer's work is done.
-func (c *conn) next() (m message, again bool) {
-	o := &c.out
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	switch {
-	case o.closed:
-	case len(o.queue) > 0:
-		m = o.queue[0]
-		o.queue[0] = nil
-		o.queue = o.queue[1:]
-		o.bytes -= m.size()
-		c.armWrite()
-		return m, true
-	case len(o.acks) > 0:
-		c.srv.metrics.acks.Add(1)
-		for id, seq := range o.acks {
-			m = envelope("events_ack", map[string]any{"sessionId": id, "seq": seq})
-			delete(o.acks, id)
-			break
-		}
-		c.armWrite()
-		return m, true
-	case o.lagging:
-		o.lagging = false
-		return nil, true
-	case o.bye != nil:
-		o.closed = true
-		bye := *o.bye
-		o.writers.Add(1)
-		go c.farewell(bye)
-	}
-	o.queue, o.acks, o.writing = nil, nil, false
-	return nil, false
-}
-
-// writeMessage writes a message; a large one in pieces, so that a slow peer is
-// told from one that does not read at all.
-func (c *conn) writeMessage(m []byte) error {
-	if len(m) <= writePiece {
-		return c.ws.Write(context.Background(), websocket.MessageText, m)
-	}
-	w, err := c.ws.Writer(context.Background(), websocket.MessageText)
+	seq, err := parseSeq(f)
 	if err != nil {
-		return err
+		return 0, err
 	}
-	for len(m) > 0 {
-		c.out.mu.Lock()
-		c.armWrite()
-		c.out.mu.Unlock()
-		n := min(len(m), writePiece)
-		if _, err := w.Write(m[:n]); err != nil {
-			return err
-		}
-		m = m[n:]
-	}
-	return w.Close()
+	b := newBatch(t.id, f, seq)
+	t.hub.send(publish{t.out, t.id, b, nil})
+	return b.cost, nil
 }
 
-// farewell does the close handshake, for as long as it may take, and ends the
-// connection.
-func (c *conn) farewell(bye farewell) {
-	defer c.out.writers.Done()
-	defer c.srv.catch("close of a connection")
-	c.net.SetDeadline(time.Now().Add(farewellTime))
-	c.ws.Close(bye.code, bye.reason)
-	c.cancel()
+func parseSeq(f frame) (int64, error) {
+	if f.seq == nil {
+		return 0, nil
+	}
+	seq, err := strconv.ParseInt(string(f.seq), 10, 64)
+	if err != nil || seq < 1 || seq > maxSeq {
+		return 0, &protocolError{"invalid_message", `"seq" must be a whole number from 1 to 2^53`}
+	}
+	return seq, nil
 }
 
-// Trackers.
-
-var trackerMessages map[string]func(*conn, frame) error
-
-func init() {
-	trackerMessages = map[string]func(*conn, frame) error{
-		"session_start":     (*conn).startSession,
-		"events_batch":      (*conn).takeBatch,
-		"session_end":       (*conn).endSession,
-		"error":             (*conn).takeReport,
-		"javascript_error":  (*conn).takeReport,
-		"promise_rejection": (*conn).takeReport,
-		"visibility_change": (*conn).passOn,
-		"heartbeat":         (*conn).ignore,
-	}
-	viewerMessages = map[string]func(*conn, frame) error{
-		"get_active_sessions":  (*conn).listSessions,
-		"viewer_join_session":  (*conn).joinSession,
-		"viewer_leave_session": (*conn).leaveSession,
-		"get_session_events":   (*conn).sendPage,
-		"heartbeat":            (*conn).ignore,
-	}
+func sequenceGap(expected int64) text {
+	return envelope("error", map[string]any{"code": "sequence_gap", "message": fmt.Sprintf("expected seq %d", expected), "expected": expected})
 }
 
-func (c *conn) ignore(frame) error { return nil }
-
-// recording gives the session that the connection records.
-func (c *conn) recording() (*recording, error) {
-	if c.lost.Swap(false) {
-		c.rec = nil
-	}
-	if c.rec == nil {
-		return nil, &refusal{code: "no_session", reason: "this connection records no session: send session_start"}
-	}
-	return c.rec, nil
-}
-
-func (c *conn) takeBatch(f frame) error {
-	rec, err := c.recording()
-	if err != nil {
-		return err
-	}
-	if !f.array {
-		return &refusal{code: "invalid_events", reason: `"events" must be an array of objects`}
-	}
-	if len(f.events) > maxBatchEvents {
-		return &refusal{code: "invalid_events", reason: fmt.Sprintf("a batch has at most %d events", maxBatchEvents)}
-	}
-	seq := int64(0)
-	if f.seq != nil {
-		seq, err = strconv.ParseInt(string(f.seq), 10, 64)
-		switch {
-		case err != nil || seq < 1 || seq > maxSeq:
-			return &refusal{code: "invalid_message", reason: `"seq" must be a whole number from 1 to 2^53`}
-		case seq <= rec.seq:
-			c.srv.hub.send(acks{c})
-			return nil
-		case seq > rec.seq+1:
-			return &refusal{code: "sequence_gap", reason: fmt.Sprintf("expected seq %d", rec.seq+1), expected: rec.seq + 1}
-		}
-		rec.seq = seq
-	}
-	b := newBatch(rec.id, f, seq)
-	c.held -= b.room
-	c.srv.hub.send(publish{c, b})
-	return nil
-}
-
-func (c *conn) endSession(f frame) error {
-	rec, err := c.recording()
-	if err != nil {
-		return err
+func (t *tracker) endSession(f frame) error {
+	if t.id == "" {
+		return errNotStarted
 	}
 	var data sessionID
 	json.Unmarshal(f.data, &data)
-	if data.ID == "" || data.ID == rec.id || data.ID == rec.asked {
-		c.srv.hub.send(finish{c})
-		c.rec = nil
+	if data.ID == "" || data.ID == t.id || data.ID == t.asked {
+		t.hub.send(finish{t.out})
+		t.id = ""
 	}
 	return nil
 }
 
 // takeReport stores an error of the page, and passes it on if viewers know its
 // type.
-func (c *conn) takeReport(f frame) error {
-	rec, err := c.recording()
+func (t *tracker) takeReport(f frame) (kept int64, err error) {
+	if t.id == "" {
+		return 0, errNotStarted
+	}
+	seq, err := parseSeq(f)
 	if err != nil {
-		return err
+		return 0, err
 	}
 	data := f.data
 	if data == nil {
 		data = []byte("null")
 	}
-	if len(data) > maxMetadata || nests(data, maxNesting) {
-		data = rewrite(data, []string{"message", "reason", "error", "stack", "timestamp", "filename", "lineno", "colno", "url"}, nil)
+	if len(data) > maxData || nests(data, maxNesting) {
+		data = rewrite(data, []string{"message", "reason", "error", "stack", "timestamp", "filename", "lineno", "colno", "url"}, 4<<10, nil)
 	}
-	r := report{kind: f.typ, data: slices.Clone(data), room: int64(len(data)) + 256}
 	var m message
 	if f.typ != "error" {
-		if m, err = withSession(f.typ, data, rec.id); err != nil {
-			return err
+		if m, err = withSession(f.typ, data, t.id); err != nil {
+			return 0, err
 		}
 	}
-	c.held -= r.room
-	c.srv.hub.send(reported{c, r, m})
-	return nil
+	b := newReport(f.typ, data, seq)
+	t.hub.send(publish{t.out, t.id, b, m})
+	return b.cost, nil
 }
 
-// passOn sends a message as it is to the session's viewers.
-func (c *conn) passOn(f frame) error {
-	rec, err := c.recording()
+// passOn sends visibility_change as it is to the session's viewers.
+func (t *tracker) passOn(f frame) error {
+	if t.id == "" {
+		return errNotStarted
+	}
+	if len(f.data) > maxData {
+		return &protocolError{"too_large", "data is larger than 64 KiB"}
+	}
+	m, err := withSession(f.typ, f.data, t.id)
 	if err != nil {
 		return err
 	}
-	if len(f.data) > maxMetadata {
-		return &refusal{code: "too_large", reason: "data is larger than 64 KiB"}
-	}
-	m, err := withSession(f.typ, f.data, rec.id)
-	if err == nil {
-		c.srv.hub.send(forward{c, m})
-	}
-	return err
+	var page struct{ Hidden bool }
+	json.Unmarshal(f.data, &page) // what is no bool leaves it false
+	t.hub.send(forward{t.out, m})
+	t.hub.send(hide{t.out, page.Hidden})
+	return nil
 }
 
-// withSession makes a message of data as the page sent it and the session's id,
-// which stands last: of two keys the last counts.
+// withSession makes a message of data as the page sent it and the session's id.
+// The id stands last: of two keys the last counts.
 func withSession(typ string, data []byte, id string) (message, error) {
 	if len(data) == 0 || data[0] != '{' {
-		return nil, &refusal{code: "invalid_message", reason: `"data" must be an object`}
+		return nil, &protocolError{"invalid_message", `"data" must be an object`}
 	}
 	inner := strings.TrimSpace(string(data[1 : len(data)-1]))
 	if inner != "" {
@@ -799,20 +199,26 @@ func withSession(typ string, data []byte, id string) (message, error) {
 	return text(`{"type":"` + typ + `","data":{` + inner + `"sessionId":"` + id + `"}}`), nil
 }
 
-// Starting a session.
+// What a session_start says.
 
 var validID = regexp.MustCompile(`^[A-Za-z0-9_.:-]{1,128}$`).MatchString
 
-// start is what a session_start asks for.
 type start struct {
 	id     string
 	about  description
 	resume bool // the tracker numbers its batches and knows tokens
 	token  string
+	create bool  // a session that is not there gets this token
+	page   int64 // the page's number in its tab; 0: it has none
+	first  int64 // number of the page's first batch
 }
 
-// parseStart reads a session_start's data. What it does not understand is left
-// in the metadata and is no reason not to record.
+// documented are the members of a session_start that lists show.
+var documented = []string{"sessionId", "userId", "url", "userAgent", "viewport", "startTime", "referrer", "timeZone",
+	"lastUrl", "pages", "clicks"}
+
+// parseStart reads a session_start's data. What it does not understand stays in
+// the metadata and is no reason not to record.
 func parseStart(data []byte) start {
 	var st start
 	members(data, func(name string, _, value []byte) {
@@ -825,43 +231,66 @@ func parseStart(data []byte) start {
 			st.about.url = clean(plainText(value))
 		case "resume":
 			st.resume, st.token = true, unquote(value)
+		case "create":
+			st.create = string(value) == "true"
+		case "page":
+			st.page = max(0, wholeNumber(value, 0))
+		case "firstSeq":
+			st.first = wholeNumber(value, 0)
 		}
 	})
-	if len(data) > maxMetadata || nests(data, maxNesting) {
-		data = rewrite(data, []string{"sessionId", "userId", "url", "userAgent", "viewport", "startTime", "referrer", "timeZone"}, nil)
+	if !st.resume {
+		st.page, st.first = 0, 0 // the page's own, if they are there
 	}
-	st.about.metadata = rewrite(data, nil, []member{
-		{"viewport", `{"width":1920,"height":1080,"devicePixelRatio":1}`}, {"referrer", `""`}, {"timeZone", `"UTC"`}})
+	if len(data) > maxMetadata || nests(data, maxNesting) {
+		data = rewrite(data, documented, maxField, nil)
+	}
+	st.about.metadata = rewrite(data, nil, 0, defaults)
+	st.about.brief = rewrite(st.about.metadata, documented, maxField, nil)
 	return st
 }
 
 type member struct{ key, value string }
 
-// rewrite copies a JSON object without its "resume", which is a secret. With
-// only, it keeps no other members than these, each cut to maxField bytes. The
-// defaults that are missing are added.
-func rewrite(object []byte, only []string, defaults []member) []byte {
-	var kept []string
-	seen := map[string]bool{}
+// defaults are what lists have of a session that does not say.
+var defaults = []member{{"viewport", `{"width":1920,"height":1080,"devicePixelRatio":1}`}, {"referrer", `""`}, {"timeZone", `"UTC"`}}
+
+// rewrite copies a JSON object without "resume", which is a secret, and adds the
+// defaults that are missing. With names it copies those members alone, each cut
+// to most bytes; a value that cannot be cut is left out.
+func rewrite(object []byte, names []string, most int, defaults []member) []byte {
+	out, seen := []byte("{"), map[string]bool{}
 	members(object, func(name string, key, value []byte) {
-		if name == "resume" || only != nil && !slices.Contains(only, name) {
+		if name == "resume" || names != nil && !slices.Contains(names, name) {
 			return
 		}
-		if only != nil && (len(value) > maxField || nests(value, maxNesting)) {
-			if value[0] != '"' {
-				return
-			}
-			value, _ = json.Marshal(cut(unquote(value)))
+		if names != nil && len(value) > most && value[0] == '"' {
+			value = encodeJSON(cut(unquote(value), most))
+		}
+		if names != nil && (len(value) > 2*most || nests(value, maxNesting)) { // twice: a string grows by its escapes
+			return
 		}
 		seen[name] = true
-		kept = append(kept, string(key)+":"+string(value))
+		out = fmt.Appendf(out, "%s:%s,", key, value)
 	})
 	for _, d := range defaults {
 		if !seen[d.key] {
-			kept = append(kept, `"`+d.key+`":`+d.value)
+			out = fmt.Appendf(out, "%s:%s,", encodeJSON(d.key), d.value)
 		}
 	}
-	return []byte("{" + strings.Join(kept, ",") + "}")
+	return append(bytes.TrimSuffix(out, []byte(",")), '}')
+}
+
+// encodeJSON encodes what is known to be fit for JSON. Of raw JSON in it only
+// the white space is left out.
+func encodeJSON(v any) []byte {
+	var out bytes.Buffer
+	enc := json.NewEncoder(&out)
+	enc.SetEscapeHTML(false)
+	if err := enc.Encode(v); err != nil {
+		panic(fmt.Sprintf("encode %T: %v", v, err))
+	}
+	return bytes.TrimSuffix(out.Bytes(), []byte("\n"))
 }
 
 // plainText gives a string's text, and any other value as it stands.
@@ -882,138 +311,193 @@ func clean(s string) string {
 			return utf8.RuneError
 		}
 		return r
-	}, s))
+	}, s), maxText)
 }
 
-func cut(s string) string {
-	if len(s) > maxField {
-		s = strings.ToValidUTF8(s[:maxField], "")
+func cut(s string, most int) string {
+	if len(s) > most {
+		s = strings.ToValidUTF8(s[:most], "")
 	}
 	return s
 }
 
-// startSession begins or continues a session. The one that the connection
-// records already is claimed once more, for what is new in its metadata.
-func (c *conn) startSession(f frame) error {
-	if !c.mayStart() {
-		return &refusal{code: "too_many_sessions", reason: "too many sessions in a minute on this connection"}
-	}
+// Starting a session.
+
+// startSession begins or continues a session. The one that the tracker records
+// already is claimed once more, for what is new in its metadata.
+func (t *tracker) startSession(f frame) error {
 	st := parseStart(f.data)
 	asked, known := st.id, ""
-	if rec, _ := c.recording(); rec != nil {
-		if st.id == "" || st.id == rec.id || st.id == rec.asked {
-			st.id, st.token, asked, known = rec.id, rec.token, rec.asked, rec.id
-		} else {
-			c.srv.hub.send(finish{c})
-			c.rec = nil
-		}
+	switch {
+	case t.id == "":
+	case st.id == "" || st.id == t.id || st.id == t.asked:
+		st.id, st.token, asked, known = t.id, t.token, t.asked, t.id
+	default:
+		t.hub.send(finish{t.out})
+		t.id = ""
 	}
-	fresh := !validID(st.id)
-	if !fresh && st.token == "" {
-		reply := make(chan bool, 1)
-		fresh, _ = ask(c.srv.hub, reply, held{st.id, c, reply})
+	got, err := t.begin(&st, known != "")
+	if err == errLaterPage {
+		t.id, t.asked, t.last = st.id, asked, st.id // its batches are taken where their numbers fit
 	}
-	rec, at, err := c.begin(st, fresh)
 	if err != nil {
 		return err
 	}
-	rec.asked = asked
-	c.rec = rec
-	if rec.id != asked && rec.id != known {
-		c.offer(envelope("session_assigned", sessionID{rec.id}))
+	t.id, t.asked, t.last, t.token = st.id, asked, st.id, st.token
+	if t.started != nil {
+		t.started()
+	}
+	if t.id != asked && t.id != known {
+		t.out.send(envelope("session_assigned", sessionID{t.id}))
 	}
 	if st.resume {
-		c.offer(envelope("session_ready", map[string]any{"sessionId": rec.id, "resume": rec.token, "lastSeq": at.stored, "accepted": at.accepted}))
+		t.out.send(envelope("session_ready", map[string]any{
+			"sessionId": t.id, "resume": t.token, "lastSeq": got.stored, "accepted": got.accepted}))
 	}
 	return nil
 }
 
-// mayStart counts the sessions of this connection and minute.
-func (c *conn) mayStart() bool {
-	if now := time.Now(); now.Sub(c.startsAt) > time.Minute {
-		c.starts, c.startsAt = 0, now
-	}
-	c.starts++
-	return c.starts <= c.srv.cfg.maxSessionsPerMinute
-}
-
-// begin claims a session in the database and takes it in the hub: the one that
-// was asked for, or, with fresh and whenever that may not be had, a new one.
-func (c *conn) begin(st start, fresh bool) (*recording, attached, error) {
-	for {
-		rec := &recording{id: st.id, token: st.token}
-		if fresh {
-			rec.id, rec.token = rand.Text(), ""
+// begin gets the session that was asked for, or a new one whenever that may not
+// be had. It writes the session's id and token into st. counted says that the
+// session was begun on this connection before.
+func (t *tracker) begin(st *start, counted bool) (attached, error) {
+	resuming, isNew := len(st.token) >= minToken, !validID(st.id)
+	for attempt := 0; ; attempt++ {
+		if isNew {
+			st.id, st.token, resuming = rand.Text(), "", false
 		}
-		resuming := rec.token != ""
-		if st.resume && !resuming {
-			rec.token = rand.Text()
+		if !resuming && !counted && !t.mayStart() {
+			return attached{}, &protocolError{"too_many_sessions", "too many sessions in a minute from this address"}
 		}
-		about := st.about
-		cl, err := c.claim(rec, &about, resuming)
-		if errors.Is(err, errToken) && !fresh {
-			fresh = true
-			continue
-		}
-		if err != nil {
-			return nil, attached{}, err
-		}
-		about.userID = cl.userID
-		reply := make(chan attached, 1)
-		at, ok := ask(c.srv.hub, reply, attach{c, rec.id, cl, &about, sessionStarted(rec.id, &about), reply})
+		counted = counted || !resuming
+		got, err := t.claim(st, resuming)
 		switch {
-		case !ok:
-			return nil, at, net.ErrClosed
-		case at.outcome == heldByOther:
-			fresh = true
-		case at.outcome == outdated:
-			c.shut(closeTaken, "the session continues on another connection")
-			return nil, at, net.ErrClosed
+		case err == errToken && resuming && st.create:
+			resuming = false
+		case err == errTaken && t.share && pause(t.ctx, attempt): // another is about to begin it
+		case err == errTaken, err == errToken:
+			isNew = true
+		case err != nil:
+			return attached{}, err
+		case got.outdated:
+			t.out.closeAfterSending(closeTaken, "the session continues on another connection")
+			return attached{}, net.ErrClosed
 		default:
-			c.lost.Store(false)
-			rec.seq = at.accepted
-			return rec, at, nil
+			return got, nil
 		}
 	}
 }
 
-// claim waits for the database when it is away, for at most MESSAGE_TIMEOUT: the
-// connection is not read meanwhile, and its peer may have gone.
-func (c *conn) claim(rec *recording, about *description, resuming bool) (claim, error) {
+var (
+	errTaken     = errors.New("another connection records the session")
+	errLaterPage = &protocolError{"later_page", "a later page of the tab records the session"}
+)
+
+// claim reserves a session in the hub, claims it in the database, and attaches
+// it: three steps, so that two trackers of one session meet before either has
+// changed its row.
+func (t *tracker) claim(st *start, resuming bool) (attached, error) {
+	reserved := make(chan reservation, 1)
+	r, ok := ask(t.hub, reserved, reserve{t.out, st.id, resuming, t.share, st.about.cost(), reserved})
+	switch {
+	case !ok:
+		return attached{}, net.ErrClosed
+	case r == taken:
+		return attached{}, errTaken
+	case r == noRoom:
+		return attached{}, &protocolError{"too_many_sessions", "too many sessions are live: try again later"}
+	case r == joins:
+		return attached{}, nil
+	}
+	if st.resume && len(st.token) < minToken {
+		st.token = rand.Text()
+	}
+	about := st.about
+	won, err := t.claimRow(st, &about, resuming)
+	if err != nil {
+		t.hub.send(unreserve{st.id})
+		return attached{}, err
+	}
+	about.userID = won.userID
+	reply := make(chan attached, 1)
+	started := sessionStarted(st.id, &about)
+	got, ok := ask(t.hub, reply, attach{t.out, st.id, won, &about, started, st.first, t.share, reply})
+	if !ok {
+		return got, net.ErrClosed
+	}
+	return got, nil
+}
+
+// claimRow waits for the database when it is away, for at most MESSAGE_TIMEOUT:
+// the connection is not read meanwhile, and its peer may have gone.
+func (t *tracker) claimRow(st *start, about *description, resuming bool) (claim, error) {
 	keepUser := about.userID == "" // the one that the session has, if any
 	if keepUser {
 		about.userID = "user_" + strings.ToLower(rand.Text()[:12])
 	}
-	ctx, cancel := context.WithTimeout(c.ctx, c.srv.cfg.messageTimeout)
+	ctx, cancel := context.WithTimeout(t.ctx, t.cfg.messageTimeout)
 	defer cancel()
 	for attempt := 0; ; attempt++ {
-		cl, err := c.srv.store.claim(ctx, rec.id, about, keepUser, rec.token, resuming)
+		won, err := t.store.claim(ctx, st.id, about, keepUser, st.token, resuming, st.page)
 		switch {
-		case err == nil || errors.Is(err, errToken):
-			return cl, err
-		case blamesData(err):
-			c.srv.log.Warn("session refused by the database", "session", rec.id, "err", err)
-			return cl, &refusal{code: "not_stored", reason: "the database refused the session's data"}
+		case err == nil, err == errToken, err == errLaterPage:
+			t.store.last.Store(nil)
+			return won, err
+		case isDataError(err):
+			t.log.Warn("session refused by the database", "session", st.id, "err", err)
+			return won, &protocolError{"not_stored", "the database refused the session's data"}
 		case ctx.Err() == nil:
-			c.srv.metrics.databaseErrors.Add(1)
-			c.srv.store.distrust(err)
-			c.srv.log.Debug("session waits for the database", "session", rec.id, "err", err)
+			t.metrics.databaseErrors.Add(1)
+			t.store.failed(err)
+			if attempt == 0 {
+				t.log.Warn("session waits for the database", "session", st.id, "err", err)
+			}
 		}
 		if !pause(ctx, attempt) {
-			c.shut(closeTryAgain, "the database is away: try again later")
-			return cl, ctx.Err()
+			t.out.closeAfterSending(closeTryAgain, "the database is away: try again later")
+			return won, ctx.Err()
 		}
 	}
 }
 
 // Viewers.
 
-var viewerMessages map[string]func(*conn, frame) error
+// viewer is somebody who watches. One goroutine at a time calls handle.
+type viewer struct {
+	*core
+	ctx context.Context // ends with its connection
+	out *outbox
 
-func (c *conn) listSessions(frame) error {
+	opened func(id string) // is told which sessions the viewer has joined
+}
+
+// handle does what a message asks.
+func (v *viewer) handle(msg []byte) (kept int64, err error) {
+	f, err := parseFrame(msg)
+	if err != nil {
+		return 0, &protocolError{"invalid_message", err.Error()}
+	}
+	switch f.typ {
+	case "get_active_sessions":
+		return 0, v.listSessions()
+	case "viewer_join_session":
+		return 0, v.joinSession(f)
+	case "viewer_leave_session":
+		return 0, v.leaveSession(f)
+	case "get_session_events":
+		return 0, v.sendPage(f)
+	case "heartbeat":
+		return 0, nil
+	case "session_start", "events_batch", "session_end", "error", "javascript_error", "promise_rejection", "visibility_change":
+		return 0, errForbidden
+	}
+	return 0, errUnknownType
+}
+
+func (v *viewer) listSessions() error {
 	reply := make(chan []summary, 1)
-	live, _ := ask(c.srv.hub, reply, active{reply})
-	c.offer(activeSessions(live))
+	live, _ := ask(v.hub, reply, liveQuery{reply})
+	v.out.send(activeSessions(live))
 	return nil
 }
 
@@ -1027,7 +511,7 @@ type sessionRequest struct {
 func parseRequest(f frame) (sessionRequest, error) {
 	var r sessionRequest
 	if err := json.Unmarshal(f.data, &r); err != nil || r.FromIndex < 0 || r.Limit < 0 {
-		return r, &refusal{code: "invalid_message", reason: `"data" must have a sessionId, and whole numbers from 0 as fromIndex and limit`}
+		return r, &protocolError{"invalid_message", `"data" must have a sessionId, and whole numbers from 0 as fromIndex and limit`}
 	}
 	if !validID(r.ID) {
 		return r, errNoSession
@@ -1035,47 +519,45 @@ func parseRequest(f frame) (sessionRequest, error) {
 	return r, nil
 }
 
-var errNoSession = &refusal{code: "not_found", reason: "no such session"}
-
 // joinSession makes the viewer watch a session. One that is not in memory is
-// looked up in the database, and offered to the hub again with what was found:
-// it may have come back meanwhile.
-func (c *conn) joinSession(f frame) error {
+// looked up in the database, and the hub is asked again with what was found: the
+// session may have come back meanwhile.
+func (v *viewer) joinSession(f frame) error {
 	r, err := parseRequest(f)
 	if err != nil {
 		return err
 	}
 	reply := make(chan bool, 1)
-	if ok, _ := ask(c.srv.hub, reply, join{c, r.ID, nil, reply}); ok {
+	if ok, _ := ask(v.hub, reply, join{v.out, r.ID, nil, reply}); ok {
+		v.opened(r.ID)
 		return nil
 	}
-	found, err := c.srv.store.session(c.ctx, r.ID)
+	row, err := v.store.session(v.ctx, r.ID)
 	if err != nil {
-		return c.refuseQuery(err)
+		return v.queryError(err)
 	}
-	ask(c.srv.hub, reply, join{c, r.ID, &found.summary, reply})
+	ask(v.hub, reply, join{v.out, r.ID, &row.summary, reply})
+	v.opened(r.ID)
 	return nil
 }
 
-func (c *conn) refuseQuery(err error) error {
+func (v *viewer) queryError(err error) error {
 	if errors.Is(err, errNotFound) {
 		return errNoSession
 	}
-	c.srv.log.Warn("question not answered", "err", err)
-	return &refusal{code: "unavailable", reason: "the database is away: try again"}
+	v.log.Warn("question not answered", "err", err)
+	return &protocolError{"unavailable", "the database is away: try again"}
 }
 
-func (c *conn) leaveSession(f frame) error {
+func (v *viewer) leaveSession(f frame) error {
 	r, err := parseRequest(f)
 	if err == nil {
-		c.srv.hub.send(unjoin{c, r.ID})
+		v.hub.send(unjoin{v.out, r.ID})
 	}
 	return err
 }
 
-// sendPage answers get_session_events. It waits until the page is written: a
-// viewer that does not read gets no second one.
-func (c *conn) sendPage(f frame) error {
+func (v *viewer) sendPage(f frame) error {
 	r, err := parseRequest(f)
 	if err != nil {
 		return err
@@ -1083,167 +565,83 @@ func (c *conn) sendPage(f frame) error {
 	if r.Limit == 0 || r.Limit > maxPage {
 		r.Limit = maxPage
 	}
-	page := []byte(`{"type":"session_events","data":{"sessionId":"` + r.ID + `","events":[`)
-	n := int64(0)
-	s, err := c.srv.events(c.ctx, r.ID, r.FromIndex, r.Limit, func(event []byte) bool {
-		if n > 0 {
-			page = append(page, ',')
-		}
-		page = append(page, event...)
-		n++
-		return len(page) < pageBytes
-	})
+	p, err := v.eventPage(v.ctx, r.ID, r.FromIndex, r.Limit, `{"type":"session_events","data":{"sessionId":"`+r.ID+`","events":[`)
+	defer p.release()
 	if err != nil {
-		return c.refuseQuery(err)
+		return v.queryError(err)
 	}
-	page = fmt.Appendf(page, `],"fromIndex":%d,"totalEvents":%d,"hasMore":%t,"isActive":%t}}`,
-		r.FromIndex, s.now.events, r.FromIndex+n < s.now.events, s.isActive)
-	c.out.mu.Lock()
-	c.armWrite()
-	c.out.mu.Unlock()
-	return c.writeMessage(page)
+	v.opened(r.ID)
+	total := p.session.now.events
+	v.out.send(text(fmt.Appendf(p.text, `],"fromIndex":%d,"totalEvents":%d,"hasMore":%t,"isActive":%t}}`,
+		r.FromIndex, total, r.FromIndex+p.count < total, p.session.isActive)))
+	return v.out.wait(v.ctx)
 }
 
-// catch is deferred by what answers one client: a panic is written down, and
-// ends only that. One of the hub or a writer ends the server.
-func (s *server) catch(where string) {
-	if v := recover(); v != nil {
-		s.logs.exception(where, v, debug.Stack())
+// page is some events of a session, in order.
+type page struct {
+	session summary
+	text    []byte // what the caller began it with, and the events, with commas between them
+	count   int64
+	budget  *budget
+	cost    int64 // taken from the budget
+}
+
+func (p *page) add(event []byte) (more bool) {
+	if p.count > 0 {
+		p.text = append(p.text, ',')
 	}
+	p.text = append(p.text, event...)
+	p.count++
+	return len(p.text) < pageBytes
 }
 
-// Back pressure.
-
-// budget is MAX_BUFFER_BYTES: the room that everything received and not yet
-// committed, the tails, and sessions with their metadata may take. Readers take room before they read and
-// wait when there is none; the hub gives it back.
-type budget struct {
-	mu         sync.Mutex
-	free       int64 // below 0 while one message goes beyond the budget
-	unfinished int64 // taken by messages of which only a part is read
-	half       int64 // of the budget: more than this unfinished ones do not take, but for one
-	waiting    []*waiter
-	opened     bool
+// grow takes room for a chunk of so much JSON, and for as much of it in the page.
+func (p *page) grow(ctx context.Context, raw int64) error {
+	n := max(0, 2*raw-p.cost)
+	took, err := p.budget.grow(ctx, n, n)
+	p.cost += took
+	return err
 }
 
-func newBudget(size int64) *budget { return &budget{free: size, half: size / 2} }
+func (p *page) release() { p.budget.finish(p.cost, p.cost) }
 
-type waiter struct {
-	n       int64
-	grows   bool // it has room for a part of its message
-	granted chan struct{}
-}
-
-// may says whether a waiter's turn has come. One message that grows may go
-// beyond the half, and beyond the budget, to its end: those who wait for room
-// hold some, and would otherwise wait for each other.
-func (b *budget) may(w *waiter) bool {
-	if w.grows {
-		return b.opened || b.free >= 0 && b.unfinished <= b.half
+// eventPage gives the events of a session from one number on, at most limit and
+// about pageBytes, also those not yet committed. Memory is asked first:
+// everything before what it has was committed by then. The caller releases the
+// page, also with an error, when its text is sent.
+func (c *core) eventPage(ctx context.Context, id string, from, limit int64, start string) (*page, error) {
+	p := &page{text: []byte(start), budget: c.outgoing}
+	if err := p.grow(ctx, pageBytes); err != nil {
+		return p, err
 	}
-	return b.opened || b.free >= w.n
-}
-
-// take waits for room for n bytes.
-func (b *budget) take(ctx context.Context, n int64) error {
-	b.mu.Lock()
-	if len(b.waiting) == 0 && b.free >= n {
-		b.free -= n
-		b.mu.Unlock()
-		return nil
+	reply := make(chan inMemory, 1)
+	memory, ok := ask(c.hub, reply, memoryQuery{id, from, from + limit, reply})
+	if !ok {
+		return p, net.ErrClosed
 	}
-	w := &waiter{n: n, granted: make(chan struct{})}
-	b.waiting = append(b.waiting, w)
-	b.grant()
-	b.mu.Unlock()
-	return b.wait(ctx, w)
-}
-
-// grow takes room for n bytes more of a message of which some is read, or, when
-// there is not so much, waits for its turn to take most, which is all that the
-// message may need. It gives what it has taken.
-func (b *budget) grow(ctx context.Context, n, most int64) (int64, error) {
-	n = min(n, most)
-	b.mu.Lock()
-	if b.opened || b.free >= n && b.unfinished+n <= b.half {
-		b.free -= n
-		b.unfinished += n
-		b.mu.Unlock()
-		return n, nil
-	}
-	w := &waiter{n: most, grows: true, granted: make(chan struct{})}
-	b.waiting = slices.Insert(b.waiting, 0, w)
-	b.grant()
-	b.mu.Unlock()
-	if err := b.wait(ctx, w); err != nil {
-		return 0, err
-	}
-	return most, nil
-}
-
-// wait waits until w is granted; if ctx ends before that, w takes nothing.
-func (b *budget) wait(ctx context.Context, w *waiter) error {
-	select {
-	case <-w.granted:
-		return nil
-	case <-ctx.Done():
-	}
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	i := slices.Index(b.waiting, w)
-	if i < 0 {
-		return nil // it was granted just now
-	}
-	b.waiting = slices.Delete(b.waiting, i, i+1)
-	b.grant()
-	return ctx.Err()
-}
-
-// finish gives back what is left of a message's room. grown of it was taken while
-// the message was read, which it is now, or it is given up.
-func (b *budget) finish(n, grown int64) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	b.free += n
-	b.unfinished -= grown
-	b.grant()
-}
-
-// left is the room that is free.
-func (b *budget) left() int64 {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.free
-}
-
-// give gives room back. A negative n takes it without waiting.
-func (b *budget) give(n int64) { b.finish(n, 0) }
-
-// grant serves those who wait, first those who grow, then in order.
-func (b *budget) grant() {
-	for i := 0; i < len(b.waiting); {
-		w := b.waiting[i]
-		if !b.may(w) {
-			if !w.grows {
-				return
-			}
-			i++ // the others need not wait for it
-			continue
+	p.session = memory.session
+	if !memory.ok {
+		row, err := c.store.session(ctx, id)
+		if err != nil {
+			return p, err
 		}
-		b.waiting = slices.Delete(b.waiting, i, i+1)
-		b.free -= w.n
-		if w.grows {
-			b.unfinished += w.n
-		}
-		close(w.granted)
+		p.session = row.summary
 	}
-}
-
-// open lets everyone through: the server stops, and what has been read is to be
-// stored.
-func (b *budget) open() {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	b.opened = true
-	b.grant()
+	to := min(from+limit, p.session.now.events)
+	committed := to
+	if len(memory.batches) > 0 {
+		committed = min(to, memory.batches[0].first)
+	}
+	if from < committed {
+		if err := c.store.events(ctx, id, from, committed, p.grow, p.add); err != nil {
+			return p, err
+		}
+	}
+	for _, b := range memory.batches {
+		for i := from + p.count; i >= b.first && i < min(to, b.end()) && len(p.text) < pageBytes; i++ {
+			e := b.events[i-b.first]
+			p.add(b.body[e.start:e.end])
+		}
+	}
+	return p, nil
 }

@@ -1,19 +1,15 @@
 package main
 
 import (
-	"bytes"
-	"compress/gzip"
 	"context"
+	crand "crypto/rand"
 	"crypto/sha256"
 	_ "embed"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
-	"log/slog"
 	"math/rand/v2"
-	"runtime"
-	"sync"
+	"slices"
 	"sync/atomic"
 	"time"
 
@@ -30,23 +26,34 @@ var schema string
 const schemaLock = 0x5e55104e
 
 const (
-	chunkBytes    = 1 << 20          // JSON in a chunk, unless one event is larger
-	commitTimeout = 30 * time.Second // of one transaction of the writer
-	lockTimeout   = "1s"             // in it, for a row that somebody else holds
-	queryTimeout  = 15 * time.Second // of a question
-	orphanAge     = 3 * time.Minute  // an active session not touched for so long has no server any more
-	touchEvery    = time.Minute
-	deleteStep    = 50 // sessions in one transaction
+	queryTimeout = 15 * time.Second // of a question
+	beatTimeout  = 5 * time.Second
+	deadAfter    = time.Minute // a server that has not said for so long that it is there
+	deleteStep   = 50          // sessions that are looked up at once to be deleted
+	maxActive    = 10_000      // sessions in one list
+	maxClockSkew = time.Hour
+
+	cleanupTimeout = 10 * time.Minute
 )
 
 var (
 	errNotFound = errors.New("no such session")
+	errClocks   = errors.New("the clocks of this machine and the database differ by more than an hour: nothing is deleted for its age")
 	errToken    = errors.New("the session is continued only by its token")
 )
 
 // store speaks SQL. Its methods are safe for concurrent use.
 type store struct {
-	pool *pgxpool.Pool
+	pool   *pgxpool.Pool
+	server string // this process among those that share the database
+	last   atomic.Pointer[failure]
+	skew   atomic.Int64 // how far this machine's clock is ahead of the database's, in nanoseconds
+}
+
+// failure is what the database last refused to do.
+type failure struct {
+	err error
+	at  time.Time
 }
 
 // openStore makes the pool; it connects when it is first used.
@@ -55,20 +62,12 @@ func openStore(ctx context.Context, cfg *pgxpool.Config) (*store, error) {
 	if err != nil {
 		return nil, fmt.Errorf("make the pool: %w", err)
 	}
-	return &store{pool}, nil
+	return &store{pool: pool, server: crand.Text()}, nil
 }
 
-// close ends the pool. It does not wait long for connections that do not answer.
+// close ends the pool. It does not wait for connections that do not answer.
 func (st *store) close() {
-	closed := make(chan struct{})
-	go func() { // ends when PostgreSQL answers or pgx gives it up, half a minute at most
-		st.pool.Close()
-		close(closed)
-	}()
-	select {
-	case <-closed:
-	case <-time.After(500 * time.Millisecond):
-	}
+	go st.pool.Close() // ends when PostgreSQL answers or pgx gives it up, half a minute at most
 }
 
 // applySchema brings the database's tables into being, or finds them there.
@@ -91,47 +90,56 @@ func (st *store) applySchema(ctx context.Context) error {
 	return nil
 }
 
-// ping asks the database whether it is there, with its tables.
-func (st *store) ping(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
-	defer cancel()
-	_, err := st.pool.Exec(ctx, "select from sessions limit 1")
-	return err
-}
-
 // Claims.
 
-// claim is what a tracker gets of its session's row when it starts or continues
-// the session; from then on the row is written under this epoch only.
-type claim struct {
-	epoch   int64
-	userID  string
-	byToken bool // it was begun with a token, which was presented
-	counters
-}
+const claimed = ` returning epoch, user_id, event_count, error_count, raw_bytes, stored_bytes,
+	coalesce(first_event_time, 0), coalesce(last_event_time, 0), coalesce(snapshot_index, -1), last_seq`
+
+const (
+	insertSession = `insert into sessions (session_id, user_id, url, metadata, resume_hash, server, page, is_active)
+		values ($1, $2, $3, $4, $5, $6, $7, true) on conflict do nothing` + claimed
+	claimSession = `update sessions set epoch = epoch + 1, is_active = true, ended_at = null, updated_at = now(),
+		user_id = case when $8 then user_id else $2 end, url = $3, metadata = $4, server = $6, page = greatest(page, $7),
+		resume_hash = coalesce(resume_hash, $5) where session_id = $1 and ($7 = 0 or page <= $7) and `
+	ofLaterPage   = "select exists (select from sessions where session_id = $1 and resume_hash = $2 and page > $3)"
+	withToken     = "resume_hash = $5"
+	withoutOthers = "(resume_hash is null or resume_hash = $5)"
+)
 
 // claim makes the session's row, or raises its epoch. With resuming, the row must
-// be there and have this token; otherwise a row that is there must have none, or
+// be there and have this token. Otherwise a row that is there must have none, or
 // this one because a claim's answer was lost, and has it from now on. If not:
-// errToken. With keepUser, a row that is there keeps its user.
-func (st *store) claim(ctx context.Context, id string, about *description, keepUser bool, token string, resuming bool) (claim, error) {
-	const set = ` set epoch = sessions.epoch + 1, is_active = true, ended_at = null, updated_at = now(),
-		user_id = case when $6 then sessions.user_id else $2 end, url = $3, metadata = $4,
-		resume_hash = coalesce(sessions.resume_hash, $5) where `
-	const returning = ` returning epoch, user_id, event_count, error_count, raw_bytes,
-			stored_bytes, coalesce(first_event_time, 0), coalesce(last_event_time, 0), coalesce(snapshot_index, -1), last_seq`
-	sql := `insert into sessions (session_id, user_id, url, metadata, resume_hash, is_active)
-		values ($1, $2, $3, $4, $5, true) on conflict (session_id) do update` + set + `(sessions.resume_hash is null or sessions.resume_hash = $5)` + returning
-	if resuming {
-		sql = `update sessions` + set + `session_id = $1 and resume_hash = $5` + returning
-	}
+// errToken. With keepUser, a row that is there keeps its user. A page that has a
+// number does not get what a later page of its tab has: errLaterPage.
+func (st *store) claim(ctx context.Context, id string, about *description, keepUser bool, token string, resuming bool,
+	page int64) (claim, error) {
 	ctx, cancel := context.WithTimeout(ctx, queryTimeout)
 	defer cancel()
-	c := claim{byToken: resuming}
-	err := st.pool.QueryRow(ctx, sql, id, about.userID, about.url, string(about.metadata), hashToken(token), keepUser).Scan(
-		&c.epoch, &c.userID, &c.events, &c.errors, &c.raw, &c.stored, &c.firstTime, &c.endTime, &c.snapshot, &c.seq)
+	args := []any{id, about.userID, about.url, string(about.metadata), hashToken(token), st.server, page}
+	which := withToken
+	if !resuming {
+		won, err := scanClaim(st.pool.QueryRow(ctx, insertSession, args...))
+		if !errors.Is(err, errToken) {
+			return won, err
+		}
+		which = withoutOthers
+	}
+	won, err := scanClaim(st.pool.QueryRow(ctx, claimSession+which+claimed, append(args, keepUser)...))
+	if later := false; err == errToken && page > 0 {
+		if err := st.pool.QueryRow(ctx, ofLaterPage, id, hashToken(token), page).Scan(&later); err != nil {
+			return won, err
+		}
+		if later {
+			return won, errLaterPage
+		}
+	}
+	return won, err
+}
+
+func scanClaim(row pgx.Row) (c claim, err error) {
+	err = row.Scan(&c.epoch, &c.userID, &c.events, &c.errors, &c.raw, &c.stored, &c.firstTime, &c.endTime, &c.snapshot, &c.seq)
 	if errors.Is(err, pgx.ErrNoRows) {
-		return claim{}, errToken
+		err = errToken
 	}
 	return c, err
 }
@@ -144,317 +152,38 @@ func hashToken(token string) []byte {
 	return sum[:]
 }
 
-// The writer.
-
-// chunk is a row of session_events.
-type chunk struct {
-	first, count       int64
-	startTime, endTime int64 // 0 when no event has a timestamp
-	snapshot           int64 // -1 when there is none
-	raw                int
-	events             []byte
-}
-
-// writer takes sessions from the hub and stores them. Several run at once: one
-// compresses while another waits for its commit.
-type writer struct {
-	hub     *hub
-	store   *store
-	metrics *metrics
-	log     *slog.Logger // failures that nobody waits for
-	since   atomic.Int64 // when it began what it does, in Unix seconds; 0 when it waits for work
-}
-
-// run ends with the hub.
-func (w *writer) run(ctx context.Context) {
-	for {
-		reply := make(chan []*flush, 1)
-		work, ok := ask(w.hub, reply, take{reply})
-		if !ok {
-			return
-		}
-		start := time.Now()
-		w.since.Store(start.Unix())
-		for _, f := range work {
-			if f.chunks == nil {
-				f.encode()
-			}
-		}
-		w.write(ctx, work)
-		w.metrics.batch(work, time.Since(start))
-		w.since.Store(0)
-		w.hub.send(settled{work})
-	}
-}
-
-// write stores a batch in one transaction. When the database refuses it, the
-// sessions are tried one by one, so that none suffers for another.
-func (w *writer) write(ctx context.Context, work []*flush) {
-	err := w.commit(ctx, work)
-	if err == nil {
-		return
-	}
-	var refusal *pgconn.PgError
-	if !errors.As(err, &refusal) || len(work) == 1 {
-		w.fail(work, err)
-		return
-	}
-	var kept []*flush
-	for i, f := range work {
-		alone := w.commit(ctx, []*flush{f})
-		switch {
-		case alone == nil:
-		case blamesData(alone):
-			w.fail([]*flush{f}, alone)
-		case errors.As(alone, &refusal):
-			kept, err = append(kept, f), alone
-		default: // PostgreSQL is gone, for the others too
-			w.fail(append(kept, work[i:]...), alone)
-			return
-		}
-	}
-	if len(kept) > 0 {
-		w.fail(kept, err)
-	}
-}
-
-// fail says what becomes of flushes that could not be committed: they are kept
-// and tried again, for as long as it takes, unless it is their data that
-// PostgreSQL refuses.
-func (w *writer) fail(work []*flush, err error) {
-	w.metrics.databaseErrors.Add(1)
-	w.store.distrust(err)
-	result := failed
-	if len(work) == 1 && blamesData(err) {
-		result = refused
-		w.metrics.refusedSessions.Add(1)
-		w.log.Error("session refused by the database", "session", work[0].session, "first", work[0].after.events, "err", err)
-	} else {
-		w.log.Warn("batch not stored, will try again", "sessions", len(work), "attempt", work[0].attempts+1, "err", err)
-	}
-	for _, f := range work {
-		f.outcome = result
-	}
-}
-
-// distrust gives up the connections that there are when an error says that they
-// lead to a server which does not take writes: new ones may lead to another.
-func (st *store) distrust(err error) {
-	var e *pgconn.PgError
-	if errors.As(err, &e) && e.Code == "25006" {
+// failed takes notice of an error. When it says that the connections lead to a
+// server which does not take writes they are given up: new ones may lead to
+// another.
+func (st *store) failed(err error) {
+	st.last.Store(&failure{err, time.Now()})
+	if sqlState(err) == "25006" {
 		st.pool.Reset()
 	}
 }
 
-// blamesData tells an error that lies in what was to be stored (data exception,
-// constraint violated, limit exceeded) from one that passes.
-func blamesData(err error) bool {
+// sqlState gives the code of an error that PostgreSQL has answered with, "" for
+// any other error.
+func sqlState(err error) string {
 	var e *pgconn.PgError
-	if !errors.As(err, &e) || len(e.Code) != 5 {
-		return false
+	if errors.As(err, &e) && len(e.Code) == 5 {
+		return e.Code
 	}
-	switch e.Code[:2] {
-	case "22", "23", "54":
-		return true
-	}
-	return false
+	return ""
 }
 
-const (
-	updateRow = `update sessions set event_count = $3, error_count = $4, raw_bytes = $5, stored_bytes = $6,
-		first_event_time = nullif($7::bigint, 0), last_event_time = nullif($8::bigint, 0), snapshot_index = nullif($9::bigint, -1),
-		last_seq = $10, is_active = $11, ended_at = $12, updated_at = now()
-		where session_id = $1 and epoch = $2 and event_count <= $3 and error_count <= $4 and last_seq <= $10`
-	insertChunk = `insert into session_events (session_id, first_index, event_count, start_time, end_time, snapshot_index, raw_bytes, events)
-		select session_id, $3::bigint, $4::integer, nullif($5::bigint, 0), nullif($6::bigint, 0), nullif($7::bigint, -1), $8::integer, $9::bytea
-		from sessions where session_id = $1 and epoch = $2 on conflict do nothing`
-	insertReport = `insert into session_errors (session_id, id, kind, error_data)
-		select session_id, $3::bigint, $4::text, $5::json
-		from sessions where session_id = $1 and epoch = $2 on conflict do nothing`
-)
-
-// commit stores flushes in one transaction. Every statement holds for the
-// flush's epoch only: the first locks the row, so the others see the same. All
-// values are absolute and never go back, and all rows have their keys: storing
-// twice changes nothing, be it because a commit's answer was lost, or because
-// PostgreSQL had been given up and carries out an old batch after a newer one.
-func (w *writer) commit(ctx context.Context, work []*flush) error {
-	w.since.Store(time.Now().Unix())
-	ctx, cancel := context.WithTimeout(ctx, commitTimeout)
-	defer cancel()
-	batch := &pgx.Batch{}
-	batch.Queue("select set_config('lock_timeout', $1, true)", lockTimeout)
-	for _, f := range work {
-		f.outcome = stored
-		queue(batch, f)
-	}
-	if err := w.store.pool.SendBatch(ctx, batch).Close(); err != nil {
-		return err
-	}
-	return w.explain(ctx, work)
+// isOperatorError tells an error that stays until somebody mends the database:
+// a feature not supported, a statement refused, a table or right that is missing.
+func isOperatorError(err error) bool {
+	state := sqlState(err)
+	return state != "" && (state[:2] == "0A" || state[:2] == "42")
 }
 
-func queue(batch *pgx.Batch, f *flush) {
-	a := f.after
-	var endedAt *time.Time
-	if f.ended {
-		endedAt = &f.endedAt
-	}
-	batch.Queue(updateRow, f.session, f.epoch, a.events, a.errors, a.raw, a.stored, a.firstTime, a.endTime, a.snapshot,
-		a.seq, !f.ended, endedAt).Exec(func(tag pgconn.CommandTag) error {
-		if tag.RowsAffected() == 0 {
-			f.outcome = overtaken
-		}
-		return nil
-	})
-	for _, c := range f.chunks {
-		batch.Queue(insertChunk, f.session, f.epoch, c.first, c.count, c.startTime, c.endTime, c.snapshot, c.raw, c.events)
-	}
-	for _, r := range f.reports {
-		batch.Queue(insertReport, f.session, f.epoch, r.id, r.kind, string(r.data))
-	}
-}
-
-// explain finds out which of the flushes that met no row of their epoch had
-// their session deleted.
-func (w *writer) explain(ctx context.Context, work []*flush) error {
-	for _, f := range work {
-		if f.outcome != overtaken {
-			continue
-		}
-		var there bool
-		err := w.store.pool.QueryRow(ctx, "select exists (select from sessions where session_id = $1)", f.session).Scan(&there)
-		if err != nil {
-			return err
-		}
-		if !there {
-			f.outcome = deleted
-		}
-	}
-	return nil
-}
-
-// Chunks.
-
-// calmLevel makes chunks a fifth smaller than gzip.BestSpeed does, at twice the
-// work: right while there is little to do.
-const calmLevel = 5
-
-// packPiece is compressed without a break. Live events would otherwise wait for a
-// processor, 10 ms at a time: with half of the greatest ingest beside them their
-// p99 was 49 to 173 ms, and 16 to 27 ms with the breaks.
-const packPiece = 32 << 10
-
-// gzipWriters holds writers by level.
-var gzipWriters [calmLevel + 1]sync.Pool
-
-func gzipWriter(level int, out io.Writer) *gzip.Writer {
-	z, ok := gzipWriters[level].Get().(*gzip.Writer)
-	if !ok {
-		z, _ = gzip.NewWriterLevel(nil, level)
-	}
-	z.Reset(out)
-	return z
-}
-
-// encode makes the flush's chunks. An event's bytes go in as they came.
-func (f *flush) encode() {
-	f.chunks = []chunk{}
-	e := encoder{level: gzip.BestSpeed}
-	if f.calm {
-		e.level = calmLevel
-	}
-	for _, b := range f.batches {
-		for i := 0; i < len(b.events); {
-			n := e.add(b, i)
-			i += n
-			if n == 0 || i < len(b.events) {
-				f.chunks = append(f.chunks, e.finish())
-			}
-		}
-	}
-	if e.z != nil {
-		f.chunks = append(f.chunks, e.finish())
-	}
-	for _, c := range f.chunks {
-		f.after.stored += int64(len(c.events))
-	}
-}
-
-// encoder makes one chunk after the other.
-type encoder struct {
-	level int
-	c     chunk
-	sum   counters
-	z     *gzip.Writer
-	out   *bytes.Buffer
-}
-
-// add puts events of b, from number i on, into the chunk, as many as it has
-// room for, and says how many. An empty chunk takes one event of any size.
-func (e *encoder) add(b *batch, i int) (n int) {
-	if e.z == nil {
-		e.c = chunk{first: b.first + int64(i)}
-		e.sum = counters{snapshot: -1}
-		e.out = new(bytes.Buffer)
-		e.z = gzipWriter(e.level, e.out)
-		e.z.Write([]byte{'['})
-		e.c.raw = 2
-	}
-	start := int(b.events[i].start)
-	for i+n < len(b.events) {
-		next := b.events[i+n]
-		if e.c.raw+int(next.end)-start > chunkBytes && (e.c.count > 0 || n > 0) {
-			break
-		}
-		if next.kind == fullSnapshot {
-			e.sum.snapshot = b.first + int64(i+n)
-		}
-		e.sum.see(next.time)
-		n++
-	}
-	if n == 0 {
-		return 0
-	}
-	if e.c.count > 0 {
-		e.z.Write([]byte{','})
-		e.c.raw++
-	}
-	text := b.body[start:b.events[i+n-1].end]
-	e.c.raw += len(text)
-	for len(text) > 0 {
-		piece := min(len(text), packPiece)
-		e.z.Write(text[:piece])
-		text = text[piece:]
-		runtime.Gosched()
-	}
-	e.c.count += int64(n)
-	return n
-}
-
-// finish closes the chunk.
-func (e *encoder) finish() chunk {
-	e.z.Write([]byte{']'})
-	e.z.Close()
-	gzipWriters[e.level].Put(e.z)
-	e.z = nil
-	e.c.events = e.out.Bytes()
-	e.c.startTime, e.c.endTime, e.c.snapshot = e.sum.firstTime, e.sum.endTime, e.sum.snapshot
-	return e.c
-}
-
-// gunzip unpacks a chunk of which the JSON's size is known.
-func gunzip(data []byte, size int) ([]byte, error) {
-	z, err := gzip.NewReader(bytes.NewReader(data))
-	if err != nil {
-		return nil, fmt.Errorf("open chunk: %w", err)
-	}
-	var out bytes.Buffer
-	out.Grow(size + bytes.MinRead)
-	if _, err := io.Copy(&out, z); err != nil {
-		return nil, fmt.Errorf("unpack chunk: %w", err)
-	}
-	return out.Bytes(), nil
+// isDataError tells an error that lies in what was to be stored (data exception,
+// constraint violated, limit exceeded) from one that passes.
+func isDataError(err error) bool {
+	state := sqlState(err)
+	return state != "" && slices.Contains([]string{"22", "23", "54"}, state[:2])
 }
 
 // Questions.
@@ -482,23 +211,15 @@ func (st *store) list(ctx context.Context, clause string, args ...any) ([]stored
 		a, n := &description{}, &s.now
 		err := row.Scan(&s.id, &a.userID, &a.url, &a.metadata, &s.isActive, &s.createdAt, &s.updatedAt, &s.endedAt, &n.events, &n.errors,
 			&n.raw, &n.stored, &n.firstTime, &n.endTime, &n.snapshot, &n.seq)
+		a.brief = rewrite(a.metadata, documented, maxField, nil)
 		s.about = a
 		return s, err
 	})
 }
 
+// active gives the live sessions, newest first.
 func (st *store) active(ctx context.Context) ([]storedSession, error) {
-	return st.list(ctx, "where is_active order by created_at desc")
-}
-
-// newest gives a page of sessions: of all, or of those that are not live.
-func (st *store) newest(ctx context.Context, limit, offset int64, all bool) ([]storedSession, error) {
-	which := "where not is_active"
-	if all {
-		which = ""
-	}
-	return st.list(ctx, `where session_id in (select session_id from sessions `+which+` order by created_at desc, session_id limit $1 offset $2)
-		order by created_at desc, session_id`, limit, offset) // the inner one reads the index alone, however far the offset
+	return st.list(ctx, "where is_active order by created_at desc limit $1", maxActive)
 }
 
 // session gives one session; errNotFound when there is none.
@@ -542,35 +263,51 @@ func (st *store) chunk(ctx context.Context, id string, first int64) ([]byte, err
 }
 
 // events calls emit with each stored event from one number up to, not including,
-// another, until emit says false. It reads a few chunks at a time.
-func (st *store) events(ctx context.Context, id string, from, to int64, emit func([]byte) bool) error {
+// another, until emit says false. It reads a chunk at a time, and calls room with
+// the size of its JSON before it unpacks it.
+func (st *store) events(ctx context.Context, id string, from, to int64,
+	room func(context.Context, int64) error, emit func([]byte) bool) error {
 	for from < to {
-		chunks, err := st.chunksFrom(ctx, id, from, to)
-		if err != nil || len(chunks) == 0 {
+		c, err := st.chunkWith(ctx, id, from)
+		if err == nil {
+			err = room(ctx, int64(c.raw))
+		}
+		if err != nil {
 			return err
 		}
-		for _, c := range chunks {
-			text, events, err := c.split()
-			if err == nil && c.first > from {
-				err = errors.New("the one before is missing")
-			}
-			if err != nil {
-				return fmt.Errorf("chunk %d of %s: %w", c.first, id, err)
-			}
-			for ; from < min(to, c.first+c.count); from++ {
-				e := events[from-c.first]
-				if !emit(text[e.start:e.end]) {
-					return nil
-				}
+		text, events, err := c.split()
+		if err == nil && from >= c.first+c.count {
+			err = errors.New("the one behind it is missing")
+		}
+		if err != nil {
+			return fmt.Errorf("chunk %d of %s: %w", c.first, id, err)
+		}
+		for ; from < min(to, c.first+c.count); from++ {
+			e := events[from-c.first]
+			if !emit(text[e.start:e.end]) {
+				return nil
 			}
 		}
 	}
 	return nil
 }
 
+// chunkWith gives the last chunk that begins at or before an event.
+func (st *store) chunkWith(ctx context.Context, id string, number int64) (c chunk, err error) {
+	ctx, cancel := context.WithTimeout(ctx, queryTimeout)
+	defer cancel()
+	err = st.pool.QueryRow(ctx, `select first_index, event_count, raw_bytes, events from session_events
+		where session_id = $1 and first_index <= $2 order by first_index desc limit 1`, id, number).
+		Scan(&c.first, &c.count, &c.raw, &c.events)
+	if errors.Is(err, pgx.ErrNoRows) {
+		err = errNotFound
+	}
+	return c, err
+}
+
 // split unpacks a chunk and finds its events.
 func (c *chunk) split() (text []byte, events []event, err error) {
-	if text, err = gunzip(c.events, c.raw); err != nil {
+	if text, err = unzip(c.events, c.raw); err != nil {
 		return nil, nil, err
 	}
 	events, err = splitEvents(text)
@@ -578,29 +315,6 @@ func (c *chunk) split() (text []byte, events []event, err error) {
 		err = errChunk
 	}
 	return text, events, err
-}
-
-// selectPage reads no more rows than it gives, at any depth of a session.
-const selectPage = `select first_index, event_count, raw_bytes, events from (
-	select *, sum(raw_bytes) over (order by first_index) - raw_bytes as before from (
-	select * from session_events where session_id = $1 and first_index < $3 and first_index >= (
-		select max(first_index) from session_events where session_id = $1 and first_index <= $2)
-	order by first_index limit 50) next) summed
-	where before < 4194304 and first_index + event_count > $2 order by first_index`
-
-// chunksFrom gives the chunk that holds an event and some that follow, in order,
-// of about 4 MB of JSON together; none when the event is not stored.
-func (st *store) chunksFrom(ctx context.Context, id string, from, to int64) ([]chunk, error) {
-	ctx, cancel := context.WithTimeout(ctx, queryTimeout)
-	defer cancel()
-	rows, err := st.pool.Query(ctx, selectPage, id, from, to)
-	if err != nil {
-		return nil, err
-	}
-	return pgx.CollectRows(rows, func(row pgx.CollectableRow) (c chunk, err error) {
-		err = row.Scan(&c.first, &c.count, &c.raw, &c.events)
-		return c, err
-	})
 }
 
 // storedReport is a row of session_errors.
@@ -626,6 +340,9 @@ func (st *store) reports(ctx context.Context, id string) ([]storedReport, error)
 	})
 }
 
+// rowBytes is what a session takes: its chunks and errors, and its metadata.
+const rowBytes = "(stored_bytes + pg_column_size(metadata))"
+
 // totals are what the database holds in all.
 type totals struct {
 	sessions, active, events, bytes int64
@@ -635,7 +352,7 @@ func (st *store) totals(ctx context.Context) (t totals, err error) {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
 	err = st.pool.QueryRow(ctx, `select count(*), count(*) filter (where is_active), coalesce(sum(event_count), 0)::bigint,
-		coalesce(sum(stored_bytes), 0)::bigint from sessions`).Scan(&t.sessions, &t.active, &t.events, &t.bytes)
+		coalesce(sum(`+rowBytes+`), 0)::bigint from sessions where event_count > 0 or is_active`).Scan(&t.sessions, &t.active, &t.events, &t.bytes)
 	return t, err
 }
 
@@ -653,61 +370,94 @@ func (st *store) remove(ctx context.Context, id string) error {
 	return err
 }
 
-// removeEnded deletes sessions that have ended before a time, a few in each
-// transaction, oldest first, and says how many. Rows that somebody holds are
-// left for the next time.
-func (st *store) removeEnded(ctx context.Context, before time.Time) (int64, error) {
-	for total := int64(0); ; {
-		n, err := st.removeStep(ctx, "ended_at < $1", before)
-		total += n
-		if err != nil || n < deleteStep {
-			return total, err
-		}
+// removeOld deletes ended sessions, the oldest first, and says how many: those
+// that ended longer ago than age by the database's clock, or a day ago without an
+// event, and, with a limit, as many more as it takes for limit bytes. While this
+// machine's clock and the database's differ, one of them is wrong, and nothing is
+// deleted for its age: errClocks. Each but those without events has a transaction
+// of its own, so that servers which clean up at the same time do not wait for each
+// other.
+func (st *store) removeOld(ctx context.Context, age time.Duration, limit int64) (deleted int64, err error) {
+	ctx, cancel := context.WithTimeout(ctx, cleanupTimeout)
+	defer cancel()
+	tag, err := st.pool.Exec(ctx, `delete from sessions
+		where not is_active and event_count = 0 and ended_at < now() - interval '1 day'`)
+	if err != nil {
+		return 0, err
 	}
-}
-
-// removeToFit deletes the oldest ended sessions until at most limit bytes of
-// chunks are stored, and says how many.
-func (st *store) removeToFit(ctx context.Context, limit int64) (total int64, err error) {
-	for {
+	deleted = tag.RowsAffected()
+	excess := int64(0)
+	if limit > 0 {
 		t, err := st.totals(ctx)
-		if err != nil || t.bytes <= limit {
-			return total, err
+		if err != nil {
+			return 0, err
 		}
-		n, err := st.removeStep(ctx, `session_id in (select session_id from (select session_id, sum(stored_bytes) over
-			(order by ended_at, session_id) - stored_bytes as before from sessions where not is_active) oldest where before < $1)`, t.bytes-limit)
-		total += n
-		if err != nil || n == 0 {
-			return total, err
+		excess = t.bytes - limit
+	}
+	type candidate struct {
+		ID    string
+		Bytes int64
+		Old   bool
+		Now   time.Time
+	}
+	for {
+		rows, err := st.pool.Query(ctx, "select session_id, "+rowBytes+`, ended_at < now() - $1::interval, clock_timestamp()
+			from sessions where not is_active order by ended_at limit $2`, age, deleteStep)
+		if err != nil {
+			return deleted, err
+		}
+		oldest, err := pgx.CollectRows(rows, pgx.RowToStructByPos[candidate])
+		if err != nil {
+			return deleted, err
+		}
+		for _, s := range oldest {
+			skewed := time.Since(s.Now).Abs() > maxClockSkew
+			switch {
+			case excess > 0 || s.Old && !skewed:
+			case s.Old:
+				return deleted, errClocks
+			default:
+				return deleted, nil
+			}
+			tag, err := st.pool.Exec(ctx, "delete from sessions where session_id = $1 and not is_active", s.ID)
+			if err != nil {
+				return deleted, err
+			}
+			deleted += tag.RowsAffected()
+			excess -= s.Bytes
+		}
+		if len(oldest) < deleteStep {
+			return deleted, nil
 		}
 	}
 }
 
-func (st *store) removeStep(ctx context.Context, which string, arg any) (int64, error) {
-	ctx, cancel := context.WithTimeout(ctx, commitTimeout)
+// beat says that this server is there, which shows that the database takes
+// writes, and ends the active sessions of servers that have not said so for long:
+// they were killed, or cannot reach the database. What they store later makes
+// their sessions active again.
+func (st *store) beat(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, beatTimeout)
 	defer cancel()
-	tag, err := st.pool.Exec(ctx, `delete from sessions where session_id in (select session_id from sessions where not is_active and `+
-		which+` order by ended_at limit $2 for update skip locked)`, arg, deleteStep)
-	return tag.RowsAffected(), err
-}
-
-// touch marks the sessions that are live on this server, given with their epochs,
-// and ends those that no server has touched for long: theirs was killed, or could
-// not reach the database. Then it takes them up here again.
-func (st *store) touch(ctx context.Context, live map[string]int64) error {
-	ids, epochs := make([]string, 0, len(live)), make([]int64, 0, len(live))
-	for id, epoch := range live {
-		ids, epochs = append(ids, id), append(epochs, epoch)
+	var now time.Time
+	err := st.pool.QueryRow(ctx, "update servers set seen_at = now() where server = $1 returning clock_timestamp()", st.server).Scan(&now)
+	if errors.Is(err, pgx.ErrNoRows) {
+		err = st.pool.QueryRow(ctx, "insert into servers (server) values ($1) returning clock_timestamp()", st.server).Scan(&now)
 	}
-	ctx, cancel := context.WithTimeout(ctx, commitTimeout)
-	defer cancel()
-	if _, err := st.pool.Exec(ctx, `update sessions set updated_at = now(), is_active = true, ended_at = null
-		where (session_id, epoch) in (select * from unnest($1::text[], $2::bigint[]))
-			and (is_active or updated_at < now() - $3::interval)`, ids, epochs, orphanAge); err != nil { // not one that has ended just now
+	if err != nil {
 		return err
 	}
-	_, err := st.pool.Exec(ctx, `update sessions set is_active = false, ended_at = updated_at
-		where is_active and updated_at < now() - $1::interval and session_id <> all($2)`, orphanAge, ids)
+	st.skew.Store(int64(time.Since(now)))
+	rows, err := st.pool.Query(ctx, "select server from servers where seen_at > now() - $1::interval", deadAfter)
+	if err != nil {
+		return err
+	}
+	alive, err := pgx.CollectRows(rows, pgx.RowTo[string])
+	if err != nil {
+		return err
+	}
+	_, err = st.pool.Exec(ctx, `update sessions set is_active = false, ended_at = updated_at
+		where is_active and server <> all($1) and updated_at < now() - $2::interval`, alive, deadAfter)
 	return err
 }
 

@@ -119,26 +119,70 @@ export function when(moment) {
 // words writes anything a page may have sent; String() would throw at some.
 export const words = (v) => (typeof v === 'string' ? v : v == null ? '' : JSON.stringify(v));
 
-// place shortens a recorded address to what tells pages apart: host and path.
+// ago writes a moment as one says it; older than a day, as when does.
+export function ago(moment) {
+  const minutes = Math.floor((Date.now() - new Date(moment)) / 60000);
+  if (!(minutes < 24 * 60)) return when(moment);
+  if (minutes < 1) return 'just now';
+  return minutes < 60 ? `${minutes} min ago` : `${Math.floor(minutes / 60)} h ago`;
+}
+
+// place shortens a recorded address to what tells pages apart: host and path,
+// and the fragment, which may be a route.
 export function place(url) {
   const text = words(url);
   try {
-    const { host, pathname } = new URL(text);
-    return host ? host + pathname : text;
+    const { host, pathname, hash } = new URL(text);
+    return host ? host + pathname + hash : text;
   } catch {
     return text || 'unknown page';
   }
+}
+
+// person names a visitor. Made-up ids are long, and mean nothing.
+export function person(userId) {
+  const text = words(userId);
+  const [, short] = /^(?:visitor_(?=[\da-f-]{32})|user_(?=[a-z2-7]{12}$))(\w{4})/.exec(text) ?? [];
+  return short ? `Visitor ${short}` : text || 'Somebody';
+}
+
+// browser says in words what a user agent string tells: "Chrome 142 · Windows".
+const BROWSERS = [['Edge', /Edg(?:e|A|iOS)?\/(\d+)/], ['Opera', /OPR\/(\d+)/], ['Samsung Internet', /SamsungBrowser\/(\d+)/],
+  ['Firefox', /(?:Firefox|FxiOS)\/(\d+)/], ['Chrome', /(?:Chrome|CriOS)\/(\d+)/], ['Safari', /Version\/(\d+).*Safari/]];
+const SYSTEMS = [['Windows', /Windows/], ['iPhone', /iPhone/], ['iPad', /iPad/], ['Android', /Android/],
+  ['ChromeOS', /CrOS/], ['macOS', /Macintosh|Mac OS X/], ['Linux', /Linux|X11/]];
+
+export function browser(userAgent) {
+  const text = words(userAgent);
+  const [name, version] = BROWSERS.map(([known, pattern]) => [known, pattern.exec(text)?.[1]]).find(([, v]) => v) ?? [];
+  const [system] = SYSTEMS.find(([, pattern]) => pattern.test(text)) ?? [];
+  return [name && `${name} ${version}`, system].filter(Boolean).join(' · ') || text;
 }
 
 export const count = (n) => Number(n ?? 0).toLocaleString();
 
 export const inWaiting = (ms) => `Connection lost; trying again in ${Math.ceil(ms / 1000)} s.`;
 
+// offerSignOut shows the button to who is signed in, and gives what else the
+// server says of itself.
 export async function offerSignOut(button) {
-  const { signedIn } = await getJSON('/').catch(() => ({}));
-  button.hidden = !signedIn;
+  const server = await getJSON('/').catch(() => ({}));
+  button.hidden = !server.signedIn;
   button.onclick = async () => {
     await request('/signout', { method: 'POST' }).catch(() => {});
     location.assign('/');
   };
+  return server;
+}
+
+// copied puts text on the clipboard. Without a secure origin a browser has no
+// clipboard for pages: then the text is shown, to be copied by hand.
+export async function copied(text) {
+  try {
+    await navigator.clipboard.writeText(text);
+    return true;
+  } catch {
+    prompt('Copy this:', text);
+    return false;
+  }
 }

@@ -1,17 +1,19 @@
 // Recorded events come from other people's browsers and may be anything. Here
 // they become what rrweb's Replayer can play: well-formed, in order, disarmed.
 
-import { words } from './api.js';
+import { Story } from './story.js';
 
 export const FULL = 2, META = 4;
-const INCREMENTAL = 3, CUSTOM = 5;
+const INCREMENTAL = 3;
 const MUTATION = 0, RESIZE = 4, POSITIONS = [1, 6, 12]; // mouse, touch, drag
+
+// Origins whose pictures, fonts and style sheets may be loaded: the page's policy
+// names them too.
+export const mediaOrigins = document.querySelector('meta[name="media-origins"]')?.content.split(' ').filter(Boolean) ?? [];
+export const isOpen = (url) => typeof url === 'string' && URL.canParse(url) && mediaOrigins.includes(new URL(url).origin);
 
 const isObject = (v) => v !== null && typeof v === 'object';
 const finite = (...numbers) => numbers.every(Number.isFinite);
-
-// What rrweb's recorder calls user interaction: mouse, scroll, resize, input.
-export const isInteraction = (e) => e.type === INCREMENTAL && e.data.source > MUTATION && e.data.source <= 5;
 
 // A time that is no number, or an empty list of positions, becomes a NaN in the
 // Replayer's queue, which then waits for it for ever.
@@ -40,6 +42,14 @@ function forget(attributes, names) {
 const ARMED = ['http-equiv', 'srcdoc', 'autofocus'];
 const FRAMES = ['iframe', 'frame', 'object', 'embed'];
 
+// rrweb makes url(#id), which points into the page, an address in the folder of
+// its style sheet.
+function pointInside(attributes) {
+  for (const name of ['_cssText', 'style']) {
+    if (typeof attributes[name] === 'string') attributes[name] = attributes[name].replace(/url\((["']?)[^"'()\s]*\/#/g, 'url($1#');
+  }
+}
+
 // disarmNodes walks a tree, adding the ids of its frames. A loop, not recursion:
 // how deep the tree is, is for the recorded page to say.
 function disarmNodes(root, frames) {
@@ -51,8 +61,12 @@ function disarmNodes(root, frames) {
     if (FRAMES.includes(tag)) frames.add(node.id);
     if (isObject(node.attributes)) {
       forget(node.attributes, ARMED);
+      pointInside(node.attributes);
+      // rrweb would draw it, but a page without scripts shows no canvas.
+      if (tag === 'canvas' && node.attributes.rr_dataURL) node.attributes['replay-image'] = String(node.attributes.rr_dataURL);
       if (FRAMES.includes(tag)) forget(node.attributes, ['src', 'data']);
-      if (tag === 'link') forget(node.attributes, ['rel', 'href']);
+      const isSheet = tag === 'link' && node.attributes.rel === 'stylesheet' && isOpen(node.attributes.href);
+      if (tag === 'link' && !isSheet) forget(node.attributes, ['rel', 'href']);
     }
     if (Array.isArray(node.childNodes)) for (const child of node.childNodes) open.push(child);
   }
@@ -65,6 +79,7 @@ function disarm(e, frames) {
   for (const change of [].concat(e.data.attributes ?? [])) {
     if (!isObject(change?.attributes)) continue;
     forget(change.attributes, ['rel', ...ARMED]); // a link without rel does nothing
+    pointInside(change.attributes);
     if (frames.has(change.id)) forget(change.attributes, ['src', 'data']);
   }
 }
@@ -75,23 +90,23 @@ export class Cleaner {
     const { width, height } = viewport ?? {};
     this.size = finite(width, height) ? { width, height } : { width: 1280, height: 720 };
     this.meta = null; // a Meta event whose snapshot has not come yet
-    this.href = null;
     this.last = null; // time of the newest event
     this.frames = new Set(); // ids of nodes that load documents
+    this.story = new Story();
   }
 
-  // take returns what the Replayer gets, and the marks for the time line.
+  // take returns what the Replayer gets, and the moments for the time line.
   take(raw) {
     const events = [], marks = [];
     for (const e of raw) {
       if (!wellFormed(e)) continue;
       // Order is the index's, never the clock's; the Replayer sorts by time.
       e.timestamp = this.last = Math.max(e.timestamp, this.last ?? e.timestamp);
+      this.story.take(e, marks);
       disarm(e, this.frames);
-      if (e.type === META) this.takeMeta(e, marks);
+      if (e.type === META) this.takeMeta(e);
       else if (e.type === FULL) events.push(this.metaFor(e), e);
       else if (e.type === INCREMENTAL) events.push(...this.unpaired(), e);
-      else if (e.type === CUSTOM) this.takeCustom(e, marks);
     }
     return { events, marks };
   }
@@ -110,23 +125,8 @@ export class Cleaner {
     return [{ type: INCREMENTAL, data: { source: RESIZE, ...this.size }, timestamp }];
   }
 
-  takeMeta(e, marks) {
-    const { href, width, height } = e.data;
-    if (this.href !== null && this.href !== href) marks.push(mark(e, 'navigation', `went to ${words(href)}`));
-    this.href = href;
-    this.size = { width, height };
+  takeMeta(e) {
+    this.size = { width: e.data.width, height: e.data.height };
     this.meta = e;
   }
-
-  takeCustom(e, marks) {
-    const { tag, payload } = e.data;
-    if (tag === 'gap') marks.push({ ...mark(e, 'gap', 'a gap'), ms: payload?.to - payload?.from });
-    if (tag === 'navigation') {
-      const href = words(payload?.href);
-      if (href !== this.href) marks.push(mark(e, 'navigation', `went to ${href}`));
-      this.href = href;
-    }
-  }
 }
-
-const mark = (e, kind, text) => ({ time: e.timestamp, kind, text });

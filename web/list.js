@@ -1,35 +1,61 @@
 // The list of sessions: live ones, which update by themselves, then the others,
-// a page at a time.
+// a page at a time. What is looked for stands in the page's query string, with
+// the names that the API has.
 
-import { clock, connect, count, el, getJSON, inWaiting, offerSignOut, patiently, place, when, words } from './api.js';
+import {
+  ago, browser, clock, connect, copied, count, el, getJSON, inWaiting, offerSignOut, patiently, person, place, request, when, words,
+} from './api.js';
 
 const PAGE = 50;
 const LIVE_SHOWN = 200; // a table longer than this is no overview
-const REFRESH = 5000; // counts and durations of live sessions
+const REFRESH = 5000; // of live sessions
+const TYPING = 300;
 const $ = Object.fromEntries([...document.querySelectorAll('[id]')].map((node) => [node.id, node]));
 const rows = { live: new Map(), past: new Map() };
-let offset = Number(new URLSearchParams(location.search).get('offset')) || 0;
+const { elements: fields } = $.form;
+let asked = new URLSearchParams(location.search);
+let turn = 0; // raised by each new search: answers to an older one are late
 
 const note = (text) => { $.note.textContent = text; };
 const onWait = (ms) => note(ms ? inWaiting(ms) : '');
-
 const failed = (err) => note(`The list cannot be loaded: ${err.message}`);
+const write = (node, text) => { if (node.textContent !== text) node.textContent = text; };
 
-function makeRow(session) {
-  const link = el('a', { href: `/view/${encodeURIComponent(session.sessionId)}` });
-  return el('tr', {}, el('td'), el('td', {}, link), el('td'), el('td'), el('td'), el('td'));
+// Rows.
+
+const STATES = { live: 'Live', hidden: 'In background', left: 'Left' };
+
+function makeRow({ sessionId }) {
+  const link = el('a', { href: `/view/${encodeURIComponent(sessionId)}` }, el('span'), el('span'));
+  return el('tr', {}, el('th', { scope: 'row' }, el('a')), el('td', {}, link), el('td'), el('td'), el('td', { className: 'pages' }),
+    el('td', { className: 'clicks' }), el('td', { className: 'errors' }, el('span')), el('td'));
 }
 
-function fillRow(row, { userId, metadata, eventCount, errorCount, startTime, endTime, createdAt }) {
-  const [user, page, started, duration, events, errors] = row.cells;
+// lastPage is where a visit went, without the host that it began on.
+function lastPage({ url, lastUrl }) {
+  const [first, last] = [place(url), place(lastUrl ?? url)];
+  const host = `${first.split('/')[0]}/`;
+  return first === last ? '' : ` → ${last.startsWith(host) ? last.slice(host.length - 1) : last}`;
+}
+
+const told = (n) => (Number.isFinite(n) ? count(n) : '');
+
+function fillRow(row, session) {
+  const { userId, errorCount, startTime, endTime, createdAt, isActive, state = 'live' } = session, meta = session.metadata ?? {};
+  const [who, where, started, duration, pages, clicks, errors, using] = row.cells;
+  const [first, last] = where.firstChild.children;
   const texts = [
-    [user, userId], [page.firstChild, place(metadata?.url)], [started, when(createdAt)],
-    [duration, clock(endTime - startTime)], [events, count(eventCount)], [errors, count(errorCount)],
+    [who.firstChild, person(userId)], [first, place(meta.url)], [last, lastPage(meta)],
+    [started, isActive ? STATES[state] : ago(createdAt)], [duration, clock(endTime - startTime)],
+    [pages, told(meta.pages)], [clicks, told(meta.clicks)], [errors.firstChild, errorCount > 0 ? count(errorCount) : ''],
+    [using, browser(meta.userAgent)],
   ];
-  for (const [node, text] of texts) if (node.textContent !== text) node.textContent = text;
-  page.title = words(metadata?.url);
-  user.title = words(userId);
-  errors.className = errorCount > 0 ? 'bad' : '';
+  for (const [node, text] of texts) write(node, text);
+  Object.assign(who.firstChild, { href: `/?userId=${encodeURIComponent(userId)}`, title: words(userId) });
+  where.title = [meta.url, meta.lastUrl].map(words).filter(Boolean).join(' → ');
+  started.title = when(createdAt);
+  started.className = isActive ? `state ${state}` : '';
+  using.title = words(meta.userAgent);
 }
 
 // show keeps the rows of sessions that stay, so that neither focus nor a
@@ -42,46 +68,143 @@ function show(name, sessions) {
   rows[name] = now;
 }
 
+// Questions.
+
+const FILTERS = ['userId', 'url', 'from', 'to', 'minDuration', 'errors', 'active'];
+const filtered = () => FILTERS.some((name) => asked.get(name));
+const offset = () => Number(asked.get('offset')) || 0;
+
+// query makes the API's question. A date is the whole day, where the reader is.
+function query(active, limit, from) {
+  const question = new URLSearchParams({ active, limit, offset: from });
+  for (const name of FILTERS) {
+    const value = asked.get(name);
+    const [day, midnight] = [/^\d{4}-\d\d-\d\d$/.test(value), new Date(`${value}T00:00`)];
+    if (day && name === 'to') midnight.setDate(midnight.getDate() + 1);
+    if (value && name !== 'active') question.set(name, day ? midnight.getTime() - (name === 'to') : value);
+  }
+  return `/sessions?${question}`;
+}
+
+async function load(active, limit, from) {
+  const mine = turn;
+  if (asked.get('active') === String(!active)) return { sessions: [], total: 0 };
+  const answer = await patiently(() => getJSON(query(active, limit, from)), onWait);
+  return mine === turn ? answer : null;
+}
+
+const known = { live: 0, past: 0 };
+
 async function refreshLive() {
-  const { sessions } = await patiently(() => getJSON('/sessions/active'), onWait);
-  show('live', sessions.slice(0, LIVE_SHOWN));
-  $['live-count'].textContent = sessions.length > 0 ? `(${count(sessions.length)})` : '';
-  $['more-live'].hidden = sessions.length <= LIVE_SHOWN;
-  $['more-live'].textContent = `The newest ${LIVE_SHOWN} are shown.`;
+  const answer = await load(true, LIVE_SHOWN, 0);
+  if (!answer) return;
+  const n = known.live = answer.total ?? answer.sessions.length;
+  show('live', offset() > 0 ? [] : answer.sessions);
+  $['live-count'].hidden = n === 0;
+  $['live-count'].textContent = `${count(n)}${answer.totalIsMore ? '+' : ''} live`;
+  document.title = n > 0 ? `● ${count(n)} · Sessions` : 'Sessions';
   showParts();
 }
 
-// One more than a page is asked for: it tells whether there is a next page.
 async function refreshPast() {
-  const path = `/sessions?active=false&limit=${PAGE + 1}&offset=${offset}`;
-  const { sessions } = await patiently(() => getJSON(path), onWait);
-  const past = sessions.slice(0, PAGE);
-  show('past', past);
-  $.range.textContent = past.length > 0 ? `${count(offset + 1)} – ${count(offset + Math.min(sessions.length, PAGE))}` : 'No more';
-  $.newer.disabled = offset === 0;
-  $.older.disabled = sessions.length <= PAGE;
-  $.pages.hidden = $.newer.disabled && $.older.disabled;
+  const answer = await load(false, PAGE, offset());
+  if (!answer) return;
+  const { sessions, total = 0, totalIsMore, hasMore } = answer;
+  known.past = total;
+  show('past', sessions);
+  const shown = sessions.length > 0 ? `${count(offset() + 1)} – ${count(offset() + sessions.length)}` : 'No more';
+  $.range.textContent = `${shown} of ${count(total)}${totalIsMore ? '+' : ''}`;
+  $.newer.disabled = offset() === 0;
+  $.older.disabled = !hasMore;
+  $.pages.hidden = total === 0;
   showParts();
 }
 
 function showParts() {
-  $['live-part'].hidden = rows.live.size === 0;
-  $['past-part'].hidden = rows.past.size === 0 && offset === 0;
-  $.empty.hidden = !($['live-part'].hidden && $['past-part'].hidden);
+  const none = known.live + known.past === 0 && offset() === 0;
+  $.sessions.hidden = none;
+  $.nothing.hidden = !none || !filtered();
+  $.empty.hidden = !none || filtered();
+  $['tag-card'].hidden = $.empty.hidden && $.record.getAttribute('aria-expanded') === 'false';
 }
 
-function turn(by) {
-  offset = Math.max(0, offset + by * PAGE);
-  history.replaceState(null, '', offset > 0 ? `/?offset=${offset}` : '/');
-  return refreshPast().catch(failed);
+// Filters.
+
+// search takes what is asked for into the page's address and looks anew.
+function search(params) {
+  asked = new URLSearchParams([...params].filter(([, value]) => value !== '' && value !== '0'));
+  history.replaceState(null, '', `/${asked.size > 0 ? `?${asked}` : ''}`);
+  turn++;
+  showFilters();
+  return refresh();
 }
+
+const refresh = () => Promise.all([refreshLive(), refreshPast()]).catch(failed);
+
+function turnPage(by) {
+  asked.set('offset', Math.max(0, offset() + by * PAGE));
+  return search(asked);
+}
+
+function showFilters() {
+  for (const name of FILTERS) {
+    if (fields[name].type === 'checkbox') fields[name].checked = asked.get(name) === 'true';
+    else if (document.activeElement !== fields[name]) fields[name].value = asked.get(name) ?? '';
+  }
+  const userId = asked.get('userId');
+  $.clear.hidden = !filtered();
+  $['of-user'].hidden = !userId;
+  write($.user, person(userId));
+  $.export.href = `/sessions/export?userId=${encodeURIComponent(userId)}`;
+}
+
+async function removeUser() {
+  const userId = asked.get('userId');
+  if (!confirm(`Delete all sessions of ${words(userId)}, also those that match no other filter? They cannot be brought back.`)) return;
+  try {
+    const { deletedCount } = await (await request(`/sessions?userId=${encodeURIComponent(userId)}`, { method: 'DELETE' })).json();
+    await search([]);
+    note(`Sessions deleted: ${count(deletedCount)}.`);
+  } catch (err) {
+    note(`They were not deleted: ${err.message}`);
+  }
+}
+
+function controls() {
+  let typing;
+  const now = () => {
+    clearTimeout(typing);
+    search(new FormData($.form));
+  };
+  $.form.onsubmit = (e) => { e.preventDefault(); now(); };
+  $.form.onchange = now;
+  $.form.oninput = () => {
+    clearTimeout(typing);
+    typing = setTimeout(now, TYPING);
+  };
+  $.clear.onclick = (e) => { e.preventDefault(); search([]); };
+  const wide = matchMedia('(min-width: 52rem)'); // a narrow page folds the filters away
+  const unfold = () => { $.filter.open ||= wide.matches || filtered(); };
+  wide.onchange = unfold;
+  unfold();
+  $.newer.onclick = () => turnPage(-1);
+  $.older.onclick = () => turnPage(1);
+  $.delete.onclick = removeUser;
+  $.record.onclick = () => {
+    $.record.setAttribute('aria-expanded', $.record.getAttribute('aria-expanded') === 'false');
+    showParts();
+  };
+  $['copy-tag'].onclick = async () => note(await copied($.tag.textContent) ? 'The tag is copied.' : '');
+}
+
+// News.
 
 // Several sessions that start or end at once cost one request.
 let soon;
 function refreshSoon() {
   soon ??= setTimeout(() => {
     soon = undefined;
-    Promise.all([refreshLive(), refreshPast()]).catch(failed);
+    refresh();
   }, 300);
 }
 
@@ -93,15 +216,31 @@ function receive(type) {
   setTimeout(refreshSoon, 2000);
 }
 
-async function start() {
-  $.tag.textContent = `<script src="${location.origin}/tracker.js" async></script>`;
-  $.newer.onclick = () => turn(-1);
-  $.older.onclick = () => turn(1);
-  await Promise.all([refreshLive(), refreshPast()]);
-  note('');
-  connect({ onOpen: refreshSoon, onMessage: receive, onWait });
-  setInterval(() => { if (!document.hidden && rows.live.size > 0) refreshLive().catch(failed); }, REFRESH);
+// The server counts pages that fetch tracker.js and then send no session.
+async function tellUnrecorded() {
+  const { unrecorded = [] } = await getJSON('/stats').catch(() => ({}));
+  $.unrecorded.replaceChildren(...unrecorded.map(({ origin, fetches, reasons = [] }) => el('li', {
+    textContent: `tracker.js was fetched ${count(fetches)} times by pages of ${words(origin)} in the last hour, no session came${reasons.length > 0 ? `: ${reasons.join(', ')}` : '.'}`,
+  })));
+  $.unrecorded.hidden = unrecorded.length === 0;
 }
 
-offerSignOut($.signout);
-start().catch(failed);
+async function start() {
+  controls();
+  showFilters();
+  await refresh();
+  if ($.note.textContent === 'Loading…') note('');
+  connect({ onOpen: refreshSoon, onMessage: receive, onWait });
+  setInterval(() => { if (!document.hidden && rows.live.size > 0) refreshLive().catch(failed); }, REFRESH);
+  tellUnrecorded();
+}
+
+function sayTag({ ingestKey }) {
+  const key = ingestKey ? ` data-key="${ingestKey.replaceAll('&', '&amp;').replaceAll('"', '&quot;')}"` : '';
+  $.tag.textContent = `<script src="${location.origin}/tracker.js"${key} async></script>`;
+  $.csp.textContent = `script-src ${location.origin}; connect-src ${location.origin} ${location.origin.replace('http', 'ws')}`;
+}
+
+sayTag({});
+offerSignOut($.signout).then(sayTag);
+start();

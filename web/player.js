@@ -7,22 +7,22 @@
 // before the target and shows it when it is ready.
 
 import { clock } from './api.js';
-import { FULL, isInteraction } from './events.js';
+import { FULL } from './events.js';
 import { Scene } from './scene.js';
+import { IDLE_MS, isInteraction } from './story.js';
 
 const AHEAD_MS = 60000, AHEAD_BYTES = 8 << 20, WINDOW_BYTES = 24 << 20;
-const IDLE_MS = 10000; // what counts as inactivity
 // Trackers send every 500 ms, and rrweb gathers mouse moves for 500 ms more:
 // this far behind the recorded page, live replay always has the next event.
 const LIVE_DELAY = 1000;
 
 export class Player {
-  // on: {change(), mark(mark), note(text), failed(err)}
+  // on: {change(), mark(moment), piece(piece), gapAt(time), note(text), failed(err)}
   constructor(recording, stage, on) {
     Object.assign(this, { recording, stage, on });
     this.state = 'loading'; // loading, waiting (for a snapshot), paused, playing, ended
     this.speed = 1;
-    this.skip = false;
+    this.skip = true; // inactivity; gaps are skipped always
     this.following = false; // live
     this.returns = false; // it followed when the session ended: it will when that goes on
     this.wantsPlay = true;
@@ -105,14 +105,14 @@ export class Player {
     const start = await this.recording.startBefore(time);
     if (turn !== this.turn) return null;
     if (!start) return this.setState(this.recording.isActive ? 'waiting' : 'empty');
-    const scene = new Scene(this.stage, this.recording.info.metadata?.viewport, () => this.broken());
+    const scene = new Scene(this.stage, this.recording.info.metadata?.viewport, () => this.broken(), (n) => this.missing(n));
     try {
-      this.mark(scene.add(start));
+      this.add(scene, start);
       while (scene.end <= time) {
         const piece = await this.recording.read(scene.next);
         if (turn !== this.turn) return scene.destroy();
         if (!piece) break;
-        this.mark(scene.add(piece));
+        this.add(scene, piece);
         await null; // the Replayer takes added events in a microtask
         // A far target is reached in steps that each fit into the window.
         if (scene.end <= time) scene.pause(scene.end);
@@ -158,7 +158,13 @@ export class Player {
   steer(now) {
     if (this.following) this.keepUp(now);
     else if (now >= this.scene.end) this.runOut();
-    else if (this.skip) this.skipIdle(now);
+    else if (!this.skipGap(now) && this.skip) this.skipIdle(now);
+  }
+
+  skipGap(now) {
+    const to = Math.min(this.on.gapAt(now)?.to ?? 0, this.scene.end);
+    if (to > now) this.scene.play(to);
+    return to > now;
   }
 
   // The window is played to its end: more is coming, or this is the live edge,
@@ -190,7 +196,7 @@ export class Player {
         const piece = await this.recording.read(next);
         if (!piece) scene.exhausted = true;
         // Meanwhile a live batch may have brought the same events, or a seek another scene.
-        else if (scene === this.scene && scene.next === next) this.mark(scene.add(piece));
+        else if (scene === this.scene && scene.next === next) this.add(scene, piece);
         await null; // see build
         this.resume();
       }
@@ -223,6 +229,7 @@ export class Player {
   batch(from, events, bytes) {
     const { scene, recording } = this;
     const end = from + events.length;
+    recording.timeline.take(from, events);
     const newest = events.reduce((max, e) => (Number.isFinite(e?.timestamp) ? Math.max(max, e.timestamp) : max), -Infinity);
     const snapshot = events.findLastIndex((e) => e?.type === FULL);
     recording.total = Math.max(recording.total, end);
@@ -233,7 +240,7 @@ export class Player {
     if (this.state === 'waiting' && snapshot >= 0) return this.follow();
     if (!scene || from > scene.next || end <= scene.next) return;
     if (document.hidden || (!this.following && !this.wantsAhead())) return;
-    this.mark(scene.add({ from: scene.next, events: events.slice(scene.next - from), next: end, bytes }));
+    this.add(scene, { from: scene.next, events: events.slice(scene.next - from), next: end, bytes });
   }
 
   // missed tells how many events there are, some of which no batch will bring.
@@ -273,7 +280,14 @@ export class Player {
     }
   }
 
-  mark(marks) { for (const m of marks) this.on.mark(m); }
+  add(scene, piece) {
+    for (const moment of scene.add(piece)) this.on.mark(moment);
+    this.on.piece(piece);
+  }
+
+  missing(n) {
+    if (n > 0) this.on.note(`${n === 1 ? 'A style sheet' : `${n} style sheets`} of this page could not be recorded.`);
+  }
 
   broken() { this.on.note('A part of this recording is damaged and is not shown.'); }
 }

@@ -1,9 +1,10 @@
 // A stored session as a player needs it: what it is, where its chunks lie, and
 // its events from any index on. Times are milliseconds of the recorded page's
-// clock, everywhere in the player.
+// clock, on a time line without its steps, everywhere in the player.
 
 import { getJSON, patiently, request } from './api.js';
 import { FULL, META } from './events.js';
+import { isDoubtful, Timeline } from './timeline.js';
 
 const PAGE = 1000; // events in a page of what is not committed yet
 
@@ -12,19 +13,46 @@ export class Recording {
     this.path = `/sessions/${encodeURIComponent(id)}`;
     this.onWait = onWait;
     this.newestSnapshot = null; // index
+    this.timeline = new Timeline();
+    this.chunks = []; // {fromIndex, count, startTime, endTime, …}
   }
 
   async load() {
     const info = await patiently(() => getJSON(this.path), this.onWait);
     this.info = info;
     this.loaded = Date.now();
-    this.chunks = info.chunks ?? [];
     this.isActive ??= info.isActive; // from then on the feed tells
     this.newestSnapshot ??= info.snapshotIndex;
     this.total = Math.max(this.total ?? 0, info.eventCount ?? 0);
-    this.start = info.startTime ?? this.start ?? null;
-    this.end = Math.max(this.end ?? -Infinity, info.endTime ?? -Infinity);
+    this.chunks = await this.placed(info.chunks ?? []);
+    this.start = this.chunks[0]?.startTime ?? info.startTime ?? this.start ?? null;
+    this.end = Math.max(this.end ?? -Infinity, this.chunks.at(-1)?.endTime ?? -Infinity);
+    if (this.total > this.committed && info.endTime !== undefined) {
+      this.end = Math.max(this.end, this.timeline.place(this.timeline.at(this.total), info.endTime));
+    }
     return info;
+  }
+
+  // placed gives the chunks their places on the time line. It reads what is in
+  // one only if its bounds say that the clock may have been set.
+  async placed(chunks) {
+    const known = new Map(this.chunks.map((c) => [c.fromIndex, c]));
+    const placed = [];
+    for (const [i, chunk] of chunks.entries()) {
+      const same = known.get(chunk.fromIndex);
+      if (same?.count === chunk.count) placed.push(same);
+      else placed.push({ ...chunk, ...await this.bounds(chunk, isDoubtful(chunk, chunks[i - 1], chunks[i + 1])) });
+    }
+    return placed;
+  }
+
+  async bounds(chunk, isDoubtful) {
+    if (!isDoubtful) {
+      const [startTime, endTime] = this.timeline.pass(chunk.fromIndex, chunk);
+      return { startTime, endTime };
+    }
+    const times = (await this.readChunk(chunk, 0)).events.map((e) => e?.timestamp).filter(Number.isFinite);
+    return { startTime: times[0] ?? chunk.startTime, endTime: times.at(-1) ?? chunk.endTime };
   }
 
   // The first index that is in no chunk yet.
@@ -43,6 +71,7 @@ export class Recording {
     const page = await this.fetch(`${this.path}/events?fromIndex=${index}&limit=${PAGE}`);
     const { events, fromIndex } = page.body;
     if (events.length === 0) return null;
+    this.timeline.take(fromIndex, events);
     return { from: fromIndex, events, next: fromIndex + events.length, bytes: page.bytes };
   }
 
@@ -50,6 +79,7 @@ export class Recording {
     // A browser keeps chunks for good: another session of the same id is not to be taken for this one.
     const { body, bytes } = await this.fetch(`${this.path}/chunks/${chunk.fromIndex}?of=${Date.parse(this.info.createdAt)}`);
     const from = Math.max(index, chunk.fromIndex);
+    this.timeline.take(chunk.fromIndex, body);
     return { from, events: body.slice(from - chunk.fromIndex), next: chunk.fromIndex + chunk.count, bytes };
   }
 
@@ -91,6 +121,6 @@ export class Recording {
 
   async single(index) {
     if (index < 0) return null;
-    return (await this.fetch(`${this.path}/events?fromIndex=${index}&limit=1`)).body.events[0];
+    return this.timeline.take(index, (await this.fetch(`${this.path}/events?fromIndex=${index}&limit=1`)).body.events)[0];
   }
 }

@@ -2,21 +2,41 @@
 // a full snapshot; pieces are added at its end and dropped at its beginning.
 
 import { el } from './api.js';
-import { Cleaner, FULL } from './events.js';
+import { Cleaner, FULL, mediaOrigins } from './events.js';
+import { Picture } from './picture.js';
+
+const calm = matchMedia('(prefers-reduced-motion: reduce)');
 
 // A Replayer that one bad event cannot stop: an exception in its timer would
 // end the replay without a word.
-function tolerantReplayer(events, root, onBroken) {
+function tolerantReplayer(events, root, picture, onBroken) {
   class Tolerant extends window.rrwebReplay.Replayer {
-    applyIncremental(...args) { this.attempt(() => super.applyIncremental(...args)); }
-    rebuildFullSnapshot(...args) { this.attempt(() => super.rebuildFullSnapshot(...args)); }
-    moveAndHover(...args) { this.attempt(() => super.moveAndHover(...args)); }
-    attempt(work) {
-      try { work(); } catch { onBroken(); }
+    applyIncremental(event, isSync) {
+      this.attempt(() => {
+        this.forgetDocuments(event.data);
+        super.applyIncremental(event, isSync);
+      });
     }
+    rebuildFullSnapshot(...args) {
+      picture.reset();
+      this.attempt(() => super.rebuildFullSnapshot(...args));
+    }
+    moveAndHover(...args) { this.attempt(() => super.moveAndHover(...args)); }
+    hoverElements(el) { picture.hover(el); }
+    // A frame's document that is written anew has the id of the old one, which
+    // rrweb takes for a reason to leave that in place.
+    forgetDocuments({ adds }) {
+      for (const add of adds ?? []) {
+        const old = add?.node?.type === 0 && this.mirror.getNode(add.node.id);
+        if (old) this.mirror.removeNodeFromMap(old);
+      }
+    }
+    attempt(work) { tolerant(work)(); }
   }
+  const tolerant = (f) => (...args) => { try { f(...args); } catch { onBroken(); } };
   return new Tolerant(events, {
     root,
+    plugins: [{ onBuild: tolerant((node) => picture.onBuild(node)), handler: tolerant((...args) => picture.handler(...args)) }],
     // With liveMode the Replayer's clock goes on when events run out, so that
     // more can follow: the end of a session is the player's to decide.
     liveMode: true,
@@ -26,13 +46,14 @@ function tolerantReplayer(events, root, onBroken) {
     useVirtualDom: false,
     triggerFocus: false, // the keyboard stays with the player
     showWarning: false,
-    mouseTail: { duration: 500, lineWidth: 2, strokeStyle: '#4950f6' },
+    mouseTail: !calm.matches && { duration: 500, lineWidth: 2, strokeStyle: '#4950f6' },
   });
 }
 
 // On top of the page's policy, which must allow the page's own scripts, styles
 // and requests: recorded nodes have none of these, not even to this server.
-const FRAME_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; font-src data:";
+const media = mediaOrigins.join(' ');
+const FRAME_POLICY = `default-src 'none'; style-src 'unsafe-inline' ${media}; img-src data: ${media}; font-src data: ${media}; media-src ${media || "'none'"}`;
 
 function restrict(iframe) {
   const { contentDocument } = iframe;
@@ -44,11 +65,13 @@ function restrict(iframe) {
 }
 
 export class Scene {
-  constructor(stage, viewport, onBroken) {
+  // onMissing is told how many of the shown page's style sheets are missing.
+  constructor(stage, viewport, onBroken, onMissing) {
     this.stage = stage;
     this.root = el('div', { className: 'scene' });
     stage.append(this.root);
     this.onBroken = onBroken;
+    this.picture = new Picture(onMissing, onBroken);
     this.cleaner = new Cleaner(viewport);
     this.pieces = []; // {bytes, events, end}: what the window is made of
     this.next = null; // index of the first event behind the window
@@ -59,7 +82,7 @@ export class Scene {
     const before = this.end;
     const { events, marks } = this.cleaner.take(piece.events);
     if (this.next !== null && piece.from > this.next) {
-      marks.unshift({ time: before ?? this.end, kind: 'gap', text: 'a gap' });
+      marks.unshift({ key: `gap ${piece.from}`, time: before ?? this.end, to: events[0]?.timestamp, kind: 'gap', text: 'A gap' });
     }
     this.next = piece.next;
     this.pieces.push({ bytes: piece.bytes, events: events.length, end: this.end });
@@ -69,7 +92,7 @@ export class Scene {
   }
 
   begin(events) {
-    this.replayer = tolerantReplayer(events, this.root, this.onBroken);
+    this.replayer = tolerantReplayer(events, this.root, this.picture, this.onBroken);
     restrict(this.replayer.iframe);
     this.replayer.on('resize', (size) => {
       this.size = size;

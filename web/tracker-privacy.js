@@ -266,7 +266,7 @@ function cutAddresses(text) {
 const cleanWords = (text) => hide(cutAddresses(text));
 
 // In style sheets addresses stand in url(…), and words in quotes and variables.
-const CSS_URL = /(url\(\s*["']?|@import\s+["'])(?!data:)([^"')]+)/gi;
+const CSS_URL = /(url\(\s*\\?["']?|@import\s+["'])(?!data:)([^"')]+)/gi;
 const CSS_TEXT = /"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|--[\w-]+\s*:[^;}]*/gs;
 function cleanCSS(css) {
   if (/url\(|@import/i.test(css)) css = css.replace(CSS_URL, (_, before, address) => before + cutPlain(address));
@@ -334,7 +334,7 @@ function cleanAttribute(el, tag, name, value, masked) {
   if (/^aria-value/.test(name) || masked && WORDS.test(name) || CONTROLS.test(tag) && ECHO.test(name) && !shows(el)) return stars(value);
   if (tag === "meta" && name === "content" && !/^(viewport|color-scheme)$/.test(el.name)) return "";
   if (masked && (/^(a|area)$/.test(tag) && name === "href" || /^data:/.test(value))) return ""; // a typed link, a pasted picture
-  if (name === "style" || name === "_cssText") return cleanCSS(value);
+  if (/^(style|_cssText|replay-.*)$/.test(name)) return cleanCSS(value);
   if (/srcset$|^ping$/.test(name)) return value.replace(/\S+/g, (part) => cutAddress(part));
   if (URLS.test(name)) return cleanAddress(el, tag, value);
   if (/^[^\s?]+\?\S*=/.test(value)) return cutAddress(value);

@@ -13,6 +13,8 @@
 //   mask-text        selector of what is masked as by data-replay-mask
 //   block-selector   selector of what is left out as by data-replay-block
 //   allow-query      keep the query strings of URLs
+//   inline-images    "true": copies of the pictures go into the recording
+//   record-canvas    frames a second: canvases are recorded
 //   debug            say on the console why nothing is recorded (always on localhost)
 //
 // What somebody typed never leaves the page, wherever the page repeats it, from
@@ -50,7 +52,7 @@ const STORE = "session-replay";
 
 // rrweb's event types, and the sources of its incremental events, that matter here.
 const FULL = 2, INCREMENTAL = 3, META = 4, CUSTOM = 5;
-const MUTATION = 0, CLICKS = 2, INPUT = 5;
+const MUTATION = 0, CLICKS = 2, INPUT = 5, CANVAS = 9, ADOPTED = 15;
 const VISITOR = [1, 2, 3, 5, 6, 7, 12, 14]; // sources of what a visitor does: mouse, touch, scroll, input, media, selection
 
 let options = {};
@@ -137,9 +139,11 @@ const emit = safe((event) => {
   if (type === FULL) unguard();
   if (data.positions) for (const at of data.positions) at.timeOffset = Math.max(-500, Math.min(0, at.timeOffset));
   if (type === INCREMENTAL) notePage();
+  safe(picture.mend)(event);
   if (!clean(event)) return; // if it throws, the event is not recorded
   if (data.source === CLICKS && data.type === 2) tell(session && session.clicks++);
   push(event);
+  picture.took(event);
   if (type === INCREMENTAL && now() - snapshotAt > CHECKOUT_MS) takeSnapshot();
 }, mend);
 
@@ -154,7 +158,9 @@ function startRecorder() {
     ignoreSelector: IGNORED,
     slimDOMOptions: { script: true, comment: true, headFavicon: true, headWhitespace: true, headMetaSocial: true,
       headMetaRobots: true, headMetaHttpEquiv: true, headMetaVerification: true, headMetaAuthorship: true, headMetaDescKeywords: true },
-    sampling: { scroll: 150, media: 800 },
+    sampling: { scroll: 150, media: 800, canvas: Number(options.recordCanvas) || undefined },
+    recordCanvas: Number(options.recordCanvas) > 0,
+    dataURLOptions: { type: "image/webp", quality: 0.7 },
     // Pages rely on the DOMExceptions of what rrweb wraps (insertRule and the
     // like); any other error in there is rrweb's own.
     errorHandler: (error) => !(error instanceof DOMException) && mend(error),
@@ -363,6 +369,7 @@ function listen() {
     if (document.hidden) keep();
     else if (!socket) connect();
   }, true);
+<<<<<<< HEAD
   hear(window, "pagehide", leave, true);
   hear(window, "pageshow", (e) => { if (e.persisted) comeBack(); }, true);
   hear(document, "freeze", () => { keep(); disconnect(); }, true);
@@ -370,6 +377,16 @@ function listen() {
   hear(window, "online", () => { if (!ready) { disconnect(); connect(); } });
   hear(window, "offline", () => { disconnect(); retry(); });
   hearTyping(window);
+=======
+  on(window, "pagehide", leave, true);
+  on(window, "pageshow", (e) => { if (e.persisted) comeBack(); }, true);
+  on(document, "freeze", () => { keep(); disconnect(); }, true);
+  on(document, "resume", connect, true);
+  on(window, "online", () => { if (!ready) { disconnect(); connect(); } });
+  on(window, "offline", () => { disconnect(); retry(); });
+  watchHistory();
+  picture.begin();
+>>>>>>> main
 }
 
 // ── The tab's session ────────────────────────────────────────────────────────
@@ -784,6 +801,7 @@ function start(given) {
 
 function stop() {
   if (!wanted) return;
+  safe(picture.look)();
   endRecorder();
   flush();
   forget();

@@ -29,8 +29,9 @@ const run = promisify(execFile);
 const root = fileURLToPath(new URL("../..", import.meta.url));
 const bigOutput = { maxBuffer: 1 << 30 };
 
-// until waits for check() to give something true, and gives it back.
-export async function until(check, what = "a condition", timeout = 15_000) {
+// until waits for check() to give something true, and gives it back. Its time
+// only ends what would wait for ever: no machine is too slow for a test.
+export async function until(check, what = "a condition", timeout = 60_000) {
   const end = Date.now() + timeout;
   for (;;) {
     const got = await check();

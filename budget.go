@@ -1,0 +1,113 @@
+package main
+
+import (
+	"context"
+	"sync"
+)
+
+// budget bounds what clients can make the server hold. One is MAX_BUFFER_BYTES:
+// what is received and not yet committed, the events kept in memory, and the
+// sessions with their metadata. Readers take room before they read, and wait
+// when there is none; TCP then makes the peer wait. The hub gives room back.
+type budget struct {
+	mu        sync.Mutex
+	changed   *sync.Cond
+	waiting   int
+	free      int64 // below 0 while one message goes beyond the bound
+	growing   int64 // taken by messages of which only a part is read
+	half      int64
+	unbounded bool
+}
+
+func newBudget(size int64) *budget {
+	b := &budget{free: size, half: size / 2}
+	b.changed = sync.NewCond(&b.mu)
+	return b
+}
+
+// take waits for room for n bytes.
+func (b *budget) take(ctx context.Context, n int64) error {
+	return b.wait(ctx, func() bool {
+		if !b.unbounded && b.free < n {
+			return false
+		}
+		b.free -= n
+		return true
+	})
+}
+
+// grow takes room for n bytes more of a message of which some is read, and gives
+// what it took. Growing messages may hold half of the budget. They hold room
+// while they wait for more and would wait for each other without end; so one of
+// them at a time goes beyond both bounds: it takes most, all that it may need.
+func (b *budget) grow(ctx context.Context, n, most int64) (took int64, err error) {
+	n = min(n, most)
+	err = b.wait(ctx, func() bool {
+		switch {
+		case b.unbounded || b.free >= n && b.growing+n <= b.half:
+			took = n
+		case b.free >= 0 && b.growing <= b.half:
+			took = most
+		default:
+			return false
+		}
+		b.free -= took
+		b.growing += took
+		return true
+	})
+	return took, err
+}
+
+// wait returns when try has succeeded, or with ctx.
+func (b *budget) wait(ctx context.Context, try func() bool) error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if try() {
+		return nil
+	}
+	stop := context.AfterFunc(ctx, func() {
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		b.changed.Broadcast()
+	})
+	defer stop()
+	b.waiting++
+	defer func() { b.waiting-- }()
+	for !try() {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		b.changed.Wait()
+	}
+	return nil
+}
+
+// give gives room back. A negative n takes it without waiting.
+func (b *budget) give(n int64) { b.finish(n, 0) }
+
+// finish gives back what is left of a message's room; grown of it was taken by
+// grow.
+func (b *budget) finish(n, grown int64) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.free += n
+	b.growing -= grown
+	if b.waiting > 0 {
+		b.changed.Broadcast()
+	}
+}
+
+// left is the room that is free.
+func (b *budget) left() int64 {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.free
+}
+
+// open lets everyone through: the server stops, and what was read is to be stored.
+func (b *budget) open() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.unbounded = true
+	b.changed.Broadcast()
+}

@@ -1,0 +1,128 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+)
+
+// check tries what the start would do, and prints a line for each thing: ✓ or ✗
+// with the reason. Nothing stays behind, and no secret is printed.
+func check(ctx context.Context, cfg config, stdout io.Writer) error {
+	describe(stdout, cfg)
+	failed := 0
+	report := func(what, found string, err error) {
+		mark := "✓"
+		if err != nil {
+			mark, found = "✗", strings.Join(strings.Fields(err.Error()), " ") // on one line
+			failed++
+		}
+		fmt.Fprintf(stdout, "%s %-10s  %s\n", mark, what, found)
+	}
+	report("listens", cfg.url(cfg.host, cfg.port), tryListen(cfg))
+	report("LOG_DIR", cfg.log.dir, tryDirectory(cfg.log.dir))
+	checkDatabase(ctx, cfg, report)
+	if failed > 0 {
+		return fmt.Errorf("check: %d of these would not work", failed)
+	}
+	return nil
+}
+
+// describe says who may do what, without the secrets.
+func describe(w io.Writer, cfg config) {
+	a, viewing, recording := newAccess(cfg.accessConfig, cfg.host, cfg.port, nil), "who has ACCESS_TOKEN", "anyone"
+	switch {
+	case a.open:
+		viewing = "anyone on this machine (no ACCESS_TOKEN)"
+	case a.generated:
+		viewing = "who has the token that the start makes and prints (no ACCESS_TOKEN)"
+	}
+	if a.key != "" {
+		recording = "who has INGEST_KEY"
+	}
+	fmt.Fprintf(w, "  may view    %s; own pages and those of %v; PUBLIC_HOSTS %v\n",
+		viewing, a.viewerOrigins, a.publicHosts)
+	fmt.Fprintf(w, "  may record  %s; pages of %v\n", recording, a.trackerOrigins)
+	fmt.Fprintf(w, "  keeps       sessions for %s after their end\n", inWords(int64(cfg.retention), times))
+}
+
+// tryListen needs a HOST that has an address here, and a free PORT.
+func tryListen(cfg config) error {
+	listener, err := net.Listen("tcp", net.JoinHostPort(cfg.host, cfg.port))
+	if err != nil {
+		return fmt.Errorf("HOST and PORT: %w", err)
+	}
+	return listener.Close()
+}
+
+// tryDirectory leaves no directory that was not there: it would belong to whoever
+// runs the check, and the server could not write to it.
+func tryDirectory(dir string) error {
+	if _, err := os.Stat(dir); errors.Is(err, os.ErrNotExist) {
+		defer os.Remove(dir)
+	}
+	if err := os.MkdirAll(dir, 0o750); err != nil {
+		return err
+	}
+	file, err := os.CreateTemp(dir, "check-")
+	if err != nil {
+		return err
+	}
+	return errors.Join(file.Close(), os.Remove(file.Name()))
+}
+
+// checkDatabase connects twice: where both connections have one process of
+// PostgreSQL, a pooler lends it for a transaction at a time.
+func checkDatabase(ctx context.Context, cfg config, report func(what, found string, err error)) {
+	ctx, cancel := context.WithTimeout(ctx, 15*time.Second)
+	defer cancel()
+	c := cfg.database.ConnConfig
+	conn, err := pgx.ConnectConfig(ctx, c)
+	report("database", fmt.Sprintf("%s at %s, port %d, as %s", c.Database, c.Host, c.Port, c.User), err)
+	if err != nil {
+		return
+	}
+	defer conn.Close(ctx)
+	var version, process, other int
+	var now time.Time
+	const ask = "select current_setting('server_version_num')::int / 10000, pg_backend_pid(), clock_timestamp()"
+	err = conn.QueryRow(ctx, ask, pgx.QueryExecModeExec).Scan(&version, &process, &now)
+	ahead := time.Until(now).Round(time.Millisecond)
+	report("PostgreSQL", fmt.Sprintf("%d (12 to 18 are known)", version), err)
+	if ahead.Abs() > maxClockSkew {
+		err = errors.New("the clocks of the database and of this machine differ: nothing is deleted for its age")
+	}
+	report("clocks", fmt.Sprintf("here %s; the database's is %v ahead", time.Now().Format(time.RFC3339), ahead), err)
+	report("writes", "tables can be made and filled", trySchema(ctx, conn))
+	second, err := pgx.ConnectConfig(ctx, c)
+	if err == nil {
+		defer second.Close(ctx)
+		err = second.QueryRow(ctx, "select pg_backend_pid()", pgx.QueryExecModeExec).Scan(&other)
+	}
+	if prepares := c.DefaultQueryExecMode < pgx.QueryExecModeExec; err == nil && other == process && prepares {
+		err = errors.New("in transaction mode: add default_query_exec_mode=exec to DATABASE_URL")
+	}
+	report("pooler", "none that needs a setting", err)
+}
+
+// trySchema does what the first start and the first session do, and takes it
+// back.
+func trySchema(ctx context.Context, conn *pgx.Conn) error {
+	tx, err := conn.Begin(ctx)
+	if err != nil {
+		return err
+	}
+	defer tx.Rollback(ctx)
+	if _, err = tx.Exec(ctx, schema); err == nil {
+		_, err = tx.Exec(ctx, "insert into sessions (session_id, user_id, url, metadata, is_active) "+
+			"values ('check ' || pg_backend_pid(), '', '', '{}', false)")
+	}
+	return err
+}

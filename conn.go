@@ -1,0 +1,346 @@
+package main
+
+import (
+	"bytes"
+	"compress/flate"
+	"context"
+	"errors"
+	"io"
+	"math/bits"
+	"net"
+	"runtime"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"nhooyr.io/websocket"
+)
+
+const (
+	firstRead  = 16 << 10  // room for a message before it is known to be larger
+	inflater   = 48 << 10  // room for what inflates a message
+	writePiece = 256 << 10 // of a large message, each with its own deadline
+	maxErrors  = 100       // in a row, then the connection is closed
+)
+
+// conn is one WebSocket; what its messages mean is its handler's. Its own
+// goroutine reads. Another writes and lives only while there is something to
+// write: an idle connection then takes 4 KB less.
+type conn struct {
+	ws     *websocket.Conn
+	net    net.Conn
+	ctx    context.Context // ends with the connection
+	cancel context.CancelFunc
+	out    *outbox
+	handle func(msg []byte) (kept int64, err error)
+	*core
+	maxMessage int   // bytes
+	inflater   int64 // room for what inflates a message; 0: messages come as they are
+	urgent     bool  // messages are read also while the budget has no room
+
+	readTimer *time.Timer // closes the connection when one message takes too long
+	pingTimer *time.Timer // starts the next ping
+	busy      atomic.Bool // inside a message: pings wait
+	writer    sync.WaitGroup
+
+	// The reading goroutine's own:
+	reserved int64     // room taken from the budget for this message
+	grown    int64     // of it, what was taken while the message was read
+	readBy   time.Time // when the message must be here
+	errors   int       // in a row
+}
+
+// protocolError is what a client is told of a message that is not taken.
+type protocolError struct{ code, reason string }
+
+func (e *protocolError) Error() string { return e.reason }
+
+var errTooLarge = &protocolError{"too_large", "the message is larger than MAX_MESSAGE_BYTES"}
+
+// open makes ready what works beside the reader: the writer and the pings.
+func (c *conn) open() {
+	c.out.wake = func() {
+		c.writer.Add(1)
+		go c.write() // ends when the outbox is empty, or with the connection
+	}
+	c.out.abort = func() {
+		c.cancel()
+		c.net.Close()
+	}
+	c.pingTimer = time.AfterFunc(c.cfg.heartbeat, c.ping)
+}
+
+// serve reads until the connection ends.
+func (c *conn) serve() {
+	defer c.logs.catch("connection")
+	for {
+		if c.out.wait(c.ctx) != nil {
+			return
+		}
+		msg, err := c.read()
+		if err == nil {
+			err = c.handleInGoroutine(msg)
+		}
+		c.release(msg)
+		var wrong *protocolError
+		switch {
+		case errors.As(err, &wrong):
+			c.replyError(wrong)
+		case err != nil:
+			return
+		default:
+			c.errors = 0
+		}
+	}
+}
+
+// close ends the connection and waits for its writer. A reason that is still to
+// be sent is sent first.
+func (c *conn) close() {
+	c.pingTimer.Stop()
+	if c.out.end(false) {
+		c.writer.Wait()
+	}
+	c.cancel()
+	c.ws.CloseNow()
+	c.writer.Wait()
+	c.out.end(true)
+}
+
+// handleInGoroutine handles a message in a goroutine of its own, which lets go of
+// the stack that parsing and SQL need: an idle connection takes 4 KB less.
+func (c *conn) handleInGoroutine(msg []byte) error {
+	done := make(chan error, 1)
+	go func() { // ends with the message; the reader waits for it
+		err := errors.New("panic") // unless handle returns
+		defer func() { done <- err }()
+		defer c.logs.catch("message")
+		var kept int64
+		kept, err = c.handle(msg)
+		c.reserved -= kept
+	}()
+	return <-done
+}
+
+// replyError tells the client what was wrong, and gives up one that sends nothing
+// else.
+func (c *conn) replyError(e *protocolError) {
+	c.metrics.refuse(e.code)
+	c.out.send(errorMessage(e.code, e.reason))
+	if c.errors++; c.errors >= maxErrors {
+		c.out.closeAfterSending(closePolicy, "too many errors in a row")
+	}
+}
+
+// Reading.
+
+// buffers are what messages are read into. Each pool has buffers of twice the
+// size of the one before, from firstRead to 4 MB.
+var buffers [9]sync.Pool
+
+// newBuffer gives an empty buffer for at least n bytes, and for less than twice
+// as many.
+func newBuffer(n int) []byte {
+	i := bits.Len(uint(n-1) / firstRead)
+	if i >= len(buffers) {
+		return make([]byte, 0, n)
+	}
+	if b, ok := buffers[i].Get().([]byte); ok {
+		return b
+	}
+	return make([]byte, 0, firstRead<<i)
+}
+
+func keepBuffer(b []byte) {
+	if i := bits.Len(uint(cap(b)-1) / firstRead); i < len(buffers) && cap(b) == firstRead<<i {
+		buffers[i].Put(b[:0])
+	}
+}
+
+// read gives the next message, which the caller releases. A message that is too
+// large, or does not inflate, cannot be read to its end: the connection closes.
+func (c *conn) read() ([]byte, error) {
+	typ, r, err := c.ws.Reader(c.ctx)
+	if err != nil {
+		return nil, err
+	}
+	c.busy.Store(true)
+	msg, err := c.readAll(r)
+	var corrupt flate.CorruptInputError
+	switch {
+	case err == errTooLarge:
+		c.out.send(errorMessage(errTooLarge.code, errTooLarge.reason))
+		c.out.closeAfterSending(closeTooBig, errTooLarge.reason)
+		return msg, net.ErrClosed
+	case errors.As(err, &corrupt):
+		c.metrics.refuse("not_inflated")
+		c.out.closeAfterSending(closeInvalid, "the message cannot be inflated")
+	case err == nil && typ != websocket.MessageText:
+		err = &protocolError{"invalid_message", "messages are text frames"}
+	}
+	return msg, err
+}
+
+// readAll reads a message to its end. Room for it is taken from the budget before
+// its bytes are read, or inflated.
+func (c *conn) readAll(r io.Reader) ([]byte, error) {
+	if c.urgent {
+		c.budget.give(-firstRead)
+	} else if err := c.budget.take(c.ctx, firstRead+c.inflater); err != nil {
+		return nil, err
+	}
+	c.reserved = firstRead + c.inflater
+	c.readBy = time.Now().Add(c.cfg.messageTimeout)
+	c.readTimer = time.AfterFunc(c.cfg.messageTimeout, func() {
+		c.metrics.refuse("message_time")
+		c.out.closeAfterSending(closePolicy, "the message took too long")
+	})
+	defer c.readTimer.Stop()
+	buf := newBuffer(firstRead)
+	for {
+		room := c.reserved - c.inflater
+		if int64(len(buf)) == room {
+			if err := c.grow(room, int64(c.maxMessage)+1-room); err != nil {
+				return buf, err
+			}
+			room = c.reserved - c.inflater
+		}
+		if len(buf) == cap(buf) {
+			larger := append(newBuffer(min(2*len(buf), c.maxMessage+1)), buf...)
+			keepBuffer(buf)
+			buf = larger
+		}
+		n, err := r.Read(buf[len(buf):min(int64(cap(buf)), room)])
+		buf = buf[:len(buf)+n]
+		if c.inflater > 0 {
+			runtime.Gosched() // others would wait for a processor for 10 ms at a time
+		}
+		switch {
+		case len(buf) > c.maxMessage:
+			c.metrics.refuse("message_bytes")
+			return buf, errTooLarge
+		case err == io.EOF:
+			return buf, c.reserveIndex(buf)
+		case err != nil:
+			return buf, err
+		}
+	}
+}
+
+// reserveIndex takes room for the index of a tracker's message, for as long as it
+// is handled: a message of tiny events has an index larger than itself. Each event
+// has a brace; braces within events ask for more than is needed.
+func (c *conn) reserveIndex(msg []byte) error {
+	if c.urgent {
+		return nil
+	}
+	index := eventCost * int64(min(bytes.Count(msg, []byte("{")), maxBatchEvents+1))
+	if lack := int64(len(msg)) + index - c.reserved; lack > 0 {
+		return c.grow(lack, lack)
+	}
+	return nil
+}
+
+// grow takes room for n bytes more of this message, or for most, as budget.grow
+// does. The time that it waits does not count as the peer's.
+func (c *conn) grow(n, most int64) error {
+	c.readTimer.Stop()
+	begun := time.Now()
+	took, err := c.budget.grow(c.ctx, n, most)
+	c.reserved += took
+	c.grown += took
+	c.readBy = c.readBy.Add(time.Since(begun))
+	c.readTimer.Reset(time.Until(c.readBy))
+	return err
+}
+
+// release gives back a message's buffer, and its room but for what the handler
+// has kept.
+func (c *conn) release(msg []byte) {
+	if msg != nil {
+		keepBuffer(msg)
+	}
+	c.budget.finish(c.reserved, c.grown)
+	c.reserved, c.grown = 0, 0
+	c.busy.Store(false)
+}
+
+// ping ends the connection when no pong comes within an interval; otherwise it
+// runs again after one. It is the ping timer's function.
+func (c *conn) ping() {
+	defer c.logs.catch("ping")
+	if !c.isAlive() {
+		c.out.abort()
+	} else if c.ctx.Err() == nil {
+		c.pingTimer.Reset(c.cfg.heartbeat)
+	}
+}
+
+// isAlive reports whether the peer answers a ping. One that is sending or being
+// sent a message counts as alive: other limits hold for those.
+func (c *conn) isAlive() bool {
+	if c.busy.Load() || c.out.isSending() {
+		return true
+	}
+	c.extendDeadline() // that of the last message may have passed
+	ctx, cancel := context.WithTimeout(c.ctx, c.cfg.heartbeat)
+	defer cancel()
+	return c.ws.Ping(ctx) == nil || c.busy.Load() || c.out.isSending()
+}
+
+// Writing.
+
+// write sends what the outbox holds. It ends when there is nothing left, or with
+// the connection.
+func (c *conn) write() {
+	defer c.writer.Done()
+	defer c.logs.catch("writer of a connection")
+	alive := false
+	defer func() {
+		if !alive {
+			c.out.end(true)
+			c.cancel()
+		}
+	}()
+	for {
+		m, last := c.out.next()
+		switch {
+		case m != nil:
+			if _, isAck := m.(ack); isAck {
+				c.metrics.acks.Add(1)
+			}
+			if c.writeMessage(m.encode()) != nil {
+				return
+			}
+		case last != nil:
+			c.ws.Close(last.code, last.reason) // for closeTime at most, then the outbox aborts
+			return
+		default:
+			alive = true
+			return
+		}
+	}
+}
+
+// writeMessage writes a message; a large one in pieces, so that a slow peer is
+// told from one that does not read at all.
+func (c *conn) writeMessage(m []byte) error {
+	c.extendDeadline()
+	if len(m) <= writePiece {
+		return c.ws.Write(context.Background(), websocket.MessageText, m)
+	}
+	w, err := c.ws.Writer(context.Background(), websocket.MessageText)
+	if err != nil {
+		return err
+	}
+	for piece := range slices.Chunk(m, writePiece) {
+		c.extendDeadline()
+		if _, err := w.Write(piece); err != nil {
+			return err
+		}
+	}
+	return w.Close()
+}
+
+func (c *conn) extendDeadline() { c.net.SetWriteDeadline(time.Now().Add(2 * c.cfg.heartbeat)) }

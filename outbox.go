@@ -1,0 +1,319 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"strconv"
+	"sync"
+	"time"
+
+	"nhooyr.io/websocket"
+)
+
+// message is something to be sent to a client. The goroutine that sends it calls
+// encode.
+type message interface {
+	encode() []byte
+	size() int // about, in bytes
+}
+
+func (b *batch) encode() []byte { return b.frame }
+func (b *batch) size() int      { return len(b.frame) }
+
+// text is a message that is encoded already.
+type text []byte
+
+func (t text) encode() []byte { return t }
+func (t text) size() int      { return len(t) }
+
+const (
+	outboxMessages = 1024
+	trackerOutbox  = 64 << 10 // bytes; viewers share an amount that grows with the settings
+)
+
+// outbox is what one client is to be sent: messages up to a bound, the newest
+// ack, and at last the reason why the connection closes. The hub knows clients
+// by their outboxes. Every method is safe for concurrent use, and none waits but
+// wait.
+type outbox struct {
+	wake  func() // starts the goroutine that sends; called with mu locked
+	abort func() // ends a connection whose peer does not take the last messages
+
+	mu       sync.Mutex
+	queue    []message
+	bytes    int
+	acked    ack // the newest that is not sent
+	closing  *closeFrame
+	closed   bool          // nothing is sent any more
+	sending  bool          // a goroutine sends
+	taken    int           // messages taken from the queue so far
+	sent     int           // of these, those that are sent
+	answer   int           // what sent must be for the newest answer to a request
+	progress chan struct{} // has room for one; told when something was sent
+}
+
+// ack tells a tracker that everything up to seq is committed.
+type ack struct {
+	session string
+	seq     int64
+}
+
+func (a ack) size() int { return 64 }
+func (a ack) encode() []byte {
+	return []byte(`{"type":"events_ack","data":{"sessionId":"` + a.session + `","seq":` + strconv.FormatInt(a.seq, 10) + `}}`)
+}
+
+// closeFrame says why the server closes a connection.
+type closeFrame struct {
+	code   closeCode
+	reason string
+}
+
+type closeCode = websocket.StatusCode
+
+// Why the server closes a connection. The codes from 4000 on are the protocol's.
+const (
+	closeGoingAway closeCode = websocket.StatusGoingAway
+	closePolicy    closeCode = websocket.StatusPolicyViolation
+	closeInvalid   closeCode = websocket.StatusInvalidFramePayloadData
+	closeTooBig    closeCode = websocket.StatusMessageTooBig
+	closeTryAgain  closeCode = websocket.StatusTryAgainLater
+	closeTaken     closeCode = 4001
+	closeDeleted   closeCode = 4004
+)
+
+// closeTime is how long a peer may take for its last messages and the close
+// handshake.
+const closeTime = 2 * time.Second
+
+func newOutbox() *outbox {
+	return &outbox{progress: make(chan struct{}, 1), wake: func() {}, abort: func() {}}
+}
+
+// trySend gives the client a message, and reports whether there was room: less
+// than most bytes before it.
+func (o *outbox) trySend(m message, most int) bool {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if len(o.queue) >= outboxMessages || o.bytes >= most {
+		return false
+	}
+	return o.add(m)
+}
+
+// send gives the client an answer to its request, which has room always. The next
+// request is not read before it is sent: see wait.
+func (o *outbox) send(m message) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.add(m) {
+		o.answer = o.taken + len(o.queue)
+	}
+}
+
+func (o *outbox) add(m message) bool {
+	if o.closed || o.closing != nil {
+		return false
+	}
+	o.queue = append(o.queue, m)
+	o.bytes += m.size()
+	o.start()
+	return true
+}
+
+// ack tells the tracker that everything up to seq is committed. It replaces an
+// ack of the same session that is not sent yet.
+func (o *outbox) ack(session string, seq int64) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.closed || o.closing != nil {
+		return
+	}
+	if o.acked.seq > 0 && o.acked.session != session { // the connection has begun another session
+		o.add(o.acked)
+	}
+	o.acked = ack{session, seq}
+	o.start()
+}
+
+// closeAfterSending closes the connection, with a reason, when what the outbox
+// holds is sent.
+func (o *outbox) closeAfterSending(code closeCode, reason string) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.closing != nil || o.closed {
+		return
+	}
+	o.closing = &closeFrame{code, reason}
+	time.AfterFunc(closeTime, o.abort)
+	o.start()
+}
+
+// start sees to it that somebody sends.
+func (o *outbox) start() {
+	if !o.sending && !o.closed {
+		o.sending = true
+		o.wake()
+	}
+}
+
+// next takes what is to be sent now: a message, or the reason to close, behind
+// which nothing follows. When there is neither, the sender's work is done.
+func (o *outbox) next() (m message, last *closeFrame) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.sent = o.taken
+	select {
+	case o.progress <- struct{}{}:
+	default:
+	}
+	switch {
+	case o.closed:
+	case len(o.queue) > 0:
+		m = o.queue[0]
+		o.queue[0] = nil
+		o.queue = o.queue[1:]
+		o.taken++
+		o.bytes -= m.size()
+		return m, nil
+	case o.acked.seq > 0:
+		m, o.acked = o.acked, ack{}
+		return m, nil
+	case o.closing != nil:
+		o.closed = true
+		return nil, o.closing
+	}
+	o.queue, o.sending = nil, false // an idle connection holds no memory for it
+	return nil, nil
+}
+
+// wait returns when the answers to the client's requests are sent, or with ctx.
+func (o *outbox) wait(ctx context.Context) error {
+	for {
+		o.mu.Lock()
+		done := o.sent >= o.answer
+		o.mu.Unlock()
+		if done {
+			return nil
+		}
+		select {
+		case <-o.progress:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+// isEmpty reports whether everything is sent.
+func (o *outbox) isEmpty() bool {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return len(o.queue) == 0
+}
+
+func (o *outbox) isSending() bool {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.sending
+}
+
+// end lets nothing more in, and reports whether a reason to close is still to be
+// sent. With now it is not sent either.
+func (o *outbox) end(now bool) (parting bool) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if parting = o.closing != nil && !o.closed && !now; !parting {
+		o.closed, o.queue, o.bytes = true, nil, 0
+	}
+	return parting
+}
+
+// The messages that the hub and sessions send.
+
+// envelope makes a message of small parts. data must be fit for JSON.
+func envelope(typ string, data any) text {
+	return encodeJSON(struct {
+		Type string `json:"type"`
+		Data any    `json:"data"`
+	}{typ, data})
+}
+
+func errorMessage(code, reason string) text {
+	return envelope("error", map[string]string{"message": reason, "code": code})
+}
+
+type sessionID struct {
+	ID string `json:"sessionId"`
+}
+
+func sessionEnded(id string) text { return envelope("session_ended", sessionID{id}) }
+func takeSnapshot(id string) text { return envelope("take_snapshot", sessionID{id}) }
+
+func sessionState(id, state string) text {
+	return envelope("session_state", map[string]string{"sessionId": id, "state": state})
+}
+
+func lagged(id string, next int64) text {
+	return envelope("session_lagged", map[string]any{"sessionId": id, "nextIndex": next})
+}
+
+func sessionStarted(id string, about *description) text {
+	return envelope("session_started", map[string]any{"sessionId": id, "userId": about.userID, "metadata": json.RawMessage(about.brief)})
+}
+
+// summary is a session as lists show it.
+type summary struct {
+	id       string
+	epoch    int64
+	about    *description
+	now      counters
+	isActive bool
+	state    string // see session.state; empty when it is not in memory
+}
+
+// joined answers viewer_join_session.
+type joined struct{ summary }
+
+func (j joined) size() int { return 256 + len(j.about.metadata) }
+func (j joined) encode() []byte {
+	return envelope("session_joined", map[string]any{
+		"sessionId": j.id, "events": []any{}, "metadata": json.RawMessage(j.about.metadata),
+		"totalEvents": j.now.events, "isActive": j.isActive, "snapshotIndex": nullableIndex(j.now.snapshot), "state": j.state,
+	})
+}
+
+// nullableIndex gives the number of an event as JSON has it: null for none.
+func nullableIndex(n int64) *int64 {
+	if n < 0 {
+		return nil
+	}
+	return &n
+}
+
+// activeSessions is the list of live sessions.
+type activeSessions []summary
+
+func (a activeSessions) size() int {
+	n := 64
+	for _, s := range a {
+		n += s.listSize()
+	}
+	return n
+}
+
+func (s *summary) listSize() int { return 160 + len(s.id) + len(s.about.userID) + len(s.about.brief) }
+
+func (a activeSessions) encode() []byte {
+	type entry struct {
+		sessionID
+		UserID     string          `json:"userId"`
+		Metadata   json.RawMessage `json:"metadata"`
+		EventCount int64           `json:"eventCount"`
+		ErrorCount int64           `json:"errorCount"`
+	}
+	all := make([]entry, len(a))
+	for i, s := range a {
+		all[i] = entry{sessionID{s.id}, s.about.userID, s.about.brief, s.now.events, s.now.errors}
+	}
+	return envelope("active_sessions", map[string]any{"sessions": all})
+}

@@ -1,0 +1,113 @@
+package main
+
+import (
+	"bytes"
+	"compress/gzip"
+	"crypto/sha256"
+	"embed"
+	"encoding/hex"
+	"io/fs"
+	"maps"
+	"net/http"
+	"path"
+	"regexp"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+)
+
+//go:embed web/*.html web/*.js web/*.css web/dist
+var web embed.FS
+
+// asset is an embedded file, ready to be served.
+type asset struct {
+	body, zipped []byte
+	contentType  string
+	etag         string
+}
+
+func newAsset(name string, body []byte) asset {
+	sum := sha256.Sum256(body)
+	types := map[string]string{".html": "text/html", ".js": "text/javascript", ".css": "text/css"}
+	var zipped bytes.Buffer
+	z, _ := gzip.NewWriterLevel(&zipped, gzip.BestCompression)
+	z.Write(body)
+	z.Close()
+	return asset{body, zipped.Bytes(), types[path.Ext(name)] + "; charset=utf-8",
+		`"` + hex.EncodeToString(sum[:8]) + `"`}
+}
+
+// commentLines are a tenth of the tracker: visitors need not download them.
+var commentLines = regexp.MustCompile(`(?m)^\s*//.*\n`)
+
+// assets are the embedded files by their base names, and whether the recorder is
+// among them. The tracker is put together here: rrweb's recorder and ours, in a
+// function of their own, so that the recorder's bundle finds neither the page's
+// globals nor its module loader.
+var assets = sync.OnceValues(func() (map[string]asset, bool) {
+	files := map[string]asset{}
+	fs.WalkDir(web, "web", func(name string, d fs.DirEntry, err error) error {
+		if err == nil && !d.IsDir() && path.Ext(name) != ".txt" {
+			body, _ := web.ReadFile(name)
+			files[path.Base(name)] = newAsset(name, body)
+		}
+		return err
+	})
+	recorder, bundled := files["rrweb-record.js"]
+	script := []byte(`console.warn("session-replay: the recorder was not bundled: run 'make web' and build again");`)
+	if bundled {
+		ours := slices.Concat(files["tracker-privacy.js"].body, files["tracker-picture.js"].body, files["tracker.js"].body)
+		script = []byte("(function(){var module={exports:{}},exports=module.exports,define;" + string(recorder.body) +
+			"\n;var rrwebRecord=module.exports;(()=>{\"use strict\";" + commentLines.ReplaceAllString(string(ours), "") + "})()})();")
+	}
+	files["tracker.js"] = newAsset("tracker.js", script)
+	return files, bundled
+})
+
+// serve answers with the file, or says that it need not be sent again.
+func (a asset) serve(w http.ResponseWriter, r *http.Request, cache string) {
+	h := w.Header()
+	h.Set("Content-Type", a.contentType)
+	h.Set("Cache-Control", cache)
+	h.Set("ETag", a.etag)
+	h.Add("Vary", "Accept-Encoding")
+	body := a.body
+	if strings.Contains(r.Header.Get("Accept-Encoding"), "gzip") {
+		h.Set("Content-Encoding", "gzip")
+		body = a.zipped
+	}
+	http.ServeContent(w, r, "", time.Time{}, bytes.NewReader(body))
+}
+
+const (
+	// viewerPolicy keeps what was recorded, which may be hostile, from running
+	// scripts, sending requests and reaching the viewer's session.
+	viewerPolicy = "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src data:; " +
+		"font-src data:; connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+	demoPolicy = "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; " +
+		"connect-src 'self' ws: wss:; form-action 'self'; base-uri 'none'"
+)
+
+// mediaPolicy is viewerPolicy, open for pictures, fonts and style sheets of some
+// origins.
+func mediaPolicy(origins []string) string {
+	if len(origins) == 0 {
+		return viewerPolicy
+	}
+	list := " " + strings.Join(origins, " ")
+	open := strings.NewReplacer("'unsafe-inline'", "'unsafe-inline'"+list, "data:", "data:"+list)
+	return open.Replace(viewerPolicy) + "; media-src" + list
+}
+
+const mediaSlot = `name="media-origins" content="`
+
+// withMedia tells the viewer's page the same: its frames have a policy of their own.
+func withMedia(files map[string]asset, origins []string) map[string]asset {
+	if len(origins) > 0 {
+		files = maps.Clone(files)
+		body := strings.Replace(string(files["view.html"].body), mediaSlot, mediaSlot+strings.Join(origins, " "), 1)
+		files["view.html"] = newAsset("view.html", []byte(body))
+	}
+	return files
+}

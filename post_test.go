@@ -1,0 +1,511 @@
+package main
+
+import (
+	"bytes"
+	"compress/flate"
+	"compress/gzip"
+	"context"
+	"encoding/binary"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"nhooyr.io/websocket"
+)
+
+const postToken = "a token that the page has made"
+
+// postStart is a session_start of a page that posts.
+func postStart(id string, page, first int) string {
+	return fmt.Sprintf(`{"type":"session_start","data":{"sessionId":%q,"userId":"ann","resume":%q,"create":true,"page":%d,"firstSeq":%d}}`,
+		id, postToken, page, first)
+}
+
+// postBatch is a numbered batch of one event that says of whom it is.
+func postBatch(seq int, of string) string {
+	return fmt.Sprintf(`{"type":"events_batch","data":{"seq":%d,"events":[{"type":3,"timestamp":%d,"data":%q}]}}`, seq, seq, of)
+}
+
+func lines(messages ...string) string { return strings.Join(messages, "\n") }
+
+func zipped(text string) string {
+	var out bytes.Buffer
+	z := gzip.NewWriter(&out)
+	io.WriteString(z, text)
+	z.Close()
+	return out.String()
+}
+
+func plain(text string) string { return text }
+
+// postReport is an error of the page, with a number.
+func postReport(seq int) string {
+	return fmt.Sprintf(`{"type":"javascript_error","data":{"seq":%d,"message":"x"}}`, seq)
+}
+
+// postAnswer is what a server says to a POST: each message's type, and its code or
+// number.
+type postAnswer struct {
+	status int
+	header http.Header
+	says   string
+}
+
+func postTo(t testing.TB, address, body string, header ...string) postAnswer {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	r, err := http.NewRequestWithContext(ctx, "POST", address, strings.NewReader(body))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := 0; i < len(header); i += 2 {
+		r.Header.Set(header[i], header[i+1])
+	}
+	resp, err := http.DefaultClient.Do(r)
+	if err != nil {
+		t.Fatalf("POST: %v", err)
+	}
+	defer resp.Body.Close()
+	a := postAnswer{status: resp.StatusCode, header: resp.Header}
+	for in := json.NewDecoder(resp.Body); ; {
+		var m struct {
+			Type string
+			Data struct {
+				Code string
+				Seq  int
+			}
+		}
+		if in.Decode(&m) != nil {
+			a.says = strings.TrimSpace(a.says)
+			return a
+		}
+		a.says += fmt.Sprintf("%s:%s%.0d ", m.Type, m.Data.Code, m.Data.Seq)
+	}
+}
+
+// checkData compares the data of a session's events.
+func checkData(t testing.TB, getJSON func(string, any), id, want string) {
+	t.Helper()
+	var page struct{ Events []struct{ Data string } }
+	getJSON("/sessions/"+id+"/events", &page)
+	var got []string
+	for _, e := range page.Events {
+		got = append(got, e.Data)
+	}
+	if strings.Join(got, " ") != want {
+		t.Errorf("%s: got events %q, want %q", id, got, want)
+	}
+}
+
+func TestPost(t *testing.T) {
+	s := startServer(t, "INGEST_KEY=key", "TRACKER_ORIGINS=https://shop.example.com", "BATCH_INTERVAL=600000", "MAX_MESSAGE_BYTES=4096")
+	const shop, ready = "https://shop.example.com", "session_ready:"
+	body := lines(postStart("ID", 1, 1), postBatch(1, "one"), postBatch(2, "two"))
+	for _, c := range []struct {
+		name, query, origin, body string
+		pack                      func(string) string
+		status                    int
+		says, stored              string
+	}{
+		{"text", "key=key", "", body, plain, 200, ready + " events_ack:2", "one two"},
+		{"gzip", "key=key&type=tracker", shop, body, zipped, 200, ready + " events_ack:2", "one two"},
+		{"a session only", "key=key", "", postStart("ID", 1, 1) + "\r\n\n", plain, 200, ready, ""},
+		{"ended", "key=key", "", lines(body, `{"type":"session_end","data":{}}`), plain, 200, ready + " events_ack:2", "one two"},
+		{"a gap", "key=key", "", lines(postStart("ID", 1, 1), postBatch(1, "one"), postBatch(3, "three")), plain,
+			200, ready + " error:sequence_gap events_ack:1", "one"},
+		{"an error of the page", "key=key", "", lines(postStart("ID", 1, 1), postBatch(1, "one"), postReport(2)), plain,
+			200, ready + " events_ack:2", "one"},
+		{"a wrong line", "key=key", "", lines(postStart("ID", 1, 1), `{"type":`, postBatch(1, "one")), plain,
+			200, ready + " error:invalid_message events_ack:1", "one"},
+		{"only wrong lines", "key=key", "", lines(postStart("ID", 1, 1), strings.Repeat("{}\n", 200), postBatch(1, "one")), plain,
+			400, ready + strings.Repeat(" error:invalid_message", 100) + " error:refused", ""},
+		{"what viewers say", "key=key", "", lines(postStart("ID", 1, 1), `{"type":"get_active_sessions"}`), plain,
+			200, ready + " error:forbidden", ""},
+		{"no start", "key=key", "", postBatch(1, "one"), plain, 400, "error:no_session", ""},
+		{"start after something else", "key=key", "", lines(`{"type":"heartbeat"}`, body), plain, 400, "error:no_session", ""},
+		{"nothing", "key=key", "", "", plain, 400, "error:no_session", ""},
+		{"no JSON", "key=key", "", "hello", plain, 400, "error:invalid_message", ""},
+		{"too large", "key=key", "", lines(body, strings.Repeat(" ", 4096)), plain, 413, "error:too_large", ""},
+		{"too large unpacked", "key=key", "", lines(body, strings.Repeat(" ", 4096)), zipped, 413, "error:too_large", ""},
+		{"cut gzip", "key=key", "", body, func(s string) string { return zipped(s)[:60] }, 400, "error:invalid_message", ""},
+		{"wrong checksum", "key=key", "", body, func(s string) string { return zipped(s)[:len(zipped(s))-8] + "12345678" },
+			400, "error:invalid_message", ""},
+		{"bytes behind gzip", "key=key", "", body, func(s string) string { return zipped(s) + "x" }, 400, "error:invalid_message", ""},
+		{"two gzip members", "key=key", "", body, func(s string) string { return zipped(s) + zipped(s) }, 400, "error:invalid_message", ""},
+		{"no key", "", shop, body, plain, 401, ":", ""},
+		{"another origin", "key=key", "https://evil.example.com", body, plain, 403, ":", ""},
+		{"viewers do not post", "key=key&type=viewer", "", body, plain, 400, ":", ""},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			id := sessionName(t, 0)
+			sent := c.pack(strings.ReplaceAll(c.body, "ID", id))
+			for attempt := range 2 { // the same once more changes nothing
+				got := postTo(t, s.url+"/ws?"+c.query, sent, "Origin", c.origin)
+				if got.status != c.status || got.says != c.says {
+					t.Errorf("attempt %d: got %d %q, want %d %q", attempt, got.status, got.says, c.status, c.says)
+				}
+				allowed, credentials := got.header.Get("Access-Control-Allow-Origin"), got.header.Get("Access-Control-Allow-Credentials")
+				if (allowed == shop) != (c.origin == shop) || credentials != "" {
+					t.Errorf("pages of %q may read the answer, credentials %q", allowed, credentials)
+				}
+			}
+			there := querySQL[int](t, s.database, "select count(*) from sessions where session_id = $1", id)
+			if there != strings.Count(c.says, "ready") {
+				t.Errorf("%d sessions are there", there)
+			}
+			if there > 0 {
+				checkData(t, s.getJSON, id, c.stored)
+			}
+		})
+	}
+	if n := querySQL[int](t, s.database, "select count(*) from session_errors"); n != 1 {
+		t.Errorf("%d errors of pages are stored, want 1", n)
+	}
+}
+
+// postPage is a page's WebSocket.
+func postPage(t testing.TB, address, id string, page, first int) *websocket.Conn {
+	t.Helper()
+	ws, _, err := websocket.Dial(t.Context(), address, &websocket.DialOptions{CompressionMode: websocket.CompressionNoContextTakeover})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { ws.CloseNow() })
+	say(t, ws, postStart(id, page, first))
+	return ws
+}
+
+func say(t testing.TB, ws *websocket.Conn, text string) {
+	t.Helper()
+	if err := ws.Write(t.Context(), websocket.MessageText, []byte(text)); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// hear reads on until a message has some text in it.
+func hear(t testing.TB, ws *websocket.Conn, want string) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	for {
+		_, msg, err := ws.Read(ctx)
+		if err != nil {
+			t.Fatalf("waiting for %s: %v", want, err)
+		}
+		if strings.Contains(string(msg), want) {
+			return
+		}
+	}
+}
+
+// hearAck reads on until everything up to a batch is committed.
+func hearAck(t testing.TB, ws *websocket.Conn, seq int) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	for acked := 0; acked < seq; {
+		_, msg, err := ws.Read(ctx)
+		if err != nil {
+			t.Fatalf("waiting for the ack of %d: %v", seq, err)
+		}
+		fmt.Sscanf(string(msg[bytes.LastIndexByte(msg, ',')+1:]), `"seq":%d}}`, &acked)
+	}
+}
+
+// TestPostPages is about a page's last POST, and the page that follows in the same
+// tab: in any order all that was sent is stored once and in order, and the page that
+// follows keeps the session. Steps: "post" sends the batches 2 and 3 of the first
+// page, "elsewhere" does so at another server; "open" connects the next page,
+// whose own batches begin with 4, or, with "open0", which does not know that;
+// numbers are batches that it sends, and sees stored.
+func TestPostPages(t *testing.T) {
+	s := startServer(t, "BATCH_INTERVAL=20")
+	other := startServer(t, "BATCH_INTERVAL=20", "DATABASE_URL="+s.database)
+	const taken, late = "session_ready: events_ack:3", "error:later_page events_ack:3"
+	for i, c := range []struct{ steps, says, stored string }{
+		{"post open 4", taken, "a1 a2 a3 b4"},
+		{"post open 2 3 4", taken, "a1 a2 a3 b4"},
+		{"post post open 4", taken, "a1 a2 a3 b4"},
+		{"open post 4", late, "a1 a2 a3 b4"},
+		{"open 2 post 3 4", late, "a1 a2 a3 b4"},
+		{"open 2 3 4 post 5", "error:later_page events_ack:4", "a1 a2 a3 b4 b5"},
+		{"open drop post open 4", late, "a1 a2 a3 b4"},
+		{"open restart post open 2 3 4", "", "a1 a2 a3 b4"},
+		{"open0 post 2", "error:later_page error:no_session error:no_session events_ack:1", "a1 a2"},
+		{"open elsewhere 2 3 4", "error:later_page error:no_session error:no_session", "a1 a2 a3 b4"},
+		{"both 2 3 4", "", "a1 a2 a3 b4"},
+		{"both 2 3 4", "", "a1 a2 a3 b4"},
+		{"both 2 3 4", "", "a1 a2 a3 b4"},
+	} {
+		t.Run(c.steps, func(t *testing.T) {
+			id := sessionName(t, i)
+			postTo(t, s.url+"/ws", lines(postStart(id, 1, 1), postBatch(1, "a1")))
+			last := lines(postStart(id, 1, 1), postBatch(2, "a2"), postBatch(3, "a3"))
+			var page *websocket.Conn
+			var got postAnswer
+			open := func(first int) {
+				page = postPage(t, s.ws("tracker"), id, 2, first)
+				hear(t, page, "session_ready")
+			}
+			for step := range strings.FieldsSeq(c.steps) {
+				switch step {
+				case "post":
+					got = postTo(t, s.url+"/ws", last)
+				case "elsewhere":
+					got = postTo(t, other.url+"/ws", last)
+				case "open":
+					open(4)
+				case "open0":
+					open(0)
+				case "drop":
+					page.CloseNow()
+				case "restart":
+					s.restart()
+				case "both":
+					var posted sync.WaitGroup
+					posted.Go(func() { got = postTo(t, s.url+"/ws", last) })
+					open(4)
+					posted.Wait()
+				default:
+					whose := map[bool]string{true: "a", false: "b"}[step < "4"]
+					var n int
+					fmt.Sscan(step, &n)
+					say(t, page, postBatch(n, whose+step))
+					hearAck(t, page, n)
+				}
+			}
+			if c.says != "" && got.says != c.says {
+				t.Errorf("the POST was told %q, want %q", got.says, c.says)
+			}
+			checkData(t, s.getJSON, id, c.stored)
+		})
+	}
+}
+
+// TestRecordings speaks as rrweb's own client does, and as one that is wrong.
+func TestRecordings(t *testing.T) {
+	s := startServer(t, "INGEST_KEY=key", "TRACKER_ORIGINS=https://shop.example.com", "BATCH_INTERVAL=600000")
+	meta := `{"type":5,"timestamp":1,"data":{"tag":"recording-meta","payload":{"userId":"ann","plan":"pro","resume":"x","sessionId":"y"}}}`
+	page := `{"type":4,"timestamp":2,"data":{"href":"https://shop.example.com/","width":800,"height":600}}`
+	for _, c := range []struct {
+		name, id, key, origin, body string
+		status, events              int
+	}{
+		{"events", "r1", "key", "https://shop.example.com", meta + "\n" + page + "\r\n\n", 200, 2},
+		{"more of them", "r1", "key", "", `{"type":3,"timestamp":3}`, 200, 3},
+		{"as gzip", "r2", "key", "", zipped(meta), 200, 1},
+		{"a half", "r3", "key", "", meta + "\n" + page[:20], 400, -1},
+		{"without white space", "r3", "key", "", meta + page, 400, -1},
+		{"no objects", "r3", "key", "", "1\n2", 400, -1},
+		{"nothing", "r3", "key", "", "", 400, -1},
+		{"no UTF-8", "r3", "key", "", `{"type":"` + "\xff" + `"}`, 400, -1},
+		{"a wrong key", "r3", "wrong", "https://shop.example.com", meta, 401, -1},
+		{"a wrong origin", "r3", "key", "https://evil.example.com", meta, 403, -1},
+		{"a wrong id", "r%2f3", "key", "", meta, 400, -1},
+	} {
+		got := postTo(t, s.url+"/recordings/"+c.id+"/events", c.body, "Authorization", "Bearer "+c.key, "Origin", c.origin)
+		if allowed := got.header.Get("Access-Control-Allow-Origin"); got.status != c.status || (allowed != "") != (c.origin == "https://shop.example.com") {
+			t.Errorf("%s: got %d, pages of %q may read it; want %d", c.name, got.status, allowed, c.status)
+		}
+		var session struct {
+			EventCount int
+			UserID     string
+			Metadata   struct{ Plan, URL, SessionID string }
+		}
+		status, body := s.get("/sessions/" + c.id)
+		json.Unmarshal(body, &session)
+		m := session.Metadata
+		if c.events < 0 && status == 200 || c.events > 0 && (session.EventCount != c.events || session.UserID != "ann" || m.Plan != "pro" || m.SessionID != c.id) {
+			t.Errorf("%s: got %d, %+v, want %d events", c.name, status, session, c.events)
+		}
+	}
+	var first struct{ Metadata struct{ URL string } }
+	if s.getJSON("/sessions/r1", &first); first.Metadata.URL != "https://shop.example.com/" {
+		t.Errorf("got the URL %q", first.Metadata.URL)
+	}
+}
+
+// TestTrackerFetches asks why nothing is recorded.
+func TestTrackerFetches(t *testing.T) {
+	s := startServer(t, "INGEST_KEY=key", "TRACKER_ORIGINS=https://shop.example.com")
+	ask := func(path, header, origin string) {
+		r, _ := http.NewRequestWithContext(t.Context(), "GET", s.url+path, nil)
+		r.Header.Set(header, origin)
+		if resp, err := http.DefaultClient.Do(r); err == nil {
+			resp.Body.Close()
+		}
+	}
+	ask("/tracker.js", "Referer", "https://shop.example.com/a/page?x")
+	ask("/tracker.js", "Origin", "https://shop.example.com")
+	ask("/tracker.js", "Referer", "https://evil.example.com/")
+	ask("/tracker.js", "Referer", "no URL at all")
+	ask("/ws", "Origin", "https://shop.example.com")
+	ask("/ws?key=key", "Origin", "https://evil.example.com")
+	ask("/ws?key=key", "Origin", "https://never.example.com")
+	postTo(t, s.url+"/ws?key=key", postStart("one", 1, 1), "Origin", "https://shop.example.com")
+	var stats struct{ TrackerFetches json.RawMessage }
+	s.getJSON("/stats", &stats)
+	const want = `[{"origin":"https://shop.example.com","fetches":2,"sessions":1,"refusals":{"ingest_key":1}},` +
+		`{"origin":"https://evil.example.com","fetches":1,"sessions":0,"refusals":{"origin":1}}]`
+	if string(stats.TrackerFetches) != want {
+		t.Errorf("got %s, want %s", stats.TrackerFetches, want)
+	}
+	for i := range 300 {
+		ask("/tracker.js", "Referer", fmt.Sprintf("https://%d.example.com/", i))
+	}
+	var many struct{ TrackerFetches []any }
+	if s.getJSON("/stats", &many); len(many.TrackerFetches) > maxOrigins {
+		t.Errorf("%d origins are kept", len(many.TrackerFetches))
+	}
+}
+
+// TestPostKeepsRoom posts bodies of which the hub keeps more than the budget has.
+func TestPostKeepsRoom(t *testing.T) {
+	s := startServer(t, "BATCH_INTERVAL=600000", "MAX_BUFFER_BYTES=2000000")
+	var posting sync.WaitGroup
+	for i := range 4 {
+		posting.Go(func() {
+			body := []string{postStart(sessionName(t, i), 1, 1)}
+			for seq := range 2000 {
+				body = append(body, postBatch(seq+1, "x"))
+			}
+			if got := postTo(t, s.url+"/ws", lines(body...)); got.status != 200 || !strings.HasSuffix(got.says, "events_ack:2000") {
+				t.Errorf("body %d: got %d %.200q", i, got.status, got.says)
+			}
+		})
+	}
+	posting.Wait()
+	if n := s.metric("buffer_bytes"); n > 2_000_000 {
+		t.Errorf("%d bytes of the budget are in use", n)
+	}
+}
+
+// TestDeflate sends messages as browsers do, compressed, and as an attacker would.
+func TestDeflate(t *testing.T) {
+	s := startServer(t, "BATCH_INTERVAL=20", "MAX_MESSAGE_BYTES=1000000")
+	id := sessionName(t, 0)
+	long := strings.Repeat("a", 100_000)
+	ws := postPage(t, s.ws("tracker"), id, 1, 1)
+	before := s.metric("wire_bytes_total")
+	say(t, ws, postBatch(1, long))
+	hearAck(t, ws, 1)
+	if n := s.metric("wire_bytes_total") - before; n > 2000 {
+		t.Errorf("%d bytes on the wire for 100 KB of one letter", n)
+	}
+	for _, c := range []struct {
+		name, payload string
+		says          string // the end of what the server says
+	}{
+		{"no stream", "\xff\xff\xff\xff", "1007"},
+		{"cut", deflated(postBatch(2, "cut"))[:30], "invalid_message"},
+		{"cut in a block", deflated(strings.Repeat(postBatch(2, "cut"), 9000))[:2000], "invalid_message"},
+		{"a bomb", deflated(strings.Repeat("0", 32<<20)), "1009"},
+		{"a bomb of events", deflated(`{"type":"events_batch","data":{"seq":2,"events":[` + strings.Repeat("{},", 400_000)), "1009"},
+		{"whole", deflated(postBatch(2, "whole")), `"seq":2}`},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			raw := rawTracker(t, s.url, id)
+			raw.Write(maskedDeflate([]byte(c.payload)))
+			if got := readUntil(raw, c.says); got != "" {
+				t.Errorf("want %s, got %.500q", c.says, got)
+			}
+		})
+	}
+	checkData(t, s.getJSON, id, long+" whole")
+}
+
+// deflated is a message as permessage-deflate has it.
+func deflated(text string) string {
+	var out bytes.Buffer
+	z, _ := flate.NewWriter(&out, flate.BestCompression)
+	io.WriteString(z, text)
+	z.Flush()
+	return strings.TrimSuffix(out.String(), "\x00\x00\xff\xff")
+}
+
+// maskedDeflate is a text frame of a client, compressed, masked with zeros.
+func maskedDeflate(payload []byte) []byte {
+	frame := binary.BigEndian.AppendUint64([]byte{0xc1, 0x80 | 127}, uint64(len(payload)))
+	return append(append(frame, 0, 0, 0, 0), payload...)
+}
+
+// rawTracker is a connection that has shaken hands, and continues a session.
+func rawTracker(t testing.TB, address, id string) net.Conn {
+	t.Helper()
+	conn, err := net.Dial("tcp", strings.TrimPrefix(address, "http://"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	conn.SetDeadline(time.Now().Add(patience))
+	fmt.Fprintf(conn, "GET /ws HTTP/1.1\r\nHost: %s\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"+
+		"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Extensions: permessage-deflate\r\n\r\n", "127.0.0.1")
+	conn.Write(maskedDeflate([]byte(deflated(postStart(id, 1, 1)))))
+	if got := readUntil(conn, "session_ready"); got != "" {
+		t.Fatalf("no session_ready: %.500q", got)
+	}
+	return conn
+}
+
+// readUntil reads until some text or close code has come, and gives what it read
+// when that does not come.
+func readUntil(conn net.Conn, want string) string {
+	var code uint16
+	if _, err := fmt.Sscan(want, &code); err == nil {
+		want = string(binary.BigEndian.AppendUint16(nil, code))
+	}
+	var all []byte
+	for buf := make([]byte, 4096); !strings.Contains(string(all), want); {
+		n, err := conn.Read(buf)
+		if all = append(all, buf[:n]...); err != nil {
+			return string(all) + err.Error()
+		}
+	}
+	return ""
+}
+
+// TestDeflateBombs sends 32 MB in 32 KB as fast as it goes, over 40 connections,
+// while an honest page records.
+func TestDeflateBombs(t *testing.T) {
+	s := startServer(t, "BATCH_INTERVAL=20", "MAX_BUFFER_BYTES=67108864")
+	honest := postPage(t, s.ws("tracker"), sessionName(t, 0), 1, 1)
+	hear(t, honest, "session_ready")
+	var bombers sync.WaitGroup
+	var bombing []net.Conn
+	for kind, text := range []string{strings.Repeat("0", 32<<20), `{"data":"` + strings.Repeat("0", 32<<20-20)} {
+		bomb := maskedDeflate([]byte(deflated(text)))
+		for i := range 20 {
+			raw := rawTracker(t, s.url, sessionName(t, 1+20*kind+i))
+			bombing = append(bombing, raw)
+			go io.Copy(io.Discard, raw) // ends with the connection
+			bombers.Go(func() {
+				for err := error(nil); err == nil; _, err = raw.Write(bomb) {
+				}
+			})
+		}
+	}
+	var worst time.Duration
+	for seq := range 10 {
+		begun := time.Now()
+		say(t, honest, postBatch(seq+1, "x"))
+		hearAck(t, honest, seq+1)
+		worst = max(worst, time.Since(begun))
+	}
+	for _, raw := range bombing {
+		raw.Close()
+	}
+	bombers.Wait()
+	const budget, message = 64 << 20, 32 << 20
+	peak := s.peakMemory()
+	t.Logf("the slowest ack took %v; memory: %d MB", worst, peak>>20)
+	if most := int64(budget*9/8 + 64<<20 + 2*message); peak > most { // a buffer that grows is there twice
+		t.Errorf("memory: got %d bytes, want at most %d", peak, most)
+	}
+}

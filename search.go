@@ -1,0 +1,342 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"net/url"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+)
+
+// Sessions by what they are: found, exported, deleted.
+
+// filter is what a list of sessions is asked for; its zero value asks for all.
+type filter struct {
+	userID, url string // exact; a part of it, in any case
+	from, to    time.Time
+	minDuration int64 // milliseconds
+	errors      bool
+	active      *bool
+}
+
+const maxTotal = 1000 // sessions are counted up to here
+
+// where makes the filter's clause and its arguments. What is_active is stands in
+// the text, so that PostgreSQL finds the index of such sessions.
+func (f filter) where() (clause string, args []any) {
+	clause = "where (is_active or length is not null)" // not the ended ones without an event
+	and := func(condition string, value any) {
+		args = append(args, value)
+		clause += fmt.Sprintf(" and "+condition, len(args))
+	}
+	if f.active != nil && *f.active {
+		clause += " and is_active"
+	} else if f.active != nil {
+		clause += " and not is_active"
+	}
+	if f.errors {
+		clause += " and error_count > 0"
+	}
+	if f.userID != "" {
+		and("user_id = $%d", f.userID)
+	}
+	if f.url != "" {
+		and(`strpos(lower(url collate "C"), lower($%d collate "C")) > 0`, f.url)
+	}
+	if !f.from.IsZero() {
+		and("created_at >= $%d", f.from)
+	}
+	if !f.to.IsZero() {
+		and("created_at <= $%d", f.to)
+	}
+	if f.minDuration > 0 {
+		and(`(length >= $%d or session_id in
+			(select session_id from sessions where is_active and last_event_time - first_event_time >= $%[1]d))`, f.minDuration)
+	}
+	return clause, args
+}
+
+// find gives a page of the sessions that a filter lets through, newest first, one
+// more than limit if there are more, and how many there are, up to one more than
+// maxTotal.
+func (st *store) find(ctx context.Context, f filter, limit, offset int64) (found []storedSession, total int64, err error) {
+	where, args := f.where()
+	n := len(args)
+	found, err = st.list(ctx, fmt.Sprintf(`where session_id in (select session_id from sessions %s
+		order by created_at desc, session_id limit $%d offset $%d) order by created_at desc, session_id`, where, n+1, n+2),
+		append(slices.Clip(args), limit+1, offset)...) // the inner one reads an index alone, however far the offset
+	if err != nil {
+		return nil, 0, err
+	}
+	if n := int64(len(found)); n <= limit && (n > 0 || offset == 0) {
+		return found, offset + n, nil // this is the last page
+	}
+	ctx, cancel := context.WithTimeout(ctx, queryTimeout)
+	defer cancel()
+	err = st.pool.QueryRow(ctx, fmt.Sprintf("select count(*) from (select from sessions %s limit $%d) counted", where, n+1),
+		append(slices.Clip(args), maxTotal+1)...).Scan(&total)
+	return found, total, err
+}
+
+// ofUser gives the ids of a user's sessions, the live ones first.
+func (st *store) ofUser(ctx context.Context, userID string) ([]string, error) {
+	ctx, cancel := context.WithTimeout(ctx, queryTimeout)
+	defer cancel()
+	rows, err := st.pool.Query(ctx, "select session_id from sessions where user_id = $1 order by is_active desc, created_at", userID)
+	if err != nil {
+		return nil, err
+	}
+	return pgx.CollectRows(rows, pgx.RowTo[string])
+}
+
+// checkParams reads the query string of a route that takes these names. One that
+// nobody knows, or that stands twice or without a value, is an error: otherwise a
+// filter that was misspelt would let everything through.
+func checkParams(r *http.Request, names []string) error {
+	values, err := url.ParseQuery(r.URL.RawQuery)
+	if err != nil {
+		return badRequest("the query string cannot be read")
+	}
+	for name, all := range values {
+		switch {
+		case !slices.Contains(names, name):
+			return badRequest(fmt.Sprintf("unknown parameter %q: there are %q", name, names))
+		case len(all) > 1 || all[0] == "":
+			return badRequest(name + " must stand once, with a value")
+		}
+	}
+	return nil
+}
+
+var filterNames = []string{"userId", "url", "from", "to", "minDuration", "errors", "active"}
+
+func parseFilter(r *http.Request) (f filter, err error) {
+	values := r.URL.Query()
+	f.userID, f.url = values.Get("userId"), values.Get("url")
+	var errs [5]error
+	f.from, errs[0] = queryTime(values, "from")
+	f.to, errs[1] = queryTime(values, "to")
+	f.minDuration, errs[2] = queryNumber(r, "minDuration", 0, 0, maxIndex)
+	wanted, err := queryBool(values, "errors")
+	f.errors, errs[3] = wanted != nil && *wanted, err
+	f.active, errs[4] = queryBool(values, "active")
+	for _, text := range []string{f.userID, f.url} {
+		if len(text) > maxText || clean(text) != text {
+			return f, badRequest("userId and url must be text of at most 2 KiB, without control characters")
+		}
+	}
+	return f, errors.Join(errs[:]...)
+}
+
+// queryTime reads a moment: RFC 3339, or milliseconds since 1970.
+func queryTime(values url.Values, name string) (t time.Time, err error) {
+	raw := values.Get(name)
+	if raw == "" {
+		return t, nil
+	}
+	if ms, err := strconv.ParseInt(raw, 10, 64); err == nil && ms > -maxMillis && ms < maxMillis {
+		return time.UnixMilli(ms), nil
+	}
+	if t, err = time.Parse(time.RFC3339, raw); err != nil {
+		err = badRequest(name + " must be a time of RFC 3339, or milliseconds since 1970")
+	}
+	return t, err
+}
+
+const maxMillis = 1 << 47 // the year 6429; PostgreSQL and JSON have theirs further on
+
+func queryBool(values url.Values, name string) (*bool, error) {
+	switch raw := values.Get(name); raw {
+	case "":
+		return nil, nil
+	case "true", "false":
+		is := raw == "true"
+		return &is, nil
+	}
+	return nil, badRequest(name + " must be true or false")
+}
+
+func (s *server) handleSessions(w http.ResponseWriter, r *http.Request) error {
+	limit, err := queryNumber(r, "limit", 100, 1, 1000)
+	offset, err2 := queryNumber(r, "offset", 0, 0, maxIndex)
+	f, err3 := parseFilter(r)
+	if err := errors.Join(err, err2, err3); err != nil {
+		return err
+	}
+	found, total, err := s.store.find(r.Context(), f, limit, offset)
+	if err != nil {
+		return err
+	}
+	shown := s.listJSON(found[:min(len(found), int(limit))])
+	s.write(w, http.StatusOK, map[string]any{
+		"sessions": shown, "limit": limit, "offset": offset, "hasMore": len(shown) < len(found),
+		"total": min(total, maxTotal), "totalIsMore": total > maxTotal,
+	})
+	return nil
+}
+
+// Export. An answer that fails halfway is cut, and the client sees that.
+
+const exportPage = 10_000 // events, unless they are 4 MB before
+
+// exportPages calls emit with all events of a session, some at a time, with commas
+// between them.
+func (s *server) exportPages(ctx context.Context, id string, emit func(events []byte) error) error {
+	for from := int64(0); ; {
+		p, err := s.eventPage(ctx, id, from, exportPage, "")
+		if err == nil && p.count > 0 {
+			err = emit(p.text)
+		}
+		p.release()
+		if err != nil || p.count == 0 {
+			return err
+		}
+		from += p.count
+	}
+}
+
+func attachment(w http.ResponseWriter, contentType, name string) {
+	w.Header().Set("Content-Type", contentType+"; charset=utf-8")
+	w.Header().Set("Content-Disposition", `attachment; filename="`+name+`"`)
+	w.Header().Set("Cache-Control", "no-store")
+}
+
+// handleExport sends a whole recording as the JSON array that rrweb-player takes,
+// each event as its bytes came.
+func (s *server) handleExport(w http.ResponseWriter, r *http.Request) error {
+	id := r.PathValue("id")
+	if _, err := s.store.session(r.Context(), id); err != nil {
+		return err
+	}
+	s.audit.note(s.access.address(r), "exported", "session", id)
+	attachment(w, "application/json", "session-"+id+".json")
+	before := "["
+	err := s.exportPages(r.Context(), id, func(events []byte) error {
+		w.Write([]byte(before))
+		s.writeSlowly(w, events)
+		before = ","
+		return nil
+	})
+	if err != nil {
+		panic(http.ErrAbortHandler)
+	}
+	w.Write([]byte(strings.TrimSuffix(before, ",") + "]"))
+	return nil
+}
+
+// handleExportUser sends all that there is of a user, for who asks what is known
+// of them: of each session its line, then its events, one a line.
+func (s *server) handleExportUser(w http.ResponseWriter, r *http.Request) error {
+	userID, ids, err := s.sessionsOfUser(r)
+	if err != nil {
+		return err
+	}
+	s.audit.note(s.access.address(r), "exported", "user", userID, "sessions", len(ids))
+	attachment(w, "application/x-ndjson", "sessions.ndjson")
+	for _, id := range ids {
+		if err := s.exportSession(r.Context(), w, id); err != nil && !errors.Is(err, errNotFound) {
+			panic(http.ErrAbortHandler)
+		}
+	}
+	return nil
+}
+
+func (s *server) exportSession(ctx context.Context, w http.ResponseWriter, id string) error {
+	row, err := s.store.session(ctx, id)
+	if err != nil {
+		return err
+	}
+	reports, err := s.store.reports(ctx, id)
+	if err != nil {
+		return err
+	}
+	one := toJSON(row)
+	one.Metadata = row.about.metadata
+	s.writeSlowly(w, append(encodeJSON(struct {
+		sessionJSON
+		Errors []storedReport `json:"errors"`
+	}{one, reports}), '\n'))
+	return s.exportPages(ctx, id, func(events []byte) error {
+		lines, err := eventLines(events)
+		s.writeSlowly(w, lines)
+		return err
+	})
+}
+
+// eventLines puts each event of a page on a line of its own. A line break within
+// one is white space: JSON has none in strings.
+func eventLines(events []byte) ([]byte, error) {
+	text := slices.Concat([]byte("["), events, []byte("]"))
+	for i, c := range text {
+		if c == '\n' || c == '\r' {
+			text[i] = ' '
+		}
+	}
+	bounds, err := splitEvents(text)
+	lines := make([]byte, 0, len(text))
+	for _, e := range bounds {
+		lines = append(append(lines, text[e.start:e.end]...), '\n')
+	}
+	return lines, err
+}
+
+// Deletion.
+
+// sessionsOfUser gives the user that a request names, and their sessions.
+func (s *server) sessionsOfUser(r *http.Request) (userID string, ids []string, err error) {
+	f, err := parseFilter(r)
+	if err == nil && f.userID == "" {
+		err = badRequest("userId must say whose sessions")
+	}
+	if err == nil {
+		ids, err = s.store.ofUser(r.Context(), f.userID)
+	}
+	return f.userID, ids, err
+}
+
+func (s *server) handleDeleteUser(w http.ResponseWriter, r *http.Request) error {
+	userID, ids, err := s.sessionsOfUser(r)
+	deleted := 0
+	for _, id := range ids {
+		http.NewResponseController(w).SetWriteDeadline(time.Now().Add(time.Minute))
+		if err = s.deleteSession(r.Context(), id); err == nil {
+			deleted++
+		} else if !errors.Is(err, errNotFound) {
+			break
+		}
+		err = nil
+	}
+	if err != nil {
+		return err
+	}
+	s.audit.note(s.access.address(r), "deleted", "user", userID, "sessions", deleted)
+	s.write(w, http.StatusOK, map[string]any{"userId": userID, "deletedCount": deleted})
+	return nil
+}
+
+func (s *server) handleDelete(w http.ResponseWriter, r *http.Request) error {
+	id := r.PathValue("id")
+	if err := s.deleteSession(r.Context(), id); err != nil {
+		return err
+	}
+	s.audit.note(s.access.address(r), "deleted", "session", id)
+	w.WriteHeader(http.StatusNoContent)
+	return nil
+}
+
+// deleteSession deletes a session's row, and tells the hub, which ends it for its
+// tracker and its viewers.
+func (s *server) deleteSession(ctx context.Context, id string) error {
+	err := s.store.remove(ctx, id)
+	if err == nil || errors.Is(err, errNotFound) {
+		reply := make(chan struct{}, 1)
+		ask(s.hub, reply, evict{id, reply})
+	}
+	return err
+}

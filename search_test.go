@@ -1,0 +1,326 @@
+package main
+
+// Sessions found by filters, exported, deleted by user, and what the audit says.
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"net/http"
+	"slices"
+	"strings"
+	"testing"
+)
+
+// foundTest is a server with seven sessions that have ended, on the first seven
+// days of 2026, and one of ann's that is live.
+func foundTest(t *testing.T, env ...string) *testServer {
+	t.Helper()
+	s := startInside(t, env...)
+	execSQL(t, s.database, `insert into sessions (session_id, user_id, url, metadata, is_active, created_at, ended_at, event_count, error_count, first_event_time, last_event_time)
+		select 's' || n, (array['ann', 'bob', 'Ann'])[1 + n % 3], 'https://shop.example/' || (array['Cart', 'cart/100%_off', 'home'])[1 + n % 3],
+			'{"traits":{"plan":"pro"},"pages":3,"clicks":2,"lastUrl":"https://shop.example/end"}', false, timestamptz '2026-01-01 12:00Z' + n * interval '1 day', now(),
+			0, n / 6, 1000, 1000 + n * 10000 from generate_series(0, 6) n`)
+	execSQL(t, s.database, `insert into sessions (session_id, user_id, url, metadata, is_active, created_at) values ('live', 'ann', 'https://x.example/', '{}', true, '2026-02-01')`)
+	return s
+}
+
+type foundPage struct {
+	Sessions []struct {
+		ID       string          `json:"sessionId"`
+		Metadata json.RawMessage `json:"metadata"`
+		State    string          `json:"state"`
+	} `json:"sessions"`
+	Limit, Offset, Total int64
+	HasMore, TotalIsMore bool
+}
+
+func (p foundPage) ids() (ids []string) {
+	for _, s := range p.Sessions {
+		ids = append(ids, s.ID)
+	}
+	return ids
+}
+
+func TestFilters(t *testing.T) {
+	t.Parallel()
+	s := foundTest(t)
+	tests := []struct {
+		query, ids string
+		total      int64
+	}{
+		{"", "live s6 s5 s4 s3 s2 s1 s0", 8},
+		{"?userId=ann", "live s6 s3 s0", 4},
+		{"?userId=nobody", "", 0},
+		{"?userId=an", "", 0},
+		{"?url=CART", "s6 s4 s3 s1 s0", 5},
+		{"?url=100%25_", "s4 s1", 2},
+		{"?url=100%25x", "", 0},
+		{"?from=2026-01-05T12:00:00Z", "live s6 s5 s4", 4},
+		{"?from=1767614400001", "live s6 s5", 3},
+		{"?to=2026-01-03T13:00:00%2B01:00", "s2 s1 s0", 3},
+		{"?from=2026-01-02T00:00:00Z&to=2026-01-04T00:00:00Z", "s2 s1", 2},
+		{"?minDuration=50000", "s6 s5", 2},
+		{"?errors=true", "s6", 1},
+		{"?errors=false", "live s6 s5 s4 s3 s2 s1 s0", 8},
+		{"?active=true", "live", 1},
+		{"?active=false&limit=2", "s6 s5", 7},
+		{"?active=false&limit=2&offset=6", "s0", 7},
+		{"?offset=9", "", 8},
+		{"?userId=ann&url=shop&active=false&minDuration=30000", "s6 s3", 2},
+	}
+	for _, tt := range tests {
+		var page foundPage
+		s.getJSON("/sessions"+tt.query, &page)
+		if got := strings.Join(page.ids(), " "); got != tt.ids || page.Total != tt.total {
+			t.Errorf("%s: got %q of %d, want %q of %d", tt.query, got, page.Total, tt.ids, tt.total)
+		}
+		if more := page.Offset+int64(len(page.Sessions)) < page.Total; page.HasMore != more && page.Offset < page.Total {
+			t.Errorf("%s: got hasMore %t, want %t", tt.query, page.HasMore, more)
+		}
+	}
+	var page foundPage
+	s.getJSON("/sessions?userId=bob&limit=1", &page)
+	if got := string(page.Sessions[0].Metadata); !strings.Contains(got, `"clicks":2`) || !strings.Contains(got, "lastUrl") || strings.Contains(got, "plan") {
+		t.Errorf("metadata in a list: got %s, want clicks, pages, lastUrl, and no traits", got)
+	}
+}
+
+func TestFiltersCountUpTo1000(t *testing.T) {
+	t.Parallel()
+	s := startInside(t)
+	add := func(from, to int) {
+		execSQL(t, s.database, `insert into sessions (session_id, user_id, url, metadata, is_active) select 'n' || n, 'u', '', '{}', false from generate_series($1::int, $2::int) n`, from, to)
+	}
+	for _, tt := range []struct {
+		rows   int
+		isMore bool
+	}{{1000, false}, {1001, true}} {
+		add(tt.rows-999*(1001-tt.rows), tt.rows)
+		var page foundPage
+		s.getJSON("/sessions?limit=3", &page)
+		if page.Total != 1000 || page.TotalIsMore != tt.isMore || !page.HasMore {
+			t.Errorf("%d sessions: got total %d, more %t, hasMore %t, want 1000, %t, true", tt.rows, page.Total, page.TotalIsMore, page.HasMore, tt.isMore)
+		}
+	}
+}
+
+// Every route that takes parameters refuses those that it does not take.
+func TestParameters(t *testing.T) {
+	t.Parallel()
+	s := foundTest(t)
+	refused := []string{"?user=ann", "?userId=", "?userId=a&userId=b", "?limit=0", "?limit=1001", "?limit=x", "?offset=-1", "?from=yesterday", "?from=2026-01-01",
+		"?to=99999999999999999", "?minDuration=-1", "?minDuration=1.5", "?errors=yes", "?active=1", "?userId=%00", "?url=%0A", "?userId=%zz", "?a;b", "?UserID=ann"}
+	for _, query := range refused {
+		if status, body := s.get("/sessions" + query); status != http.StatusBadRequest || !bytes.Contains(body, []byte(`{"error":`)) {
+			t.Errorf("GET /sessions%s: got %d %s, want 400", query, status, body)
+		}
+	}
+	for _, request := range []string{"GET /health", "GET /stats", "GET /metrics", "GET /sessions/active", "GET /sessions/s1", "GET /sessions/s1/events", "GET /sessions/s1/errors",
+		"GET /sessions/s1/chunks/0", "GET /sessions/s1/export", "GET /sessions/export?userId=ann", "DELETE /sessions?userId=ann", "DELETE /sessions/cleanup", "DELETE /sessions/s1"} {
+		method, path, _ := strings.Cut(request, " ")
+		query := "?"
+		if strings.Contains(path, "?") {
+			query = "&"
+		}
+		for _, wrong := range []string{"nonsense=1", "limit=1&limit=2", "%zz"} {
+			if status, _ := s.request(method, path+query+wrong); status != http.StatusBadRequest {
+				t.Errorf("%s%s%s: got %d, want 400", request, query, wrong, status)
+			}
+		}
+	}
+	for _, request := range []string{"DELETE /sessions", "GET /sessions/export"} {
+		method, path, _ := strings.Cut(request, " ")
+		if status, _ := s.request(method, path); status != http.StatusBadRequest {
+			t.Errorf("%s without a user: got %d, want 400", request, status)
+		}
+	}
+	var page foundPage
+	if s.getJSON("/sessions", &page); page.Total != 8 {
+		t.Errorf("got %d sessions after refused requests, want all 8", page.Total)
+	}
+}
+
+// recordTest starts a session and sends events as they are written here.
+func recordTest(t *testing.T, s *testServer, id, user string, batches ...string) *testConn {
+	t.Helper()
+	c := dialServer(t, s.ws("tracker"))
+	c.send("session_start", map[string]any{"sessionId": id, "userId": user, "url": "https://shop.example/", "traits": map[string]any{"plan": "pro"}, "resume": ""})
+	c.expect("session_ready")
+	for i, events := range batches {
+		c.sendRaw(fmt.Sprintf(`{"type":"events_batch","data":{"seq":%d,"events":[%s]}}`, i+1, events))
+	}
+	return c
+}
+
+func TestExport(t *testing.T) {
+	t.Parallel()
+	s := startInside(t, "BATCH_INTERVAL=3600000") // nothing is committed: exports have it all the same
+	const odd = `{ "type":4,` + "\n\t" + `"timestamp":1,"data":{"x":1e400,"x":"\ud800\u0000"} }`
+	c := recordTest(t, s, "a", "ann", odd+`, {"type":2,"timestamp":2}`, `{"type":3,"timestamp":3}`)
+	c.send("javascript_error", map[string]any{"message": "broke"})
+	recordTest(t, s, "b", "bob", `{"type":4,"timestamp":9}`)
+	recordTest(t, s, "c", "ann")
+	waitUntil(t, "all is there", func() bool { return s.stat("totalEvents") == 4 })
+
+	status, body := s.get("/sessions/a/export")
+	if want := "[" + odd + `,{"type":2,"timestamp":2},{"type":3,"timestamp":3}]`; status != 200 || string(body) != want {
+		t.Errorf("export of a: got %d %s, want %s", status, body, want)
+	}
+	if _, body := s.get("/sessions/c/export"); string(body) != "[]" {
+		t.Errorf("export of a session without events: got %s", body)
+	}
+	if status, _ := s.get("/sessions/never/export"); status != http.StatusNotFound {
+		t.Errorf("export of no session: got %d, want 404", status)
+	}
+	resp, err := http.Get(s.url + "/sessions/a/export")
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp.Body.Close()
+	if got := resp.Header.Get("Content-Disposition"); got != `attachment; filename="session-a.json"` {
+		t.Errorf("got Content-Disposition %q", got)
+	}
+
+	_, body = s.get("/sessions/export?userId=ann")
+	lines := strings.Split(strings.TrimSpace(string(body)), "\n")
+	var kinds []string
+	for _, line := range lines {
+		var object map[string]json.RawMessage
+		if err := json.Unmarshal([]byte(line), &object); err != nil {
+			t.Fatalf("%v in the line %s", err, line)
+		}
+		kinds = append(kinds, string(object["sessionId"])+string(object["timestamp"]))
+	}
+	slices.Sort(kinds)
+	if got := strings.Join(kinds, " "); got != `"a" "c" 1 2 3` {
+		t.Errorf("export of ann: got %s, want the lines of two sessions and of three events", got)
+	}
+	if !strings.Contains(string(body), `"plan":"pro"`) || strings.Contains(string(body), "bob") {
+		t.Errorf("export of ann: got %s, want her traits, and nothing of bob", body)
+	}
+}
+
+// A page of an export ends at 4 MB, and the next one goes on behind it.
+func TestExportInPages(t *testing.T) {
+	t.Parallel()
+	s := startInside(t)
+	var batches []string
+	for n := range 12 {
+		batches = append(batches, fmt.Sprintf(`{"type":3,"timestamp":%d,"data":%q}`, n+1, strings.Repeat("x", 1<<20)))
+	}
+	recordTest(t, s, "big", "ann", batches...)
+	waitUntil(t, "all is there", func() bool { return s.stat("totalEvents") == 12 })
+	if _, body := s.get("/sessions/big/export"); string(body) != "["+strings.Join(batches, ",")+"]" {
+		t.Errorf("got %d bytes, want the %d events as they came", len(body), len(batches))
+	}
+	if _, body := s.get("/sessions/export?userId=ann"); bytes.Count(body, []byte("\n")) != 13 {
+		t.Errorf("got %d lines, want 13", bytes.Count(body, []byte("\n")))
+	}
+}
+
+func TestDeleteUser(t *testing.T) {
+	t.Parallel()
+	s := foundTest(t)
+	live := recordTest(t, s, "now", "ann", `{"type":4,"timestamp":9}`)
+	other := recordTest(t, s, "bobs", "bob")
+	status, body := s.request("DELETE", "/sessions?userId=ann")
+	if status != http.StatusOK || !strings.Contains(string(body), `"deletedCount":5`) {
+		t.Errorf("got %d %s, want 5 deleted: 3 ended, 2 live", status, body)
+	}
+	live.expectAfter("error")
+	live.expectClose(closeDeleted)
+	other.send("session_start", map[string]any{"sessionId": "bobs", "resume": ""})
+	other.expectAfter("session_ready")
+	var page foundPage
+	if s.getJSON("/sessions", &page); slices.Contains(page.ids(), "s0") || page.Total != 5 {
+		t.Errorf("left: got %v, want 5 of other users", page.ids())
+	}
+	if _, body := s.request("DELETE", "/sessions?userId=ann"); !strings.Contains(string(body), `"deletedCount":0`) {
+		t.Errorf("once more: got %s, want 0", body)
+	}
+}
+
+// A live session says whether its page is there, to lists and to who watches it.
+func TestSessionState(t *testing.T) {
+	t.Parallel()
+	s := startInside(t, "SESSION_GRACE_PERIOD=3600000")
+	c := recordTest(t, s, "x", "ann")
+	v := dialServer(t, s.ws("viewer"))
+	v.send("viewer_join_session", map[string]any{"sessionId": "x"})
+	m, _ := v.expectAfter("session_joined")
+	wantState := func(want string, m testMessage) {
+		t.Helper()
+		var page foundPage
+		s.getJSON("/sessions?active=true", &page)
+		if len(page.Sessions) != 1 || page.Sessions[0].State != want || m.str("state") != want {
+			t.Errorf("got %+v in the list and %q for the viewer, want %s", page.Sessions, m.str("state"), want)
+		}
+	}
+	wantState("live", m)
+	for _, hidden := range []bool{true, false} {
+		c.send("visibility_change", map[string]any{"hidden": hidden})
+		m, _ = v.expectAfter("session_state")
+		wantState(map[bool]string{true: "hidden", false: "live"}[hidden], m)
+	}
+	c.send("visibility_change", map[string]any{"hidden": true})
+	v.expectAfter("session_state")
+	c.Close()
+	m, _ = v.expectAfter("session_state")
+	wantState("left", m)
+}
+
+func TestAudit(t *testing.T) {
+	t.Parallel()
+	const token, wrong = "a-token-of-the-tests", "a-wrong-token-of-the-tests"
+	s := foundTest(t, "ACCESS_TOKEN="+token)
+	ask := func(method, path, body, bearer string) int {
+		t.Helper()
+		r, _ := http.NewRequest(method, s.url+path, strings.NewReader(body))
+		if bearer != "" {
+			r.Header.Set("Authorization", "Bearer "+bearer)
+		}
+		resp, err := http.DefaultTransport.RoundTrip(r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		resp.Body.Close()
+		return resp.StatusCode
+	}
+	ask("POST", "/signin", `{"token":"`+token+`"}`, "")
+	ask("POST", "/signin", `{"token":"`+wrong+`"}`, "")
+	ask("GET", "/sessions/s1", "", wrong)
+	for range 2 { // a player asks again
+		ask("GET", "/sessions/s1", "", token)
+	}
+	ask("GET", "/sessions/s2/events", "", token)
+	ask("GET", "/sessions/never", "", token)
+	ask("GET", "/sessions/s3/export", "", token)
+	ask("GET", "/sessions/export?userId=ann", "", token)
+	ask("DELETE", "/sessions/s4", "", token)
+	ask("DELETE", "/sessions?userId=bob", "", token)
+	want := []string{"signed in", "sign-in refused", "sign-in refused", "opened s1", "opened s2", "exported s3", "exported ann", "deleted s4", "deleted bob"}
+	var got []string
+	waitUntil(t, "the log has it all", func() bool {
+		got = nil
+		for line := range strings.Lines(s.log("application")) {
+			var l struct {
+				Audit                       bool
+				Action, From, Session, User string
+			}
+			if json.Unmarshal([]byte(line), &l); l.Audit {
+				got = append(got, strings.TrimSpace(l.Action+" "+l.Session+l.User))
+				if l.From != "127.0.0.1" {
+					t.Errorf("got %s, want its address", line)
+				}
+			}
+		}
+		return len(got) >= len(want)
+	})
+	if !slices.Equal(got, want) {
+		t.Errorf("got %q, want %q", got, want)
+	}
+	if log := s.log("application"); strings.Contains(log, token) || strings.Contains(log, wrong) {
+		t.Errorf("a token is in the log: %s", log)
+	}
+}

@@ -1,0 +1,157 @@
+package main
+
+import "time"
+
+// The hub's viewers. Everything for a viewer goes through tell: a viewer that has
+// no room is lagging, is sent nothing more until it has read what it has, and is
+// then told what it missed.
+
+// watch is a viewer's interest in a session.
+type watch struct {
+	next int64 // the first event that the viewer has neither been sent nor told to page for
+	end  int64 // one past the newest event that was published
+	live bool  // the viewer takes the session for live
+}
+
+const (
+	snapshotAge   = 30 * time.Second // a newest full snapshot older than this is old
+	snapshotPause = 5 * time.Second  // between two requests for one
+)
+
+// share is how many bytes may wait for each viewer: all together may hold a
+// quarter of the budget, and none so much that it would never catch up.
+func (h *hubState) share() int {
+	return min(4<<20, int(outgoingBytes(h.cfg))/max(1, len(h.viewers)))
+}
+
+// outgoingBytes is what viewers' messages, and as much again what answers to
+// requests, may take in memory.
+func outgoingBytes(cfg config) int64 { return max(int64(cfg.maxBufferBytes)/4, outgoingMin) }
+
+const outgoingMin = 4 * pageBytes
+
+// tell sends a viewer a message, and reports whether the viewer had room.
+func (h *hubState) tell(out *outbox, m message) bool {
+	if !h.lagging[out] && !out.trySend(m, h.share()) {
+		h.lagging[out] = true
+		h.metrics.viewersLagged.Add(1)
+	}
+	return !h.lagging[out]
+}
+
+func (h *hubState) toViewers(m message) {
+	for out := range h.viewers {
+		h.tell(out, m)
+	}
+}
+
+func (h *hubState) toWatchers(id string, m message) {
+	for out := range h.watchers[id] {
+		h.tell(out, m)
+	}
+}
+
+func (h *hubState) tellState(s *session) {
+	if state := s.state(); state != "" && len(h.watchers[s.id]) > 0 {
+		h.toWatchers(s.id, sessionState(s.id, state))
+	}
+}
+
+func (h *hubState) tellEnded(id string) {
+	m := sessionEnded(id)
+	for out, watching := range h.viewers {
+		if w := watching[id]; h.tell(out, m) && w != nil {
+			w.live = false
+		}
+	}
+}
+
+// fanOut sends a batch to those who watch the session. A viewer that stands
+// somewhere else than at its first event is told to page.
+func (h *hubState) fanOut(s *session, b *batch) {
+	for out, w := range h.watchers[s.id] {
+		w.end, w.live = b.end(), true
+		switch {
+		case w.next >= b.end(): // the viewer has them, from a tracker that sent them twice
+		case w.next != b.first:
+			h.tellLagged(out, s.id, w)
+		case h.tell(out, b):
+			w.next = b.end()
+		}
+	}
+}
+
+func (h *hubState) tellLagged(out *outbox, id string, w *watch) {
+	if h.tell(out, lagged(id, w.end)) {
+		w.next = w.end
+	}
+}
+
+// catchUp tells a viewer that was lagging what it has missed.
+func (h *hubState) catchUp(out *outbox) {
+	h.tell(out, activeSessions(h.live()))
+	for id, w := range h.viewers[out] {
+		if w.next < w.end {
+			h.tellLagged(out, id, w)
+		}
+		if s := h.sessions[id]; w.live && (s == nil || s.ended) && h.tell(out, sessionEnded(id)) {
+			w.live = false
+		}
+	}
+}
+
+func (h *hubState) join(cmd join) bool {
+	watching := h.viewers[cmd.out]
+	if watching == nil {
+		return true // the viewer has left
+	}
+	s := h.sessions[cmd.id]
+	var m joined
+	switch {
+	case s != nil:
+		m.summary = s.summary()
+	case cmd.stored != nil:
+		m.summary = *cmd.stored
+	default:
+		return false
+	}
+	cmd.out.send(m)
+	w := &watch{next: m.now.events, end: m.now.events, live: m.isActive}
+	watching[cmd.id] = w
+	if h.watchers[cmd.id] == nil {
+		h.watchers[cmd.id] = map[*outbox]*watch{}
+	}
+	h.watchers[cmd.id][cmd.out] = w
+	if s != nil && !s.ended {
+		h.wantSnapshot(s)
+	}
+	return true
+}
+
+func (h *hubState) unwatch(out *outbox, id string) {
+	delete(h.viewers[out], id)
+	delete(h.watchers[id], out)
+	if len(h.watchers[id]) == 0 {
+		delete(h.watchers, id)
+	}
+}
+
+// resetWatchers prepares those who watch a session that was deleted for another
+// under its id: what they have seen is not of that.
+func (h *hubState) resetWatchers(id string) {
+	for _, w := range h.watchers[id] {
+		w.next, w.end = 0, 0
+	}
+}
+
+// wantSnapshot asks the tracker for a full snapshot when the newest is old, so
+// that a viewer who has just joined need not replay a long way.
+func (h *hubState) wantSnapshot(s *session) {
+	now := time.Now()
+	fresh := s.now.snapshot >= 0 && now.Sub(s.snapshotAt) < snapshotAge
+	if s.tracker == nil || s.shared || fresh || now.Sub(s.snapshotAskedAt) < snapshotPause {
+		return
+	}
+	s.snapshotAskedAt = now
+	s.tracker.trySend(takeSnapshot(s.id), trackerOutbox)
+}

@@ -1,0 +1,198 @@
+package main
+
+import (
+	"fmt"
+	"slices"
+	"testing"
+	"time"
+)
+
+// Wherever the session's events are (pending, with the writer, kept, trimmed)
+// when a viewer joins, live goes on where the answer says.
+func TestHubJoinAtAnyMoment(t *testing.T) {
+	inHub(t, func(c *config) { c.maxEvents = 8 }, func(t *hubTest) {
+		c := t.tracker("s")
+		var viewers []*outbox
+		for i := range 40 {
+			v := t.viewer()
+			if !t.join(v, "s") {
+				t.Fatal("it cannot be joined")
+			}
+			viewers = append(viewers, v)
+			t.publish(c, "s", 2, int64(i+1))
+			if i%5 == 3 { // commits come late and at odd moments
+				work := t.later()
+				t.publish(c, "s", 0, 0)
+				t.settle(stored, work...)
+			}
+		}
+		for i, v := range viewers {
+			want := []string{fmt.Sprintf("joined s %d", 2*i)}
+			for at := 2 * i; at < 80; at += 2 {
+				want = append(want, fmt.Sprintf("live s %d+2", at))
+			}
+			t.heard(v, want...)
+		}
+	})
+}
+
+func TestHubJoinUnknown(t *testing.T) {
+	inHub(t, nil, func(t *hubTest) {
+		v := t.viewer()
+		if t.join(v, "s") {
+			t.Error("a session that is not there was joined")
+		}
+		// What was read from the database may be out of date: memory counts.
+		c := t.tracker("s")
+		t.publish(c, "s", 3, 1)
+		t.joinStored(v, "s", &summary{id: "s", about: aboutNobody, now: counters{events: 1, snapshot: -1}})
+		t.joinStored(v, "other", &summary{id: "other", about: aboutNobody, now: counters{events: 5, snapshot: -1}})
+		t.heard(v, "started s", "joined s 3", "joined other 5")
+		back := t.idle()
+		t.attach(back, "other", claim{epoch: 3, counters: counters{events: 5}})
+		t.publish(back, "other", 1, 0)
+		t.heard(v, "started other", "live other 5+1")
+	})
+}
+
+// A viewer that does not read has a bounded outbox, is told where live goes on
+// when it has read it, and misses nothing from there.
+func TestHubLag(t *testing.T) {
+	for name, size := range map[string]int{"many messages": 0, "much": 100 << 10} {
+		t.Run(name, func(t *testing.T) {
+			inHub(t, nil, func(t *hubTest) {
+				c, slow, fast := t.tracker("s"), t.viewer(), t.viewer()
+				t.join(slow, "s")
+				t.join(fast, "s")
+				t.heard(fast, "joined s 0")
+				n := 0
+				for ; n < 3*outboxMessages && (n < 60 || size == 0); n++ {
+					t.do(publish{c, "", t.batch("s", 1, int64(n+1), size), nil})
+					t.heard(fast, fmt.Sprintf("live s %d+1", n))
+					if len(slow.queue) > outboxMessages || slow.bytes > 4<<20+size+200 {
+						t.Fatalf("the outbox has %d messages, %d bytes", len(slow.queue), slow.bytes)
+					}
+				}
+				read := t.messages(slow)
+				if lagged := t.metrics.viewersLagged.Load(); lagged != 1 || read[0] != "joined s 0" || len(read) >= n {
+					t.Fatalf("got %d lagging viewers and %d messages from %q on, want 1 and some of %d", lagged, len(read), read[0], n)
+				}
+				for i, m := range read[1:] {
+					if want := fmt.Sprintf("live s %d+1", i); m != want {
+						t.Fatalf("got %q, want %q", m, want)
+					}
+				}
+				t.publish(c, "s", 1, 0) // before the hub has noticed that it reads
+				time.Sleep(time.Second)
+				t.publish(c, "s", 2, 0)
+				t.heard(slow, "list", fmt.Sprintf("lagged s %d", n+1), fmt.Sprintf("live s %d+2", n+1))
+				t.heard(fast, fmt.Sprintf("live s %d+1", n), fmt.Sprintf("live s %d+2", n+1))
+				t.do(leave{slow})
+				time.Sleep(time.Second)
+				t.heard(slow)
+			})
+		})
+	}
+}
+
+// A viewer that joins while it lags is answered all the same; what comes before it
+// has read is told as missed, also that the session has ended.
+func TestHubJoinWhileLagging(t *testing.T) {
+	inHub(t, nil, func(t *hubTest) {
+		c, v := t.tracker("s"), newOutbox()
+		t.do(enter{v, true})
+		for range outboxMessages {
+			v.trySend(sessionEnded("x"), 1<<20)
+		}
+		t.publish(c, "s", 3, 1)
+		t.do(forward{c, text("{}")})
+		t.join(v, "s")
+		t.publish(c, "s", 1, 2)
+		all := slices.DeleteFunc(t.messages(v), func(m string) bool { return m == "list" || m == "ended x" })
+		t.do(finish{c})
+		for range 5 {
+			time.Sleep(time.Second)
+			all = append(all, t.messages(v)...)
+		}
+		all = slices.DeleteFunc(all, func(m string) bool { return m == "list" })
+		if want := []string{"joined s 3", "lagged s 4", "ended s"}; !slices.Equal(all, want) {
+			t.Errorf("was sent %q, want %q", all, want)
+		}
+	})
+}
+
+// A tracker is asked for a full snapshot when the newest is old or missing, and
+// not again and again.
+func TestHubTakeSnapshot(t *testing.T) {
+	inHub(t, nil, func(t *hubTest) {
+		c, v := t.tracker("s"), t.viewer()
+		rejoin := func(pause time.Duration, want ...string) {
+			t.Helper()
+			time.Sleep(pause)
+			t.join(v, "s")
+			t.messages(v)
+			t.heard(c, want...)
+		}
+		rejoin(0, "take_snapshot s")
+		rejoin(0)
+		rejoin(6*time.Second, "take_snapshot s")
+		t.do(publish{c, "", t.batchOf("s", 0, `{"type":2}`), nil})
+		rejoin(29 * time.Second) // the newest is not old
+		rejoin(2*time.Second, "take_snapshot s")
+		t.do(leave{c})
+		rejoin(6 * time.Second) // there is nobody to ask
+	})
+}
+
+// Viewers that have seen events which were lost with another server's claim see
+// none of them twice when the tracker sends them again.
+func TestHubNoEventTwice(t *testing.T) {
+	inHub(t, nil, func(t *hubTest) {
+		c, v := t.tracker("s"), t.viewer()
+		t.join(v, "s")
+		for i := range 4 {
+			t.publish(c, "s", 2, int64(i+1))
+		}
+		t.messages(v)
+		t.attach(c, "s", claim{epoch: 3, counters: counters{events: 4, seq: 2}}) // half of it was stored
+		for i := range 4 {
+			t.publish(c, "s", 2, int64(i+3))
+		}
+		t.heard(v, "live s 8+2", "live s 10+2")
+		t.attach(c, "s", claim{epoch: 9, counters: counters{events: 40, seq: 20}}) // and the other server had more
+		t.publish(c, "s", 2, 21)
+		t.publish(c, "s", 2, 22)
+		t.heard(v, "lagged s 42", "live s 42+2")
+	})
+}
+
+// Who watches a session that is deleted hears all of another under its id.
+func TestHubRecordedAgain(t *testing.T) {
+	for name, remove := range map[string]func(*hubTest, *outbox){
+		"live":                  func(t *hubTest, _ *outbox) { t.evict("s") },
+		"deleted in PostgreSQL": func(t *hubTest, _ *outbox) { t.settle(deleted, t.later()...) },
+		"not in memory": func(t *hubTest, c *outbox) {
+			t.do(finish{c})
+			t.settle(stored, t.due()...)
+			t.evict("s")
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			inHub(t, nil, func(t *hubTest) {
+				c, v := t.tracker("s"), t.viewer()
+				t.join(v, "s")
+				t.publish(c, "s", 5, 1)
+				remove(t, c)
+				t.messages(v)
+				again := t.idle()
+				t.attach(again, "s", claim{epoch: 1000})
+				t.publish(again, "s", 3, 1)
+				t.publish(again, "s", 4, 2)
+				got := t.messages(v)
+				if want := []string{"live s 0+3", "live s 3+4"}; !slices.Equal(got[max(0, len(got)-2):], want) {
+					t.Errorf("was sent %q, want %q at last", got, want)
+				}
+			})
+		})
+	}
+}

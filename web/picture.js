@@ -1,0 +1,211 @@
+// What a recorded page looked like, as far as rrweb does not know it: the tracker
+// notes it in attributes named replay-… (see tracker-picture.js), and the picture
+// follows them. One picture is one Replayer's, as its plugin.
+
+import { FULL, isOpen } from './events.js';
+import { Styles } from './styles.js';
+
+const INCREMENTAL = 3, MUTATION = 0, STYLE_RULE = 8, CANVAS = 9, STYLE_DECLARATION = 13, ADOPTED = 15;
+const MOTIONS = 50; // of an element; a page has no more
+const IMAGE = /^data:image\/(webp|png|jpeg);base64,[\w+/=]*$/;
+const REPLACED = /^(IMG|VIDEO|CANVAS|OBJECT|EMBED|IFRAME|INPUT)$/;
+const isSheet = (node) => node.nodeName === 'STYLE' || node.nodeName === 'LINK';
+
+// around gives an element and all that it is in, also out of shadow trees.
+function* around(el) {
+  for (; el; el = el.parentElement ?? el.getRootNode().host) if (el.nodeType === 1) yield el;
+}
+
+// drawing is a quiet box, as a picture.
+function drawing(width, height, words) {
+  const text = words.slice(0, 200).replace(/[^\p{L}\p{N}\p{P}\p{Zs}]/gu, ' ').replace(/[&<>]/g, (c) => `&#${c.charCodeAt(0)};`);
+  const svg = `<svg xmlns="http://www.w3.org/2000/svg" width="${width}" height="${height}">`
+    + '<rect width="100%" height="100%" fill="#888" fill-opacity=".15"/>'
+    + '<rect x=".5" y=".5" width="calc(100% - 1px)" height="calc(100% - 1px)" fill="none" stroke="#888" stroke-opacity=".4"/>'
+    + `<text x="8" y="20" font-family="system-ui, sans-serif" font-size="13" fill="#777">${text}</text></svg>`;
+  return `data:image/svg+xml,${encodeURIComponent(svg)}`;
+}
+
+function words(node) {
+  switch (node.nodeName) {
+    case 'CANVAS': return 'canvas is not recorded';
+    case 'VIDEO': return 'video is not recorded';
+    case 'IFRAME': return 'a page of another origin is not recorded';
+    case 'OBJECT': case 'EMBED': return 'not recorded';
+    default: return node.hasAttribute('replay-closed') ? 'a closed shadow root is not recorded' : node.getAttribute('alt') ?? '';
+  }
+}
+
+const setAll = (node, styles) => { for (const [name, value] of Object.entries(styles)) node.style.setProperty(name, value, 'important'); };
+
+// fix gives an element the size that it had.
+function fix(node, width, height) {
+  const display = node.ownerDocument.defaultView.getComputedStyle(node).display;
+  if (display === 'inline') setAll(node, { display: 'inline-block' });
+  const isWord = display === 'inline' && !REPLACED.test(node.nodeName); // its height is its line's
+  setAll(node, { 'box-sizing': 'border-box', width: `${width}px`, 'min-width': `${width}px`, 'max-width': `${width}px`, overflow: isWord ? 'visible' : 'hidden' });
+  if (!isWord) setAll(node, { height: `${height}px`, 'min-height': `${height}px`, 'max-height': `${height}px` });
+}
+
+// drawBox draws what is not recorded, and a copy of what is.
+function drawBox(node, width, height) {
+  fix(node, width, height);
+  const copy = node.getAttribute('replay-image') ?? '';
+  const image = IMAGE.test(copy) ? copy : drawing(width, height, words(node));
+  if (node.nodeName === 'IMG' || node.nodeName === 'INPUT') drawImage(node, image);
+  else if (node.nodeName === 'VIDEO' && !isOpen(node.getAttribute('poster'))) node.setAttribute('poster', image);
+  else if (node.nodeName !== 'VIDEO') drawBehind(node, image);
+}
+
+function drawImage(node, image) {
+  const { src, srcset } = node.attributes;
+  if (isOpen(src?.value) || isOpen(srcset?.value.trim().split(/[\s,]/)[0])) return; // it is loaded
+  if (src?.value.startsWith('data:') && !IMAGE.test(image)) return; // the recording holds it
+  node.removeAttribute('srcset');
+  for (const source of node.closest('picture')?.querySelectorAll('source') ?? []) source.removeAttribute('srcset');
+  node.setAttribute('src', image);
+}
+
+function drawBehind(node, image) {
+  setAll(node, { 'background-image': `url("${image}")`, 'background-repeat': 'no-repeat', 'background-position': '0 0', 'background-size': '100% 100%' });
+  if (!REPLACED.test(node.nodeName)) setAll(node, { color: 'transparent', 'white-space': 'nowrap' });
+}
+
+// frameOf is what rrweb's recorder sends of a canvas: a picture, to be drawn on it.
+function frameOf({ commands }) {
+  const bitmap = commands?.find((c) => c?.property === 'drawImage')?.args?.[0];
+  const blob = bitmap?.args?.[0];
+  return `data:${blob?.type};base64,${blob?.data?.[0]?.base64}`;
+}
+
+export class Picture {
+  // onMissing is told how many style sheets are missing, when that changes.
+  constructor(onMissing, onBroken) {
+    this.onMissing = onMissing;
+    this.onBroken = onBroken;
+    this.reset();
+  }
+
+  // reset comes before each full snapshot.
+  reset() {
+    this.styles = new Styles();
+    this.roots = new Set();
+    this.missing = new Set(); // links whose sheet could not be recorded
+    this.motions = new Map(); // element → animations
+    this.dirty = new Set(); // sheets to be rewritten
+    this.news = new Set(); // elements whose attributes are to be followed
+    this.hovered = [];
+    this.paused ??= false;
+  }
+
+  // The Replayer's plugin.
+
+  onBuild(node) {
+    if (node.nodeType === 9) this.roots.add(node);
+    if (node.getRootNode().nodeType === 11) this.roots.add(node.getRootNode());
+    if (node.nodeType === 3) node = node.parentElement ?? node;
+    if (node.nodeType === 1) this.news.add(node);
+    this.soon();
+  }
+
+  handler(event, isSync, { replayer }) {
+    if (event.type === FULL) this.soon(isSync);
+    if (event.type !== INCREMENTAL) return;
+    const { data } = event, mirror = replayer.getMirror();
+    if (data.source === MUTATION) {
+      for (const { id } of [...(data.attributes ?? []), ...(data.texts ?? [])]) if (mirror.getNode(id)) this.onBuild(mirror.getNode(id));
+    } else if (data.source === STYLE_RULE || data.source === STYLE_DECLARATION) {
+      const sheet = data.styleId ? replayer.styleMirror.getStyle(data.styleId) : mirror.getNode(data.id);
+      if (sheet) this.dirty.add(sheet);
+    } else if (data.source === CANVAS) {
+      const node = mirror.getNode(data.id), image = frameOf(data);
+      if (node?.nodeName === 'CANVAS' && IMAGE.test(image)) node.setAttribute('replay-image', image);
+      if (node) this.onBuild(node);
+    } else if (data.source === ADOPTED) {
+      for (const { styleId } of data.styles ?? []) this.dirty.add(replayer.styleMirror.getStyle(styleId));
+    }
+    this.soon(isSync);
+  }
+
+  // soon comes before the browser paints: events are applied many at a time.
+  soon(isSync = false) {
+    this.leapt ||= isSync;
+    this.due ??= queueMicrotask(() => {
+      this.due = undefined;
+      this.follow();
+    }) ?? true;
+  }
+
+  follow() {
+    const { dirty, news } = this;
+    this.dirty = new Set();
+    this.news = new Set();
+    const each = (things, f) => {
+      for (const thing of things) if (thing && thing.isConnected !== false) try { f(thing); } catch { this.onBroken(); }
+    };
+    each(news, (node) => { if (node.hasAttribute('replay-media')) this.styles.setMedia(node.getAttribute('replay-media')); });
+    each([...dirty, ...news], (owner) => this.styles.rewrite(owner));
+    each(news, (node) => this.followNode(node));
+    if (this.leapt) this.settle();
+    this.leapt = false;
+    const missing = [...this.missing].filter((link) => link.isConnected).length;
+    if (missing !== this.told) this.onMissing(this.told = missing);
+  }
+
+  followNode(node) {
+    const states = (node.getAttribute('replay-state') ?? '').split(' ');
+    if (isSheet(node)) this.followSheet(node, states);
+    if (node.type === 'checkbox') node.indeterminate = states.includes('indeterminate');
+    if (node.popover && states.includes('popover-open') !== node.matches(':popover-open')) {
+      if (node.matches(':popover-open')) node.hidePopover();
+      else node.showPopover();
+    }
+    if (states.includes('fullscreen')) setAll(node, { position: 'fixed', inset: '0', width: '100%', height: '100%', margin: '0', 'z-index': '2147483647' });
+    if (states.includes('focus') !== !!this.focused?.includes(node)) this.focus(states.includes('focus') ? node : null);
+    const size = /^(\d{1,5}) (\d{1,5})$/.exec(node.getAttribute('replay-size') ?? '');
+    if (size) drawBox(node, Number(size[1]), Number(size[2]));
+    else if (node.nodeName === 'IFRAME' && node.hasAttribute('replay-foreign')) drawBehind(node, drawing(node.offsetWidth, node.offsetHeight, words(node)));
+    if (node.hasAttribute('replay-motion') || this.motions.has(node)) this.followMotion(node);
+  }
+
+  followSheet(node, states) {
+    if (node.nodeName === 'STYLE' && node.disabled !== states.includes('disabled')) node.disabled = !node.disabled;
+    if (node.nodeName === 'LINK' && node.hasAttribute('replay-missing')) this.missing.add(node);
+  }
+
+  // mark gives an attribute to an element and to all around it.
+  mark(name, el, before) {
+    for (const old of before) old.removeAttribute(name);
+    const now = el ? [...around(el)] : [];
+    for (const each of now) each.setAttribute(name, '');
+    return now;
+  }
+
+  hover(el) { this.hovered = this.mark('replay-hover', el, this.hovered); }
+  focus(el) { this.focused = this.mark('replay-focus-within', el, this.focused ?? []); }
+
+  followMotion(node) {
+    for (const animation of this.motions.get(node) ?? []) animation.cancel();
+    this.motions.delete(node);
+    const animations = [];
+    try {
+      for (const { keyframes, timing, at, rate, paused } of JSON.parse(node.getAttribute('replay-motion') ?? '[]').slice(0, MOTIONS)) {
+        const animation = node.animate(keyframes, { ...timing, iterations: timing.iterations ?? Infinity });
+        Object.assign(animation, { playbackRate: rate, currentTime: at });
+        if (paused) animation.pause();
+        animations.push(animation);
+      }
+    } catch { /* it is no animation */ }
+    if (animations.length) this.motions.set(node, animations);
+  }
+
+  get animations() { return [...this.roots].flatMap((root) => root.getAnimations()); }
+
+  // settle shows the end of what began before the moment that was sought.
+  settle() {
+    for (const animation of this.animations) {
+      if (animation.playState === 'paused' && !('animationName' in animation)) continue; // by the page
+      try { animation.finish(); } catch { /* it has no end */ }
+    }
+  }
+}

@@ -1,0 +1,86 @@
+// The style sheets of a recorded page, as the visitor's browser read them: its
+// media features are not those of whoever watches, and nobody hovers here. The
+// rules are rewritten in the rebuilt sheets, so that it does not matter in which
+// way a sheet came: with the page, later, by insertRule, by adoption.
+
+// What the recorded page's elements are is in attributes (see picture.js).
+const OWN = /(?<!\\):(hover|focus-within)(?![\w-])/g;
+const STATES = /(?<!\\):(focus-visible|focus|fullscreen|target|user-invalid)(?![\w-])/g;
+const DEFINED = /(?<!\\):defined(?![\w-])/g;
+const MEDIA = /\(\s*(prefers-[a-z-]+|forced-colors|inverted-colors|(?:any-)?(?:hover|pointer))\s*(?::\s*([a-z-]+)\s*)?\)/gi;
+const BOTH_SCHEMES = /\b(?:light\s+dark|dark\s+light)\b/;
+
+export class Styles {
+  constructor() {
+    this.features = null; // of the visitor: ["hover:none", …]; null: not recorded
+    this.originals = new Map(); // what is rewritten → {original, written}; held, or the browser makes the rules' objects anew
+    this.owners = new Set(); // elements and constructed sheets of the page that may have to be rewritten again
+  }
+
+  // setMedia takes replay-media.
+  setMedia(text) {
+    this.features = text.toLowerCase().split(' ');
+    for (const owner of this.owners) this.rewrite(owner);
+  }
+
+  // rewrite takes an element, of which the style sheet and what else asks for
+  // media features is rewritten, or a constructed sheet.
+  rewrite(owner) {
+    const sheet = owner.cssRules ? owner : owner.sheet;
+    if (sheet) {
+      this.replace(sheet.media, 'mediaText', (text) => this.media(text));
+      this.rewriteRules(sheet.cssRules);
+    } else if (owner.nodeName === 'SOURCE') {
+      this.replace(owner, 'media', (text) => this.media(text));
+    } else if (owner.nodeName === 'META' && owner.name === 'color-scheme') {
+      this.replace(owner, 'content', (text) => this.scheme(text));
+    } else if (owner.style?.colorScheme) {
+      this.replace(owner.style, 'colorScheme', (text) => this.scheme(text));
+    } else {
+      return;
+    }
+    this.owners.add(owner);
+  }
+
+  rewriteRules(rules) {
+    for (const rule of rules) {
+      if (rule.selectorText?.includes(':')) this.rewriteSelector(rule);
+      if (rule.media) this.replace(rule.media, 'mediaText', (text) => this.media(text));
+      if (rule.style?.colorScheme) this.replace(rule.style, 'colorScheme', (text) => this.scheme(text));
+      if (rule.cssRules?.length) this.rewriteRules(rule.cssRules);
+    }
+  }
+
+  rewriteSelector(rule) {
+    const selector = rule.selectorText;
+    const own = selector.replace(OWN, '[replay-$1]').replace(STATES, '[replay-state~="$1"]')
+      .replace(DEFINED, ':not([replay-state~="undefined"])');
+    if (own !== selector) rule.selectorText = own;
+  }
+
+  // replace rewrites a property, from its original each time.
+  replace(object, property, how) {
+    const known = this.originals.get(object);
+    const original = known?.written === object[property] ? known.original : object[property];
+    const written = how(original);
+    if (written === object[property]) return;
+    object[property] = written;
+    this.originals.set(object, { original, written: object[property] });
+  }
+
+  media(text) {
+    if (!this.features) return text;
+    return text.replace(MEDIA, (all, name, value) => {
+      const values = this.features.filter((f) => f.startsWith(`${name.toLowerCase()}:`)).map((f) => f.split(':')[1]);
+      if (values.length === 0) return all; // the visitor's browser did not know it
+      const holds = value ? values.includes(value.toLowerCase()) : !/^no(ne|-preference)$/.test(values[0]);
+      return holds ? '(min-width: 0)' : '(max-width: 0)';
+    });
+  }
+
+  // scheme decides where a page leaves its color scheme to the browser.
+  scheme(text) {
+    const scheme = this.features?.find((f) => f.startsWith('prefers-color-scheme:'))?.split(':')[1];
+    return scheme ? text.replace(BOTH_SCHEMES, scheme) : text;
+  }
+}

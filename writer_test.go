@@ -1,0 +1,376 @@
+package main
+
+import (
+	"bytes"
+	"compress/gzip"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"reflect"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+)
+
+// Storing twice, because a commit's answer was lost, changes nothing.
+func TestStoreCommitTwice(t *testing.T) {
+	st := newStoreTest(t)
+	c := st.begin("s")
+	f := st.flush("s", c, numbered(0, 5)...)
+	st.report(f, `"x"`)
+	st.stored(f)
+	before := one[string](st, "select (to_jsonb(sessions) - 'updated_at')::text from sessions")
+	events := one[string](st, "select string_agg((session_events.*)::text, ' ') from session_events")
+	st.stored(f)
+	after := one[string](st, "select (to_jsonb(sessions) - 'updated_at')::text from sessions")
+	if after != before {
+		t.Errorf("got the row %s, want %s", after, before)
+	}
+	if again := one[string](st, "select string_agg((session_events.*)::text, ' ') from session_events"); again != events {
+		t.Error("the chunks have changed")
+	}
+	if n := one[int](st, "select count(*) from session_errors"); n != 1 {
+		t.Errorf("got %d errors, want 1", n)
+	}
+	sameEvents(t, "events", st.all("s", 0, 100), raw(numbered(0, 5)))
+}
+
+// A batch of an older epoch leaves nothing behind; one of a session that is
+// deleted neither.
+func TestStoreCommitFenced(t *testing.T) {
+	st := newStoreTest(t)
+	old := st.begin("s")
+	f := st.flush("s", old, numbered(0, 2)...)
+	st.report(f, `1`)
+	fresh := st.begin("s")
+	st.stored(st.flush("s", fresh, []byte(`{"fresh":1}`)))
+	row := one[string](st, "select (to_jsonb(sessions) - 'updated_at')::text from sessions")
+	if got := st.commitOne(f); got != epochLost {
+		t.Errorf("got outcome %d, want epochLost", got)
+	}
+	if now := one[string](st, "select (to_jsonb(sessions) - 'updated_at')::text from sessions"); now != row {
+		t.Errorf("the row is %s, want %s", now, row)
+	}
+	sameEvents(t, "events", st.all("s", 0, 100), []json.RawMessage{json.RawMessage(`{"fresh":1}`)})
+	if n := one[int](st, "select count(*) from session_errors"); n != 0 {
+		t.Errorf("got %d errors, want none", n)
+	}
+	if err := st.remove(t.Context(), "s"); err != nil {
+		t.Fatal(err)
+	}
+	if got := st.commitOne(f); got != deleted {
+		t.Errorf("got outcome %d, want deleted", got)
+	}
+	if n := one[int](st, "select (select count(*) from sessions) + (select count(*) from session_events)"); n != 0 {
+		t.Errorf("%d rows are there, want none", n)
+	}
+}
+
+// A batch that fails as a group is tried session by session: what PostgreSQL
+// refuses is refused alone, and what only fails is to be tried again.
+func TestStoreWritePoison(t *testing.T) {
+	st := newStoreTest(t)
+	st.exec(`create function refuse() returns trigger language plpgsql as $$
+		begin
+			if new.session_id like 'poison%' then raise exception 'refused' using errcode = '22000'; end if;
+			if new.session_id like 'fails%' then raise exception 'later' using errcode = '53100'; end if;
+			return new;
+		end $$;
+		create trigger refuse before insert on session_events for each row execute function refuse()`)
+	var work []*flush
+	for _, id := range []string{"good1", "poison1", "good2", "fails", "poison2", "gone", "good3"} {
+		f := st.flush(id, st.begin(id), numbered(0, 3)...)
+		f.encode()
+		work = append(work, f)
+	}
+	if err := st.remove(t.Context(), "gone"); err != nil {
+		t.Fatal(err)
+	}
+	st.w.write(t.Context(), work)
+	var got []outcome
+	for _, f := range work {
+		got = append(got, f.outcome)
+	}
+	if want := []outcome{stored, refused, stored, failed, refused, deleted, stored}; !slices.Equal(got, want) {
+		t.Errorf("got the outcomes %v, want %v", got, want)
+	}
+	if n := st.w.metrics.refusedSessions.Load(); n != 2 {
+		t.Errorf("%d sessions count as refused, want 2", n)
+	}
+	if n := one[int](st, "select sum(event_count) from session_events"); n != 9 {
+		t.Errorf("got %d events, want 9", n)
+	}
+	st.exec("drop trigger refuse on session_events")
+	st.w.write(t.Context(), work[3:4])
+	if work[3].outcome != stored {
+		t.Errorf("got outcome %d, want stored", work[3].outcome)
+	}
+}
+
+// A session that is deleted and made again is not written to by who had it
+// before: its epochs go on.
+func TestStoreEpochAfterDeletion(t *testing.T) {
+	st := newStoreTest(t)
+	old := st.begin("s")
+	f := st.flush("s", old, numbered(0, 2)...)
+	if err := st.remove(t.Context(), "s"); err != nil {
+		t.Fatal(err)
+	}
+	if c := st.begin("s"); c.epoch <= old.epoch {
+		t.Errorf("got epoch %d after %d, want a higher one", c.epoch, old.epoch)
+	}
+	if got := st.commitOne(f); got != epochLost {
+		t.Errorf("got outcome %d, want epochLost", got)
+	}
+}
+
+// PostgreSQL may carry out a batch long after it was given up and stored on
+// another connection, with others behind it: the row does not go back.
+func TestStoreLateCopy(t *testing.T) {
+	st := newStoreTest(t)
+	c := st.begin("s")
+	late := st.flush("s", c, numbered(0, 2)...)
+	st.stored(late)
+	next := claim{epoch: c.epoch, counters: late.totals}
+	st.stored(st.flush("s", next, numbered(2, 4)...))
+	st.commitOne(late)
+	if n := one[int](st, "select event_count from sessions"); n != 4 {
+		t.Errorf("got %d events in the row, want 4", n)
+	}
+}
+
+func TestStoreDataErrors(t *testing.T) {
+	for code, want := range map[string]bool{
+		"22000": true, "22P05": true, "22021": true, "23505": true, "23514": true, "54000": true,
+		"57P01": false, "40001": false, "40P01": false, "53100": false, "53300": false, "25006": false, "57014": false,
+		"08006": false,
+		"58030": false, "XX000": false, "42P01": false, "55P03": false, "": false,
+	} {
+		err := fmt.Errorf("commit: %w", &pgconn.PgError{Code: code})
+		if got := isDataError(err); got != want {
+			t.Errorf("%s: got %v, want %v", code, got, want)
+		}
+	}
+	if isDataError(context.DeadlineExceeded) || isDataError(nil) {
+		t.Error("an error that is not PostgreSQL's blames the data")
+	}
+}
+
+func TestStoreChunks(t *testing.T) {
+	st := newStoreTest(t)
+	text := func(n, size int) []byte { return fmt.Appendf(nil, `{"n":%d,"t":"%s"}`, n, strings.Repeat("x", size)) }
+	const most = chunkBytes
+	big := len(text(0, 0))
+	tests := []struct {
+		name    string
+		batches [][][]byte
+		want    []int64 // events in each chunk
+	}{
+		{"nothing", nil, nil},
+		{"an empty batch", [][][]byte{{}}, nil},
+		{"one event", [][][]byte{{text(0, 1)}}, []int64{1}},
+		{"batches are joined", [][][]byte{numbered(0, 3), {}, numbered(3, 4), numbered(4, 9)}, []int64{9}},
+		{"just full", [][][]byte{{text(0, most-2-big)}}, []int64{1}},
+		{"a large event is alone", [][][]byte{numbered(0, 2), {text(2, 3*most)}, numbered(3, 5)}, []int64{2, 1, 2}},
+		{"large events inside a batch", [][][]byte{{text(0, 1), text(1, 2*most), text(2, 2*most), text(3, 1)}}, []int64{1, 1,
+			1, 1}},
+		{"split at 1 MB, inside a batch and between", [][][]byte{
+			{text(0, most*2/5), text(1, most*2/5), text(2, most*2/5)}, {text(3, most*2/5), text(4, most*2/5)}}, []int64{2, 2,
+			1}},
+	}
+	for i, tt := range tests {
+		id := fmt.Sprintf("s%d", i)
+		c := st.begin(id)
+		f := &flush{session: id, epoch: c.epoch, totals: c.counters}
+		var events [][]byte
+		for _, batch := range tt.batches {
+			st.add(f, batch...)
+			events = append(events, batch...)
+		}
+		st.stored(f)
+		chunks, err := st.chunks(t.Context(), id)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var counts []int64
+		next := int64(0)
+		for _, c := range chunks {
+			if c.first != next || c.raw > most && c.count > 1 {
+				t.Errorf("%s: a chunk at %d, want %d, with %d events, %d bytes", tt.name, c.first, next, c.count, c.raw)
+			}
+			next += c.count
+			counts = append(counts, c.count)
+			data, err := st.chunk(t.Context(), id, c.first)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if text, err := unzip(data, c.raw); err != nil || len(text) != c.raw || !json.Valid(text) {
+				t.Errorf("%s: chunk %d: %d bytes, %v, want %d", tt.name, c.first, len(text), err, c.raw)
+			}
+		}
+		if !slices.Equal(counts, tt.want) {
+			t.Errorf("%s: got chunks of %v events, want %v", tt.name, counts, tt.want)
+		}
+		sameEvents(t, tt.name, st.all(id, 0, 1000), raw(events))
+		if bytes := one[int64](st, "select coalesce(sum(octet_length(events)), 0) from session_events where session_id = $1",
+			id); bytes != f.totals.stored {
+			t.Errorf("%s: got stored_bytes %d, want %d", tt.name, f.totals.stored, bytes)
+		}
+	}
+	if _, err := st.chunk(t.Context(), "s2", 1); !errors.Is(err, errNotFound) {
+		t.Errorf("a chunk that is not there: got %v", err)
+	}
+}
+
+// Each chunk says what a player seeks by.
+func TestStoreChunkMap(t *testing.T) {
+	st := newStoreTest(t)
+	large := strings.Repeat("x", chunkBytes)
+	event := func(kind, at int, text string) []byte {
+		return fmt.Appendf(nil, `{"type":%d,"timestamp":%d,"t":"%s"}`, kind, at, text)
+	}
+	c := st.begin("s")
+	st.stored(st.flush("s", c,
+		event(4, 500, ""), event(2, 400, ""), event(2, 600, ""), event(3, 450, ""), // one chunk
+		event(2, 700, large), []byte(`{"type":3,"data":"`+large+`"}`), event(3, 800, "")))
+	got, err := st.chunks(t.Context(), "s")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := range got {
+		got[i].raw = 0
+	}
+	want := []chunk{
+		{first: 0, count: 4, startTime: 400, endTime: 600, snapshot: 2},
+		{first: 4, count: 1, startTime: 700, endTime: 700, snapshot: 4},
+		{first: 5, count: 1, snapshot: -1},
+		{first: 6, count: 1, startTime: 800, endTime: 800, snapshot: -1},
+	}
+	if !reflect.DeepEqual(got, want) {
+		t.Errorf("got %+v, want %+v", got, want)
+	}
+}
+
+// A page begins and ends anywhere, over chunks of any size.
+func TestStorePages(t *testing.T) {
+	st := newStoreTest(t)
+	c := st.begin("s")
+	var events [][]byte
+	sizes := rand.New(rand.NewPCG(1, 2))
+	for len(events) < 300 {
+		from := len(events)
+		n := 1 + sizes.IntN(40)
+		events = append(events, numbered(from, from+n)...)
+		f := st.flush("s", c, events[from:]...)
+		st.stored(f)
+		c.counters = f.totals
+	}
+	total := int64(len(events))
+	for range 300 {
+		from := sizes.Int64N(total + 5)
+		to := from + sizes.Int64N(60)
+		want := events[min(from, total):min(to, total)]
+		if got := st.all("s", from, to); len(got) != len(want) || len(want) > 0 && !bytes.Equal(got[0], want[0]) {
+			t.Fatalf("from %d to %d: got %d events, want %d", from, to, len(got), len(want))
+		} else {
+			sameEvents(t, "page", got, raw(want))
+		}
+	}
+	n := 0
+	err := st.events(t.Context(), "s", 0, total, anyRoom, func([]byte) bool { n++; return n < 7 })
+	if err != nil || n != 7 {
+		t.Errorf("a reader that stops: got %d events, %v, want 7", n, err)
+	}
+	if got := st.all("nobody", 0, 10); len(got) != 0 {
+		t.Errorf("got %d events of nobody", len(got))
+	}
+}
+
+// The cost of a page does not grow with the session: it finds its chunk by the
+// key.
+func TestStorePagePlan(t *testing.T) {
+	st := newStoreTest(t)
+	st.exec(`insert into sessions (session_id, user_id, url, metadata, is_active)
+		select 's'||i, 'u', '', '{}', true from generate_series(1, 20) i;
+		insert into session_events (session_id, first_index, event_count, raw_bytes, events)
+		select 's'||i, j*10, 10, 2, 'x' from generate_series(1, 20) i, generate_series(0, 999) j;
+		analyze`)
+	source, err := os.ReadFile("store.go")
+	_, query, _ := strings.Cut(string(source), "`select first_index, event_count, raw_bytes, events")
+	query, _, ok := strings.Cut(query, "`")
+	if query = "select first_index, event_count, raw_bytes, events" + query; err != nil || !ok {
+		t.Fatalf("the query is not there: %v", err)
+	}
+	for _, from := range []int{0, 5000, 9985} {
+		rows, _ := st.pool.Query(t.Context(), "explain (analyze, timing off) "+query, "s7", from)
+		plan, err := pgx.CollectRows(rows, pgx.RowTo[string])
+		text := strings.Join(plan, "\n")
+		if err != nil || strings.Contains(text, "Seq Scan") || strings.Contains(text, "Rows Removed") {
+			t.Errorf("from %d: got %v and the plan\n%s", from, err, text)
+		}
+		for _, rows := range regexp.MustCompile(`actual rows=(\d+)`).FindAllStringSubmatch(text, -1) {
+			if n, _ := strconv.Atoi(rows[1]); n > 10 {
+				t.Errorf("from %d: a step of the plan reads %d rows, want a few\n%s", from, n, text)
+			}
+		}
+	}
+}
+
+// A chunk that is damaged is an error, not a wrong page.
+func TestStoreDamagedChunk(t *testing.T) {
+	st := newStoreTest(t)
+	c := st.begin("s")
+	st.stored(st.flush("s", c, numbered(0, 50)...))
+	for _, damage := range []string{"'rubbish'", "substring(events from 1 for 30)", "''", "'\\x1f8b0800000000000000'",
+		gzippedSQL("{}"), gzippedSQL("[1]"), gzippedSQL("[{}]"), gzippedSQL("[{}")} {
+		st.exec("begin; update session_events set events = " + damage + "::bytea; commit")
+		if err := st.events(t.Context(), "s", 0, 50, anyRoom, func([]byte) bool { return true }); err == nil {
+			t.Errorf("%s: got no error", damage)
+		}
+		st.exec("delete from session_events; update sessions set event_count = 0")
+		st.stored(st.flush("s", c, numbered(0, 50)...))
+	}
+}
+
+func gzipped(text string) []byte {
+	var out bytes.Buffer
+	z := gzip.NewWriter(&out)
+	z.Write([]byte(text))
+	z.Close()
+	return out.Bytes()
+}
+
+func gzippedSQL(text string) string { return fmt.Sprintf(`'\x%x'`, gzipped(text)) }
+
+// FuzzReadChunk reads a stored chunk as a page does.
+func FuzzReadChunk(f *testing.F) {
+	for _, seed := range append(jsonSeeds, `[]`, `[{}]`, `[ { } , {"a":[1]} ]`, `[{"type":2}]x`) {
+		f.Add(gzipped(seed), 10)
+	}
+	f.Add([]byte("\x1f\x8b\x08\x00"), 1<<40)
+	f.Add(append(gzipped(`[{}]`), gzipped(`[{}]`)...), -5)
+	f.Fuzz(func(t *testing.T, data []byte, size int) {
+		text, err := unzip(data, size&0xffff)
+		if err != nil {
+			return
+		}
+		events, err := splitEvents(text)
+		var want []map[string]json.RawMessage
+		if wantErr := json.Unmarshal(text, &want); err == nil && wantErr == nil && len(events) != len(want) {
+			t.Fatalf("%q: got %d events, want %d", text, len(events), len(want))
+		}
+		for _, e := range events {
+			if err == nil && (text[e.start] != '{' || text[e.end-1] != '}') {
+				t.Fatalf("%q: got the event %q", text, text[e.start:e.end])
+			}
+		}
+	})
+}
