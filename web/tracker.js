@@ -369,7 +369,6 @@ function listen() {
     if (document.hidden) keep();
     else if (!socket) connect();
   }, true);
-<<<<<<< HEAD
   hear(window, "pagehide", leave, true);
   hear(window, "pageshow", (e) => { if (e.persisted) comeBack(); }, true);
   hear(document, "freeze", () => { keep(); disconnect(); }, true);
@@ -377,16 +376,7 @@ function listen() {
   hear(window, "online", () => { if (!ready) { disconnect(); connect(); } });
   hear(window, "offline", () => { disconnect(); retry(); });
   hearTyping(window);
-=======
-  on(window, "pagehide", leave, true);
-  on(window, "pageshow", (e) => { if (e.persisted) comeBack(); }, true);
-  on(document, "freeze", () => { keep(); disconnect(); }, true);
-  on(document, "resume", connect, true);
-  on(window, "online", () => { if (!ready) { disconnect(); connect(); } });
-  on(window, "offline", () => { disconnect(); retry(); });
-  watchHistory();
   picture.begin();
->>>>>>> main
 }
 
 // ── The tab's session ────────────────────────────────────────────────────────
