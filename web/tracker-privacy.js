@@ -401,8 +401,9 @@ function cleanMutation(data, seen) {
   const fresh = now() - runAt < DRAWN_MS;
   data.adds = data.adds.filter(({ node, parentId }) => (view(outer(nodeOf(node.id)), seen) || viewAt(parentId, seen)) < 3);
   data.removes = data.removes.filter(({ parentId }) => viewAt(parentId, seen) < 3);
-  data.attributes = data.attributes.filter(({ id }) => viewAt(id, seen) < 3);
-  data.texts = data.texts.filter(({ id }) => viewAt(id, seen) < 3);
+  const isOpen = ({ id }) => nodeOf(id) && viewAt(id, seen) < 3;
+  data.attributes = data.attributes.filter(isOpen);
+  data.texts = data.texts.filter(isOpen);
   for (const { node } of data.adds) {
     cleanNode(node, seen, fresh);
     if (data.isAttachIframe) hearTyping(viewOf(nodeOf(node.id)));
