@@ -268,6 +268,7 @@ test("forms with fields named as DOM properties", async (t) => {
   }
   assert.equal(text.match(/"data-replay-left-out":"form"/g).length, 5, "nodeType, attributes twice, host, ELEMENT_NODE");
   assert.ok(text.includes('"style":"color: teal"') && !text.includes('"value":"own"'));
+  assert.ok(JSON.stringify(events.find((e) => e.type === 2)).includes('"class":"single"'), "a form's own attributes");
   const state = await page.evaluate(() => window.sessionReplay.state);
   assert.ok(state.recording && state.errors > 0, JSON.stringify(state));
   assert.ok(events.some((e) => e.data.texts?.[0]?.value === "third" || e.data.adds?.[0]?.node.textContent === "third"), "it goes on");
