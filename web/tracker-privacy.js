@@ -1,111 +1,441 @@
 // The part of the tracker that says what may leave the page. tracker.js calls
-// clean() with each event that rrweb has finished.
+// clean() with each event that rrweb has finished, and hide() and cutAddress()
+// for what it says itself.
 //
 // rrweb masks what inputs show. The rest is closed here, on the finished event:
 // value attributes (behind an emptied field, of hidden, radio and custom
 // elements), editable text, shadow roots, data- attributes that repeat a value,
-// srcdoc, handlers, tokens in meta elements, query strings.
+// srcdoc, handlers, tokens in meta elements, what addresses carry; and, wherever
+// it comes up again, what was typed.
 
-let maskSelector, blockSelector;
+let maskSelector, blockSelector, anySelector; // the owner's two, and these with EDITORS
 const IGNORED = "[data-replay-ignore], [data-replay-ignore] *";
+const SHOWN = "[data-replay-show]";
+const EDITORS = "textarea, [contenteditable]:not([contenteditable=false i]), [role~=textbox i], [role~=searchbox i], "
+  + "[role~=combobox i], .CodeMirror, .cm-editor, .monaco-editor, .ace_editor, .xterm, .ql-editor, .ProseMirror";
 const CONTROLS = /^(input|textarea|select)$/;
+const CHOICES = /^(radio|checkbox)$/;
+const SET = /^(radio|checkbox|range|color|button|submit|reset|image|select-one|select-multiple)$/; // nobody types into these
 const OWN_VALUE = /^(button|option|li|progress|meter|data|param)$/; // their value attribute is the page's
-const URLS = /^(href|src|srcset|rr_src|action|formaction|xlink:href|data|poster)$/;
-const WORDS = /^(title|alt|placeholder|label|summary|aria-(label|description|placeholder|roledescription)|data-.*)$/;
+const URLS = /^(href|src|rr_src|action|formaction|xlink:href|data|poster|cite|background|longdesc|manifest)$/;
+const WORDS = /^(title|alt|placeholder|label|summary|value|content|aria-(label|description|placeholder|roledescription|valuetext)|data-.*)$/;
 const ECHO = /^data-(?!replay-|rr-)/; // on a control: where scripts copy its value
 
+// A form with a field named tagName has no tagName of its own to read, and a
+// document with an image named hidden no hidden: what is read of a page's forms
+// and documents is read through the prototypes' own getters.
+const own = (f) => Function.prototype.call.bind(f);
+const getter = (type, name) => own(Object.getOwnPropertyDescriptor(type.prototype, name).get);
+const nodeType = getter(Node, "nodeType"), parentNode = getter(Node, "parentNode"), ownerDocument = getter(Node, "ownerDocument");
+const localName = getter(Element, "localName"), childElementCount = getter(Element, "childElementCount");
+const hostOf = getter(ShadowRoot, "host"), viewOf = getter(Document, "defaultView"), designMode = getter(Document, "designMode");
+const titleOf = getter(Document, "title"), addressOf = getter(Document, "documentURI"), attributesOf = getter(Element, "attributes");
+const matches = own(Element.prototype.matches), attributeOf = own(Element.prototype.getAttribute);
+const attributeNames = own(Element.prototype.getAttributeNames), boxOf = own(Element.prototype.getBoundingClientRect);
+const byId = own(Document.prototype.getElementById), byName = own(Document.prototype.getElementsByName);
+const formsIn = own(Document.prototype.getElementsByTagName), kindOf = own(Object.prototype.toString);
+
 const stars = (text) => text.replace(/\S/g, "*");
-const isButton = (el) => el.localName === "input" && /^(button|submit|reset|image)$/.test(el.type);
+const nodeOf = (id) => record.mirror.getNode(id);
+const isControl = (el) => CONTROLS.test(localName(el));
+
+// ── What was typed ───────────────────────────────────────────────────────────
+// The page remembers it, in memory and for as long as it lives: the values of
+// masked controls and runs of keys, from SHORTEST characters up. hide() masks
+// these strings, in any case of letters, wherever they come up again.
+
+const SHORTEST = 4, LONGEST = 20_000, MOST = 2000;
+const DRAWN_MS = 2000; // after a key: what appears and is part of what was typed was drawn by an editor
+const typed = new Set(); // folded, the oldest first
+const typedInto = new WeakSet(); // elements that are or were edited: masked whole
+const live = new WeakMap(); // a control, or the text at the caret, → what it held last
+const tree = new Map(); // of typed, a character a level; end says that a string ends there
+const seeds = new Uint8Array(1 << 16); // hashes of the first SHORTEST characters: without a seed no string begins
+let haystack = null; // all of typed, a line each; null: to be made anew
+let run = "", runIn = null, runAt = -Infinity; // the keys since the last pause, their target, the time of the last one
+
+// fold gives a text in lower case, with every blank a space, as long as it was.
+const lower = (text, low = text.toLowerCase()) => (low.length === text.length ? low : text);
+const fold = (text) => lower(text).replace(/\s/g, " ");
+
+// roll goes on with the hash of the last SHORTEST characters.
+const blank = (code) => code <= 32 || code === 160;
+const roll = (hash, code) => ((hash << 4) ^ (blank(code) ? 32 : code)) & 0xffff;
+
+// plant puts a string into the tree, in pieces if it is long, also in the forms
+// that it has in addresses; end: false takes it out.
+function plant(text, end) {
+  const encoded = encodeURIComponent(text.slice(0, 200).replace(/\p{Cs}/gu, "")).toLowerCase();
+  for (const form of [text, encoded, encoded.replace(/%20/g, "+")]) {
+    for (const piece of form.match(/.{4,64}/gs)) {
+      let node = tree, hash = 0;
+      for (let i = 0; i < piece.length; i++) {
+        if (i < SHORTEST) hash = roll(hash, piece.charCodeAt(i));
+        if (!node.has(piece[i])) node.set(piece[i], new Map());
+        node = node.get(piece[i]);
+      }
+      node.end = end;
+      seeds[hash] = 1;
+    }
+  }
+}
+
+function unlearn(text) {
+  if (typed.delete(text)) plant(text, false);
+}
+
+// learn remembers a text; before is what it has grown from.
+function learn(text, before = "") {
+  text = fold(text.slice(0, LONGEST)).trim();
+  if (text.length < SHORTEST || typed.has(text) || /^[*•\s]*$/.test(text)) return;
+  if (text.startsWith(fold(before).trim())) unlearn(fold(before).trim());
+  if (typed.size >= MOST) unlearn(typed.values().next().value);
+  typed.add(text);
+  plant(text, true);
+  haystack = null;
+}
+
+// Names, numbers and codes are remembered one by one too; of plain words only
+// the whole text, or every page would be full of stars.
+function learnWords(text) {
+  learn(text);
+  for (const [word] of text.slice(0, LONGEST).matchAll(/\S{4,}/g)) {
+    if (!/^[a-z]+[.,;:!?]*$/.test(word)) learn(word.replace(/[.,;:!?]+$/, ""));
+  }
+}
+
+// typedAt gives how many characters from i on were typed: a whole string, or the
+// beginning of one where the word ends, as while it is typed.
+function typedAt(low, i) {
+  let node = tree, n = 0, whole = 0;
+  while ((node = node.get(blank(low.charCodeAt(i + n)) ? " " : low[i + n]))) if (n++, node.end) whole = n;
+  return n < SHORTEST || /[\p{L}\p{N}]/u.test(low[i + n] || "") ? whole : n;
+}
+
+// hide masks in a text what was typed.
+function hide(text) {
+  if (!typed.size || text.length < SHORTEST) return text;
+  const low = lower(text);
+  let out = "", from = 0;
+  for (let i = 0, hash = 0; i < low.length; i++) {
+    hash = roll(hash, low.charCodeAt(i));
+    const start = i - SHORTEST + 1, length = seeds[hash] && start >= from && typedAt(low, start);
+    if (!length) continue;
+    out += text.slice(from, start) + stars(text.slice(start, start + length));
+    from = start + length;
+  }
+  return from ? out + text.slice(from) : text;
+}
+
+// Classes, ids and the like stay as they are if the page had them before
+// somebody typed the same: a page without its styles is no picture.
+const names = new Set();
+function hideInName(value) {
+  if (names.has(value)) return value;
+  if (hide(value) !== value) return value.split(/\s+/).map((word) => (names.has(word) ? word : hide(word))).join(" ");
+  if (names.size > 50_000 || value.length > 500) return value;
+  names.add(value);
+  if (value.includes(" ")) for (const word of value.split(/\s+/)) names.add(word);
+  return value;
+}
+
+// isDrawn tells whether a text that appears just after a key is a piece of what
+// was typed: editors draw it in lines and tokens, letter by letter.
+function isDrawn(text) {
+  const piece = fold(text).trim();
+  if (!piece) return false;
+  haystack ??= [...typed].join("\n");
+  return fold(run).includes(piece) || piece.length >= SHORTEST && haystack.includes(piece);
+}
+
+const targetOf = (event) => event.composedPath()[0] || event.target;
+const isElement = (node) => !!node && nodeType(node) === 1;
+const shows = (el) => isElement(el) && matches(el, SHOWN) && !/^(password|hidden)$/.test(el.type) && !view(el, new Map());
+
+// hear learns what a control, or a text node, holds now.
+function hear(holder, text) {
+  const before = live.get(holder) || "";
+  if (before.startsWith(text)) return; // something was deleted: its beginning is known
+  learn(text, before);
+  live.set(holder, text);
+}
+
+function finish() {
+  learnWords(run);
+  run = "";
+  if (isElement(runIn) && isControl(runIn) && !SET.test(runIn.type) && !shows(runIn)) learnWords(runIn.value);
+}
+
+function heardKey(event) {
+  const target = targetOf(event), { key = "", isTrusted } = event;
+  if (!isTrusted) return;
+  if (target !== runIn || key.length > 1 && !/^(Backspace|Shift|CapsLock|AltGraph|Process|Unidentified|Dead)$/.test(key)) finish();
+  runIn = target;
+  if (key === "Backspace") run = run.slice(0, -1);
+  if (key.length !== 1 || event.ctrlKey !== event.altKey || event.metaKey || shows(target)) return;
+  learn(run + key, run);
+  run += key;
+  runAt = now();
+}
+
+function heardInput(event) {
+  const el = targetOf(event);
+  if (!isElement(el) || shows(el)) return;
+  runAt = now();
+  if (!isControl(el)) { // an editor: what is at the caret
+    const selection = ownerDocument(el).getSelection(), text = selection && selection.anchorNode;
+    if (text && nodeType(text) === 3 && text.data.length < 1000) hear(text, text.data);
+  } else if (el.type === "file") for (const file of el.files) learn(file.name);
+  else if (!SET.test(el.type)) hear(el, el.value);
+}
+
+function heardText(event) {
+  const data = event.clipboardData || event.dataTransfer;
+  if (!event.isTrusted || shows(targetOf(event))) return;
+  runAt = now();
+  if (!data) run += event.data || ""; // composed of several keys
+  else for (const line of data.getData("text").split("\n", 100)) learnWords(line);
+}
+
+const HEARD = { keydown: heardKey, input: heardInput, change: finish, focusout: finish, pointerdown: finish,
+  paste: heardText, drop: heardText, compositionend: heardText };
+for (const type of Object.keys(HEARD)) HEARD[type] = safe(HEARD[type]);
+
+// hearTyping listens in a window, of the page or of a frame, ahead of the page.
+function hearTyping(win) {
+  for (const type of Object.keys(HEARD)) on(win, type, HEARD[type], true);
+}
+
+// ── Controls ─────────────────────────────────────────────────────────────────
 
 function maskValue(value, el) {
-  if (isButton(el)) return value; // it is the label
-  if (el.type === "hidden" || el.matches(IGNORED)) return "";
-  if (el.type === "password") return value && "********"; // not even its length
+  if (/^(button|submit|reset|image)$/.test(el.type) || shows(el)) return value; // a button's value is its label
+  if (el.type === "hidden" || matches(el, IGNORED)) return "";
+  if (el.type === "password" || localName(el) === "select") return value && "********"; // not even its length
   return "*".repeat(value.length);
 }
 
-// cutQuery cuts a URL's query, and a fragment that carries values. Of pictures
-// too: they may be signed, and the viewer loads none from other hosts.
-function cutQuery(url) {
-  if (options.allowQuery || /^(data|blob):/i.test(url)) return url;
-  const [, path, fragment] = /^([^?#]*)[^#]*#?([^?]*)/.exec(url);
-  return path + (fragment && !fragment.includes("=") ? "#" + fragment : "");
+// maskInput is what rrweb calls with the value of a control, typed or set by a
+// script. What the page's markup says is not what somebody typed.
+function maskInput(value, el) {
+  const set = el.type === "hidden" ? live.has(el) && !/^[a-z]*$/.test(value) : value !== el.defaultValue;
+  if (value && !SET.test(el.type) && !shows(el)) {
+    if (set) hear(el, value);
+    else live.set(el, value);
+  }
+  return maskValue(value, el);
 }
 
-// cutQueries does so for absolute URLs and url(…) in any JSON, style sheet or
-// stack (line and column stay). The bound: a long text without blanks would
-// cost its length squared.
-const QUERIES = /((?:https?:\/\/|url\((?!\\?["']?data:)\\?["']?)[^\s"\\?#<>]{1,1024})\?[^\s"'\\<>()#]*?((?::\d+){0,2})(?=[\s"'\\<>()#]|$)/gi;
-const cutQueries = (text) => (options.allowQuery || !text.includes("?") ? text : text.replace(QUERIES, "$1$2"));
+// ── Addresses ────────────────────────────────────────────────────────────────
+
+// A route's names and numbers, up to the first part that may be a token.
+const ROUTE = /^!?(?:\/(?:(?:\p{L}{1,24}|\d{1,10})(?:[-_.~](?:\p{L}{1,24}|\d{1,10}))*)?(?=\/|$))+/u;
+
+function cutFragment(fragment, doc) {
+  if (/^!?\//.test(fragment)) return "#" + (ROUTE.exec(fragment.split(/[?;&=]/)[0]) || [""])[0];
+  return doc && (byId(doc, fragment) || byName(doc, fragment).length || fragment === "top") ? "#" + fragment : "";
+}
+
+// cutAddress cuts of an address what may be secret: user and password, path
+// parameters, the query, a fragment that is neither a route nor, in doc, the
+// name of a section. Of pictures too: they may be signed.
+function cutAddress(address, doc = null) {
+  if (/^(data|blob):/i.test(address)) return address;
+  const [, path, query = "", fragment = ""] = /^([^?#]*)(\?[^#]*)?(?:#(.*))?$/s.exec(address);
+  const open = path.replace(/^([a-z][a-z\d+.-]*:)?\/\/[^/]*@/i, "$1//").replace(/;[^/]*/g, "");
+  if (options.allowQuery) return hide(open + query + (fragment && "#" + fragment));
+  return hide(open + (fragment && cutFragment(fragment, doc)));
+}
+
+// cutPlain leaves the fragment: in drawings it names what is drawn.
+const cutPlain = (address) => address.replace(/^[^#]*/, (plain) => cutAddress(plain));
+
+// cutAddresses cuts the absolute addresses in any text, and in the stack of an
+// error (line and column stay).
+const ABSOLUTE = /\b(?:https?|wss?|ftp|file):\/\/[^\s"'<>\\]+/gi;
+const SESSION = /;\w*sess\w*=[^\s"'<>?#&;/]+/gi;
+function cutAddresses(text) {
+  if (text.includes(";")) text = text.replace(SESSION, "");
+  if (!text.includes("://")) return text;
+  return text.replace(ABSOLUTE, (found) => {
+    const rest = /(?::\d+){0,2}[).,;]*$/.exec(found)[0];
+    return cutAddress(found.slice(0, found.length - rest.length)) + rest;
+  });
+}
+
+const cleanWords = (text) => hide(cutAddresses(text));
+
+// In style sheets addresses stand in url(…), and words in quotes and variables.
+const CSS_URL = /(url\(\s*\\?["']?|@import\s+["'])(?!data:)([^"')]+)/gi;
+const CSS_TEXT = /"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|--[\w-]+\s*:[^;}]*/gs;
+function cleanCSS(css) {
+  if (/url\(|@import/i.test(css)) css = css.replace(CSS_URL, (_, before, address) => before + cutPlain(address));
+  return hide(css) === css ? css : css.replace(CSS_TEXT, hide);
+}
+
+// ── Elements ─────────────────────────────────────────────────────────────────
 
 // outer is the element around a node, also out of a shadow tree or a frame.
 function outer(node) {
-  const parent = node.nodeType === 9 ? node : node.parentNode;
-  if (!parent || parent.nodeType === 1) return parent;
-  return parent.host || (parent.defaultView && parent.defaultView.frameElement) || null;
+  const parent = nodeType(node) === 9 ? node : parentNode(node);
+  if (!parent || nodeType(parent) === 1) return parent;
+  if (nodeType(parent) === 11) return kindOf(parent) === "[object ShadowRoot]" ? hostOf(parent) : null;
+  const win = viewOf(parent);
+  return win && win.frameElement;
 }
 
-// view tells how an element is recorded: 0 openly, 1 masked, 2 not at all.
-// seen remembers the answers for the length of one event.
+function isEditor(el) {
+  if (matches(el, SHOWN) || !matches(el, EDITORS) && designMode(ownerDocument(el)) !== "on") return false;
+  typedInto.add(el); // also when it is no longer editable
+  return true;
+}
+
+// view tells how an element is recorded: 0 openly, 1 as an editor, whose text
+// is masked and whose own labels are not, 2 masked, 3 not at all. seen remembers
+// the answers for the length of one event.
 function view(el, seen) {
   if (!el) return 0;
   let v = seen.get(el);
   if (v === undefined) {
-    v = el.matches(blockSelector) ? 2 : el.matches(maskSelector) || el.ownerDocument.designMode === "on" ? 1 : 0;
-    if (v < 2) v = Math.max(v, view(outer(el), seen));
+    v = typedInto.has(el) ? 1 : 0;
+    if (matches(el, anySelector) || designMode(ownerDocument(el)) === "on") {
+      v = matches(el, blockSelector) ? 3 : matches(el, maskSelector) ? 2 : v || isEditor(el) ? 1 : 0;
+    }
+    const around = v < 3 && view(outer(el), seen);
+    if (around) v = Math.max(v, around, 2);
     seen.set(el, v);
   }
   return v;
 }
 
-const nodeOf = (id) => record.mirror.getNode(id);
+function viewAt(id, seen) {
+  const node = nodeOf(id);
+  return node ? view(nodeType(node) === 1 ? node : outer(node), seen) : 0;
+}
 
-function cleanAttributes(el, attributes, masked) {
-  const tag = el.localName;
-  const control = CONTROLS.test(tag);
-  for (const name of Object.keys(attributes)) {
-    const value = attributes[name];
-    if (/^on|^srcdoc$|^selected$/.test(name)) delete attributes[name]; // a frame's document is recorded itself
-    else if (typeof value !== "string" || name.startsWith("rr_") && name !== "rr_src") continue;
-    else if (name === "value") { if (!OWN_VALUE.test(tag)) attributes.value = maskValue(value, el); }
-    else if (/^aria-value/.test(name) || masked && WORDS.test(name) || control && ECHO.test(name)) attributes[name] = stars(value);
-    else if (tag === "meta" && name === "content" && !/^(viewport|color-scheme)$/.test(el.name)) attributes[name] = "";
-    else if (masked && (/^(a|area)$/.test(tag) && name === "href" || /^data:/.test(value))) attributes[name] = ""; // a typed link, a pasted picture
-    else if (URLS.test(name) || /^[^\s?]+\?\S*=/.test(value) && name !== "style" && name !== "_cssText") attributes[name] = cutQuery(value);
+// A link's fragment may name a section of its own page.
+function cleanAddress(el, tag, value) {
+  if (!/^(a|area|form|input|button|iframe|frame|object|embed|link|base)$/.test(tag)) return cutPlain(value);
+  const doc = ownerDocument(el), [path] = value.split(/[?#]/);
+  return cutAddress(value, !path || path === addressOf(doc).split(/[?#]/)[0] ? doc : null);
+}
+
+function cleanStyle(style) {
+  for (const [name, value] of Object.entries(style)) {
+    const text = [].concat(value)[0];
+    if (typeof text !== "string") continue;
+    const clean = name.startsWith("--") ? cleanWords(text) : cleanCSS(text);
+    style[name] = Array.isArray(value) ? [clean, value[1]] : clean;
   }
 }
 
-// cleanNode cleans a serialized node and all below it.
-function cleanNode(serialized, seen) {
+function cleanAttribute(el, tag, name, value, masked) {
+  if (name === "value" && !OWN_VALUE.test(tag)) return CONTROLS.test(tag) ? maskValue(value, el) : stars(value);
+  if (/^aria-value/.test(name) || masked && WORDS.test(name) || CONTROLS.test(tag) && ECHO.test(name) && !shows(el)) return stars(value);
+  if (tag === "meta" && name === "content" && !/^(viewport|color-scheme)$/.test(el.name)) return "";
+  if (masked && (/^(a|area)$/.test(tag) && name === "href" || /^data:/.test(value))) return ""; // a typed link, a pasted picture
+  if (/^(style|_cssText|replay-.*)$/.test(name)) return cleanCSS(value);
+  if (/srcset$|^ping$/.test(name)) return value.replace(/\S+/g, (part) => cutAddress(part));
+  if (URLS.test(name)) return cleanAddress(el, tag, value);
+  if (/^[^\s?]+\?\S*=/.test(value)) return cutAddress(value);
+  return WORDS.test(name) ? cleanWords(value) : hideInName(cutAddresses(value));
+}
+
+// A control, or an editor, is labelled by its page: its own words are masked
+// only where the owner says so, or what is around it is masked.
+function cleanAttributes(el, attributes, seen) {
+  const tag = localName(el), masked = view(el, seen) === 2;
+  for (const name of Object.keys(attributes)) {
+    const value = attributes[name];
+    if (/^on|^srcdoc$|^selected$/.test(name)) delete attributes[name]; // a frame's document is recorded itself
+    else if (name === "style" && value && typeof value === "object") cleanStyle(value);
+    else if (typeof value === "object" && value) delete attributes[name]; // a field of a form, by the name of what rrweb reads
+    else if (typeof value === "string" && (!name.startsWith("rr_") || name === "rr_src")) {
+      attributes[name] = cleanAttribute(el, tag, name, value, masked);
+    }
+  }
+}
+
+// cleanBlocked leaves the room that a blocked element takes.
+function cleanBlocked(serialized, el) {
+  const { width, height } = boxOf(el), name = attributeOf(el, "class");
+  serialized.attributes = { ...name && { class: hideInName(name) }, rr_width: `${width}px`, rr_height: `${height}px` };
+  serialized.childNodes = [];
+  delete serialized.isShadowHost;
+}
+
+// cleanNode cleans a serialized node and all below it. fresh: it appears just after a key.
+function cleanNode(serialized, seen, fresh) {
   const node = nodeOf(serialized.id);
-  if (serialized.attributes) cleanAttributes(node, serialized.attributes, view(node, seen) > 0);
-  else if (serialized.textContent) serialized.textContent = cleanText(node, serialized.textContent, seen);
-  for (const child of serialized.childNodes || []) cleanNode(child, seen);
+  if (serialized.attributes) {
+    if (view(node, seen) === 3) return cleanBlocked(serialized, node);
+    if (serialized.tagName === "form") cleanForm(serialized, node);
+    cleanAttributes(node, serialized.attributes, seen);
+    if (isControl(node)) noteControl(serialized.id, node);
+  } else if (serialized.textContent) serialized.textContent = cleanText(node, serialized.textContent, seen, fresh);
+  for (const child of serialized.childNodes || []) cleanNode(child, seen, fresh);
 }
 
-function cleanText(node, text, seen) {
-  const el = outer(node);
-  if (el && el.localName === "style") return text;
-  if (el && el.localName === "noscript") return ""; // markup as text; a replay never shows it
-  return view(el, seen) > 0 ? stars(text) : text;
+// What rrweb took for a form's attributes may be a field of that name.
+function cleanForm(serialized, form) {
+  delete serialized.isSVG;
+  if (attributesOf(form) === form.attributes) return;
+  for (const name of Object.keys(serialized.attributes)) if (!name.startsWith("rr_")) delete serialized.attributes[name];
+  for (const name of attributeNames(form)) serialized.attributes[name] = attributeOf(form, name);
 }
 
-// cleanMutation also leaves out what happens in a blocked element: rrweb's own
-// check stops at a shadow root, and does not see what was blocked later. (Text
-// in there is masked like any other that is not recorded openly.)
+function cleanText(node, text, seen, fresh) {
+  const el = outer(node), tag = el && localName(el);
+  if (tag === "style") return cleanCSS(text);
+  if (tag === "noscript") return ""; // markup as text; a replay never shows it
+  if (view(el, seen)) return stars(text);
+  if (!fresh || !el || !isDrawn(text)) return cleanWords(text);
+  if (tag !== "body" && childElementCount(el) < 4) typedInto.add(el);
+  return stars(text);
+}
+
+// ── Events ───────────────────────────────────────────────────────────────────
+
+// cleanMutation also leaves out what happens in a blocked element.
 function cleanMutation(data, seen) {
-  data.adds = data.adds.filter((add) => view(outer(nodeOf(add.node.id)) || nodeOf(add.parentId), seen) < 2);
-  data.attributes = data.attributes.filter((a) => view(outer(nodeOf(a.id)), seen) < 2);
-  for (const add of data.adds) cleanNode(add.node, seen);
-  for (const text of data.texts) if (text.value) text.value = cleanText(nodeOf(text.id), text.value, seen);
-  for (const a of data.attributes) cleanAttributes(nodeOf(a.id), a.attributes, view(nodeOf(a.id), seen) > 0);
+  const fresh = now() - runAt < DRAWN_MS;
+  data.adds = data.adds.filter(({ node, parentId }) => (view(outer(nodeOf(node.id)), seen) || viewAt(parentId, seen)) < 3);
+  data.removes = data.removes.filter(({ parentId }) => viewAt(parentId, seen) < 3);
+  const isOpen = ({ id }) => nodeOf(id) && viewAt(id, seen) < 3;
+  data.attributes = data.attributes.filter(isOpen);
+  data.texts = data.texts.filter(isOpen);
+  for (const { node } of data.adds) {
+    cleanNode(node, seen, fresh);
+    if (data.isAttachIframe) hearTyping(viewOf(nodeOf(node.id)));
+  }
+  for (const text of data.texts) if (text.value) text.value = cleanText(nodeOf(text.id), text.value, seen, fresh);
+  for (const { id, attributes } of data.attributes) cleanAttributes(nodeOf(id), attributes, seen);
+  return data.adds.length + data.removes.length + data.attributes.length + data.texts.length > 0;
 }
 
+function cleanSheets(data) {
+  for (const rule of [...data.adds || [], ...(data.styles || []).flatMap(({ rules }) => rules)]) {
+    if (rule.rule) rule.rule = cleanCSS(rule.rule);
+  }
+  for (const name of ["replace", "replaceSync", "fontSource"]) if (data[name]) data[name] = cleanCSS(data[name]);
+  const { set } = data;
+  if (set && set.value) set.value = set.property.startsWith("--") ? cleanWords(set.value) : cleanCSS(set.value);
+  return true;
+}
+
+// clean says false if nothing of the event is left.
 function clean(event) {
-  const { type, data } = event;
-  if (type === META) data.href = cutQuery(data.href);
-  if (type === FULL) cleanNode(data.node, new Map());
-  if (type !== INCREMENTAL) return;
-  if (data.source === MUTATION) cleanMutation(data, new Map());
-  if (data.source === INPUT) data.text = maskValue(data.text, nodeOf(data.id));
+  const { type, data } = event, seen = new Map();
+  if (type === META) data.href = cutAddress(data.href, document);
+  if (type === FULL) cleanNode(data.node, seen, false);
+  if (type !== INCREMENTAL) return true;
+  if (data.source === MUTATION) return cleanMutation(data, seen);
+  if (data.id && viewAt(data.id, seen) === 3) return false;
+  if (data.source === INPUT) {
+    const el = nodeOf(data.id);
+    if (!el) return false; // a mutation that is still to come brings it
+    if (CHOICES.test(el.type)) data.text = maskValue(data.text, el); // rrweb leaves these as they are
+    noteControl(data.id, el);
+  }
+  return cleanSheets(data);
 }

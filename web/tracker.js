@@ -15,18 +15,27 @@
 //   allow-query      keep the query strings of URLs
 //   inline-images    "true": copies of the pictures go into the recording
 //   record-canvas    frames a second: canvases are recorded
+//   debug            say on the console why nothing is recorded (always on localhost)
+//
+// What somebody typed never leaves the page, wherever the page repeats it, from
+// four characters up. One attribute makes an exception, of the field it stands on
+// (an input, a text area, an editor): <input data-replay-show>. What is typed into
+// that field is in the recording, readable for everybody who may watch it, letter
+// by letter, with what was deleted again; so it is for search words, and never for
+// names, addresses or free text. Passwords and hidden fields are never shown.
 //
 // window.sessionReplay: start(options), stop(), identify(user, traits),
-// event(name, payload), sessionId.
+// event(name, payload), sessionId, and state: {recording, reason (a word why
+// not, or why nothing arrives), transport, waiting (batches), errors}.
+// What the owner gives to event() and identify() is recorded as it is.
 //
-// What somebody typed never leaves the page; what goes wrong here never reaches
-// it: every way in goes through safe().
+// What goes wrong here never reaches the page: every way in goes through safe().
 if (window.sessionReplay && typeof window.sessionReplay.start === "function") return; // embedded twice
 
 const script = document.currentScript || document.querySelector('script[src*="/tracker.js"]');
 const { record } = rrwebRecord;
 const { stringify } = JSON; // pages replace such things; these are from before
-const Socket = window.WebSocket;
+const { WebSocket: Socket, Event: PlainEvent, File: PlainFile } = window;
 
 const FLUSH_MS = 500, FLUSH_EVENTS = 50;
 const BUFFER = 8 << 20; // UTF-16 units of JSON that may wait for an ack, the newest full snapshot apart
@@ -36,17 +45,23 @@ const CHECKOUT_MS = 5 * 60_000;
 const SILENCE_MS = 30_000; // without a session_ready or an ack: the connection is dead
 const RETRY_MS = 500, RETRY_MAX_MS = 30_000;
 const MAX_ERRORS = 100; // a page, so that a loop of errors cannot flood
+const MEND_MS = 10_000; // between two snapshots that mend what an exception broke
+const TELL_MS = 5000; // between two messages about pages and clicks
+const LEFT_OUT = "data:,left-out"; // stands for a data: address that was too large to be sent
 const STORE = "session-replay";
 
 // rrweb's event types, and the sources of its incremental events, that matter here.
 const FULL = 2, INCREMENTAL = 3, META = 4, CUSTOM = 5;
-const MUTATION = 0, INPUT = 5, CANVAS = 9, ADOPTED = 15;
+const MUTATION = 0, CLICKS = 2, INPUT = 5, CANVAS = 9, ADOPTED = 15;
+const VISITOR = [1, 2, 3, 5, 6, 7, 12, 14]; // sources of what a visitor does: mouse, touch, scroll, input, media, selection
 
 let options = {};
 let wanted = false; // between start() and stop()
 let stopRecorder = null;
 let listeners = null; // an AbortController: ends every listener at once
-let session = null; // {id, resume, next, acked, started, at, entry, referrer, user, traits}
+let session = null; // {id, resume, next, acked, started, at, entry, title, referrer, user, traits, pages, clicks}
+let reason = "not-started"; // why nothing is recorded, or arrives
+let troubles = 0, mendTimer = 0, mendedAt = -Infinity; // exceptions of the recorder's own
 let unlock = () => {};
 let turn = 0; // raised when a begin() that waits is of no use any more
 let held = []; // batches that are not acked: {seq (0: not sent yet), snap, text}
@@ -54,33 +69,62 @@ let heldSize = 0;
 let notes = []; // errors that wait for a connection
 let noted = 0;
 let pending = [], pendingSize = 0, flushTimer = 0; // events of the next batch
-let snapshotSize = 0; // of the newest full snapshot
+let snapshotSize = 0, snapshotAt = 0; // of the newest full snapshot
+let limit = (32 << 20) - (64 << 10); // bytes that one message may have
 let fullSince = 0; // when the buffer was full, and recording stopped
 let socket = null, ready = false, readyAt = 0;
 let stored = false; // sessionStorage has batches
-let news = false; // identify() was called since the last session_start
+let news = false, newsTimer = 0; // something is to be said since the last session_start
 let sent = 0; // how many of held went over this connection
 let retries = 0, retryTimer = 0, silence = 0, refusals = 0;
+let unopened = 0; // connections in a row that could not be opened
 
 const complain = (...what) => console.debug("session-replay:", ...what);
 
-const safe = (f) => (...args) => {
-  try {
-    return f(...args);
-  } catch (error) {
-    return complain(error);
-  }
-};
+function trouble(error) {
+  troubles++;
+  complain(error);
+}
+
+function safe(f, failed = trouble) {
+  return (...args) => {
+    try {
+      return f(...args);
+    } catch (error) {
+      return failed(error);
+    }
+  };
+}
+
+// on listens while recording goes on. The prototype's own, because pages replace
+// window.addEventListener too.
+function on(target, type, f, capture = false) {
+  EventTarget.prototype.addEventListener.call(target, type, f, { capture, signal: listeners.signal });
+}
+
+// ── Time ─────────────────────────────────────────────────────────────────────
+// A page may have a Date of its own, and a clock may be set: within a page time
+// goes on by the browser's monotonic clock, from the time of day at its start or,
+// if that is later, from the last event of its session. Events and files carry
+// both clocks where no page has its hands.
+
+const sinceStart = own(Object.getOwnPropertyDescriptor(PlainEvent.prototype, "timeStamp").get);
+const monotonic = () => sinceStart(new PlainEvent(""));
+const timeOfDay = () => new PlainFile([], "").lastModified;
+let origin = timeOfDay() - monotonic();
+
+function now() { return Math.round(origin + monotonic()); }
+function setClock(last = 0) { origin = Math.max(timeOfDay(), last) - monotonic(); }
 
 // ── Recording ────────────────────────────────────────────────────────────────
 
 // toText is JSON.stringify for pages whose libraries gave arrays and strings a
 // toJSON of their own (Prototype.js did).
-function toText(value) {
+function toText(value, replacer) {
   const theirs = [Array.prototype, String.prototype].filter((p) => p.toJSON).map((p) => [p, p.toJSON]);
   for (const [p] of theirs) delete p.toJSON;
   try {
-    return stringify(value);
+    return stringify(value, replacer);
   } finally {
     for (const [p, toJSON] of theirs) p.toJSON = toJSON;
   }
@@ -88,31 +132,99 @@ function toText(value) {
 
 const emit = safe((event) => {
   if (!stopRecorder && event.type === INCREMENTAL) return; // after the recorder was stopped
-  clean(event); // if it throws, the event is not recorded
+  if (isLeft(event)) startAfresh();
+  event.timestamp = now(); // rrweb asks the page's Date
+  const { type, data } = event;
+  if (type === META) guardForms();
+  if (type === FULL) unguard();
+  if (data.positions) for (const at of data.positions) at.timeOffset = Math.max(-500, Math.min(0, at.timeOffset));
+  if (type === INCREMENTAL) notePage();
   safe(picture.mend)(event);
+  if (!clean(event)) return; // if it throws, the event is not recorded
+  if (data.source === CLICKS && data.type === 2) tell(session && session.clicks++);
   push(event);
   picture.took(event);
-});
+  if (type === INCREMENTAL && now() - snapshotAt > CHECKOUT_MS) takeSnapshot();
+}, mend);
 
 function startRecorder() {
   stopRecorder = () => {}; // rrweb emits before it returns
+  snapshotAt = 0;
   const stop = record({
     emit,
     recordAfter: "DOMContentLoaded",
-    checkoutEveryNms: CHECKOUT_MS, // looked at when there is an event: an idle page takes none
     maskInputOptions: { input: true, textarea: true, select: true }, // by element: every type of input
-    maskInputFn: maskValue,
-    blockSelector,
+    maskInputFn: maskInput,
     ignoreSelector: IGNORED,
-    slimDOMOptions: "all", // no scripts, comments, meta data
+    slimDOMOptions: { script: true, comment: true, headFavicon: true, headWhitespace: true, headMetaSocial: true,
+      headMetaRobots: true, headMetaHttpEquiv: true, headMetaVerification: true, headMetaAuthorship: true, headMetaDescKeywords: true },
     sampling: { scroll: 150, media: 800, canvas: Number(options.recordCanvas) || undefined },
     recordCanvas: Number(options.recordCanvas) > 0,
     dataURLOptions: { type: "image/webp", quality: 0.7 },
     // Pages rely on the DOMExceptions of what rrweb wraps (insertRule and the
     // like); any other error in there is rrweb's own.
-    errorHandler: (error) => !(error instanceof DOMException),
+    errorHandler: (error) => !(error instanceof DOMException) && mend(error),
   });
   if (stop) stopRecorder = safe(stop);
+  else explain("failed", unguard());
+}
+
+// mend counts an exception within the recorder. What it has broken a full
+// snapshot makes whole.
+function mend(error) {
+  trouble(error);
+  unguard();
+  mendTimer ||= setTimeout(safe(() => {
+    mendTimer = 0;
+    mendedAt = now();
+    takeSnapshot();
+  }), Math.max(0, mendedAt + MEND_MS - now()));
+  return true;
+}
+
+// A form with a field named nodeType, or fields named host and mode, is none
+// that rrweb can walk past.
+function isUnreadable(node) {
+  const { attributes } = node;
+  return typeof node.nodeType !== "number" || typeof node.ELEMENT_NODE !== "number" || "host" in node && "mode" in node
+    || attributes !== attributesOf(node) && attributes.length > 0;
+}
+
+const unreadable = new Set(); // as the newest snapshot found them
+const leftOut = new WeakMap(); // forms → what stands for them
+function placeholderFor(form) {
+  if (!leftOut.has(form)) {
+    const { width, height } = boxOf(form), mark = document.createElement("form");
+    for (const [name, value] of [["data-replay-left-out", "form"], ["rr_width", `${width}px`], ["rr_height", `${height}px`]]) {
+      mark.setAttribute(name, value);
+    }
+    leftOut.set(form, mark);
+  }
+  record.mirror.add(form, { id: -2 }); // rrweb's word for what it passes over
+  return leftOut.get(form);
+}
+
+// rrweb keeps for good the getter of childNodes that it finds at its first
+// snapshot: here it finds one that puts a mark in the place of such forms. It
+// would look elsewhere if it saw Zone.js.
+let guarded = false, unguard = () => {};
+function guardForms() {
+  unreadable.clear();
+  for (const form of formsIn(document, "form")) if (isUnreadable(form)) unreadable.add(form);
+  if (guarded) return;
+  guarded = true;
+  const theirs = Object.getOwnPropertyDescriptor(Node.prototype, "childNodes"), list = own(theirs.get), { Zone } = window;
+  const apply = (_, node) => {
+    const nodes = list(node);
+    return unreadable.size ? Array.from(nodes, (child) => (unreadable.has(child) ? placeholderFor(child) : child)) : nodes;
+  };
+  Object.defineProperty(Node.prototype, "childNodes", { ...theirs, get: new Proxy(theirs.get, { apply }) });
+  if (Zone) window.Zone = undefined;
+  unguard = () => {
+    Object.defineProperty(Node.prototype, "childNodes", theirs);
+    if (Zone) window.Zone = Zone;
+    unguard = () => {};
+  };
 }
 
 function endRecorder() {
@@ -120,22 +232,61 @@ function endRecorder() {
   stopRecorder = null;
 }
 
-const takeSnapshot = safe(() => { if (stopRecorder) record.takeFullSnapshot(true); });
+const takeSnapshot = safe(() => { if (stopRecorder && snapshotAt) record.takeFullSnapshot(true); }, mend);
 
-const customEvent = (tag, payload) => ({ type: CUSTOM, data: { tag, payload }, timestamp: Date.now() });
+const customEvent = (tag, payload) => ({ type: CUSTOM, data: { tag, payload }, timestamp: now() });
+
+const bytesOf = (text) => (text.length * 3 < limit ? text.length : new Blob([text]).size);
+
+// fitted gives the text of an event that one message can hold: of a larger one
+// the largest data: addresses are left out.
+function fitted(event) {
+  let text = toText(event);
+  for (let most = limit >> 1; bytesOf(text) > limit && most > 1000; most >>= 2) {
+    const shorter = (found) => (found.length > most ? LEFT_OUT : found);
+    text = toText(event, (_, value) => (typeof value === "string" ? value.replace(/data:[^\s"'()<>]+/g, shorter) : value));
+  }
+  return bytesOf(text) > limit ? null : text;
+}
+
+// tooLarge: without its snapshot nothing can be watched. What says so is recorded.
+function tooLarge() {
+  explain("too-large");
+  endRecorder();
+  push(customEvent("too-large", { limit }));
+  flush();
+}
 
 function push(event) {
   if (fullSince) return;
-  const text = cutQueries(toText(event));
+  const text = fitted(event);
+  if (text === null) return event.type === FULL ? tooLarge() : mend(new Error("an event larger than a message"));
   if (heldSize + pendingSize > BUFFER + snapshotSize) return bufferFull();
-  if (event.type === META) flush(); // a snapshot's batch begins with its Meta
+  if (event.type === META || pendingSize + text.length > limit / 4) flush(); // a snapshot's batch begins with its Meta
   pending.push(text);
   pendingSize += text.length;
-  if (session) session.at = event.timestamp;
+  if (session && (isVisitors(event) || event.timestamp - session.at < IDLE_MS)) session.at = event.timestamp;
   const snap = event.type === FULL;
-  if (snap) snapshotSize = pendingSize;
+  if (snap) [snapshotSize, snapshotAt] = [pendingSize, event.timestamp];
   if (snap || pending.length >= FLUSH_EVENTS) flush(snap);
-  else if (!flushTimer) flushTimer = setTimeout(safe(() => flush()), FLUSH_MS);
+  else if (!flushTimer) flushTimer = setTimeout(safe(() => { noteMissed(); flush(); }), FLUSH_MS);
+}
+
+// What controls hold, by id, as it was recorded last. Frameworks set values past
+// every setter, and a form's reset() is no event of its fields.
+const controls = new Map();
+const noteControl = (id, el) => controls.set(id, toState(el));
+const toState = (el) => ({ text: maskValue(el.value, el), isChecked: !!el.checked });
+
+function noteMissed() {
+  for (const [id, was] of controls) {
+    const el = nodeOf(id), is = el && toState(el);
+    if (!el) controls.delete(id);
+    else if (is.text !== was.text || is.isChecked !== was.isChecked) {
+      maskInput(el.value, el);
+      emit({ type: INCREMENTAL, data: { source: INPUT, ...is, id } });
+    }
+  }
 }
 
 function flush(snap = false) {
@@ -152,75 +303,79 @@ function flush(snap = false) {
 // A full buffer stops the recorder: what is held stays playable. When half of it
 // is acked recording goes on, with a word about the gap and a fresh snapshot.
 function bufferFull() {
-  fullSince = Date.now();
+  fullSince = now();
   flush();
   endRecorder();
 }
 
 function goOn() {
   if (!fullSince || !wanted || heldSize > BUFFER / 2) return;
-  const gap = customEvent("gap", { from: fullSince, to: Date.now() });
+  const gap = customEvent("gap", { from: fullSince, to: now() });
   fullSince = 0;
   push(gap);
   startRecorder();
 }
 
-let lastHref, watching = false;
-function noteNavigation() {
-  const href = cutQuery(location.href);
-  if (href === lastHref) return;
-  lastHref = href;
-  push(customEvent("navigation", { href }));
+// notePage looks at the address and the title; it is called with every event, and
+// when the page goes from one address to another without any.
+let page = {}, lastAddress, lastTitle;
+function notePage() {
+  const title = titleOf(document);
+  if (location.href === lastAddress && title === lastTitle) return;
+  [lastAddress, lastTitle] = [location.href, title];
+  const { href: before, title: named } = page;
+  page = { href: cutAddress(lastAddress, document), title: hide(title) };
+  if (!before) return;
+  if (page.href !== before) push(customEvent("navigation", page), tell(session && session.pages++));
+  else if (page.title !== named) push(customEvent("title", { title: page.title }), tell());
 }
 
-// watchHistory stays for good: other scripts may have wrapped what it wrapped.
-function watchHistory() {
-  lastHref = cutQuery(location.href);
-  if (watching) return;
-  watching = true;
-  for (const name of ["pushState", "replaceState"]) {
-    const original = history[name];
-    history[name] = function (...args) {
-      const result = original.apply(this, args);
-      if (wanted) safe(noteNavigation)();
-      return result;
-    };
-  }
+// tell says soon, with another session_start, what lists show of a session.
+function tell() {
+  news = true;
+  newsTimer ||= setTimeout(safe(sayNews), TELL_MS);
+}
+
+function sayNews() {
+  clearTimeout(newsTimer);
+  newsTimer = 0;
+  if (news && ready) sayStart();
 }
 
 function noteError(type, error, data) {
   if (++noted > MAX_ERRORS) return;
-  Object.assign(data, { stack: error && error.stack, url: cutQuery(location.href), timestamp: Date.now() });
-  for (const key of Object.keys(data)) if (typeof data[key] === "string") data[key] = cutQueries(data[key]).slice(0, 8192);
+  Object.assign(data, { stack: error && error.stack, timestamp: now() });
+  for (const key of Object.keys(data)) if (typeof data[key] === "string") data[key] = cleanWords(data[key]).slice(0, 8192);
+  data.url = cutAddress(location.href, document);
   notes.push(toText({ type, data }));
   transmit();
 }
 
 function listen() {
   listeners = new AbortController();
-  // The prototype's own, because pages replace window.addEventListener too.
-  const on = (target, type, f, capture = false) =>
-    EventTarget.prototype.addEventListener.call(target, type, safe(f), { capture, signal: listeners.signal });
-  on(window, "error", ({ message, filename, lineno, colno, error }) => {
+  const hear = (target, type, f, capture) => on(target, type, safe(f), capture);
+  hear(window, "error", (e) => {
+    const { message, filename, lineno, colno, error } = e;
+    if (script && filename === script.src && !(error instanceof DOMException)) return mend(error); // rrweb's own
     if (message) noteError("javascript_error", error, { message, filename, lineno, colno });
   });
-  on(window, "unhandledrejection", ({ reason }) => {
+  hear(window, "unhandledrejection", ({ reason }) => {
     noteError("promise_rejection", reason, { reason: String(reason && reason.message || reason) });
   });
-  on(window, "popstate", noteNavigation);
-  on(window, "hashchange", noteNavigation);
-  on(document, "visibilitychange", () => {
-    if (ready) say("visibility_change", { hidden: document.hidden, timestamp: Date.now() });
+  for (const type of ["popstate", "hashchange"]) hear(window, type, notePage);
+  if (window.navigation) hear(navigation, "currententrychange", notePage);
+  hear(document, "visibilitychange", () => {
+    if (ready) say("visibility_change", { hidden: document.hidden, timestamp: now() });
     if (document.hidden) keep();
     else if (!socket) connect();
   }, true);
-  on(window, "pagehide", leave, true);
-  on(window, "pageshow", (e) => { if (e.persisted) comeBack(); }, true);
-  on(document, "freeze", () => { keep(); disconnect(); }, true);
-  on(document, "resume", connect, true);
-  on(window, "online", () => { if (!ready) { disconnect(); connect(); } });
-  on(window, "offline", () => { disconnect(); retry(); });
-  watchHistory();
+  hear(window, "pagehide", leave, true);
+  hear(window, "pageshow", (e) => { if (e.persisted) comeBack(); }, true);
+  hear(document, "freeze", () => { keep(); disconnect(); }, true);
+  hear(document, "resume", connect, true);
+  hear(window, "online", () => { if (!ready) { disconnect(); connect(); } });
+  hear(window, "offline", () => { disconnect(); retry(); });
+  hearTyping(window);
   picture.begin();
 }
 
@@ -238,7 +393,7 @@ const sizeOf = (batches) => batches.reduce((sum, batch) => sum + batch.text.leng
 function load() {
   try {
     const stored = JSON.parse(sessionStorage.getItem(STORE));
-    return stored && Date.now() - stored.at < IDLE_MS ? stored : null;
+    return stored && timeOfDay() - stored.at < IDLE_MS ? stored : null;
   } catch {
     return null;
   }
@@ -248,6 +403,7 @@ function load() {
 // that what does not fit is missed there, and said to be a gap. A page that is
 // left before it has its session adds to what the page before it kept.
 function keep(leaving = false) {
+  noteMissed();
   flush();
   const tab = session || leaving && load();
   if (!tab) return;
@@ -291,8 +447,8 @@ async function claim() {
 function newSession() {
   const id = newId();
   lock(id);
-  return { id, resume: "", next: 1, acked: 0, started: Date.now(), at: Date.now(),
-    entry: cutQuery(location.href), referrer: cutQuery(document.referrer) };
+  return { id, resume: "", next: 1, acked: 0, started: now(), at: now(), pages: 0, clicks: 0,
+    entry: page.href, title: page.title, referrer: cutAddress(document.referrer) };
 }
 
 // begin finds the tab's session, while the recorder already fills held.
@@ -305,15 +461,39 @@ async function begin() {
   notes = said.concat(notes);
   heldSize = sizeOf(held);
   session = found.id ? found : newSession();
+  session.pages++;
+  nameVisitor();
+  connect();
+}
+
+function nameVisitor() {
   session.user = options.user || session.user || visitor();
   session.traits = { ...session.traits, ...options.traits };
+}
+
+// A tab is left when nothing happens for long: what its visitor does then begins
+// another session. A computer that sleeps stops the monotonic clock.
+const isVisitors = ({ type, data }) => type === INCREMENTAL && VISITOR.includes(data.source);
+const isLeft = (event) => session && isVisitors(event) && !held.length && !pending.length
+  && (now() - session.at > IDLE_MS || timeOfDay() - now() > IDLE_MS);
+
+function startAfresh() {
+  if (ready) say("session_end", { sessionId: session.id });
+  disconnect();
+  letGo();
+  setClock();
+  session = newSession();
+  session.pages = 1;
+  nameVisitor();
   connect();
+  takeSnapshot();
 }
 
 // leave leaves all that is held to the next page, which may be this one again,
 // from the back/forward cache.
 function leave() {
   keep(true);
+  sayNews();
   disconnect();
   letGo();
   session = null;
@@ -327,6 +507,7 @@ function letGo() {
 }
 
 function comeBack() {
+  setClock((load() || {}).at);
   begin().catch(complain);
   takeSnapshot();
 }
@@ -352,10 +533,10 @@ const say = (type, data) => socket.send(toText({ type, data }));
 
 function sayStart() {
   news = false;
-  const { id, resume, started, entry, referrer, user, traits } = session;
+  const { id, resume, started, entry, title, referrer, user, traits, pages, clicks } = session;
   say("session_start", {
-    sessionId: id, resume, userId: user, traits, startTime: started,
-    url: cutQuery(location.href), entryUrl: entry, referrer, userAgent: navigator.userAgent,
+    sessionId: id, resume, userId: user, traits, startTime: started, url: entry, title, referrer,
+    lastUrl: page.href, lastTitle: page.title, pages, clicks, userAgent: navigator.userAgent,
     viewport: { width: innerWidth, height: innerHeight, devicePixelRatio },
     timeZone: Intl.DateTimeFormat().resolvedOptions().timeZone,
   });
@@ -370,7 +551,7 @@ function connect() {
   } catch { // ws: from an https: page, for one
     return retry();
   }
-  opened.onopen = safe(() => { if (opened === socket) sayStart(); });
+  opened.onopen = safe(() => { if (opened === socket) sayStart(unopened = 0); });
   opened.onmessage = safe((e) => { if (opened === socket) receive(JSON.parse(e.data)); });
   opened.onclose = safe((e) => { if (opened === socket) closed(e.code); });
   watch();
@@ -399,24 +580,40 @@ function retry() {
 }
 
 function closed(code) {
-  if (ready && Date.now() - readyAt > 10_000) retries = 0;
+  if (ready && now() - readyAt > 10_000) retries = 0;
   disconnect();
-  if (code === 4001) halt(); // another page has the session, and its storage
-  else if (code === 4004 || code === 1009) halt(forget());
-  else retry();
+  if (code === 4001) return halt("taken over"); // by another page, which has its storage
+  if (code === 4004) return halt("refused: deleted", forget());
+  if (code === 1009) return sendLess();
+  if (!ready && ++unopened === 2) explain(why());
+  retry();
+}
+
+// sendLess follows a message that the server finds too large: it becomes a gap,
+// and a snapshot of half its size is to follow.
+function sendLess() {
+  const largest = held.reduce((a, b) => (b.text.length > a.text.length ? b : a), { text: "" });
+  limit = Math.min(limit, bytesOf(largest.text)) / 2;
+  if (limit < 50_000) return halt("refused: too_large", forget());
+  Object.assign(largest, { text: toText(customEvent("gap", {})), snap: false });
+  heldSize = sizeOf(held);
+  disconnect();
+  takeSnapshot();
+  retry();
 }
 
 // halt ends recording, until the next page load unless start() is called.
-function halt() {
+function halt(why) {
+  explain(why);
   wanted = false;
   endRecorder();
   if (listeners) listeners.abort();
   disconnect();
   letGo();
-  clearTimeout(flushTimer);
+  for (const timer of [flushTimer, mendTimer, newsTimer]) clearTimeout(timer);
   session = null;
   held = [], pending = [], notes = [];
-  heldSize = pendingSize = flushTimer = fullSince = 0;
+  heldSize = pendingSize = flushTimer = fullSince = mendTimer = newsTimer = 0;
 }
 
 function receive({ type, data = {} }) {
@@ -432,7 +629,7 @@ function started({ sessionId, resume, lastSeq, accepted = lastSeq }) {
   if (sessionId !== session.id || lastSeq < session.acked) startOver(sessionId, lastSeq);
   else align(lastSeq, accepted);
   ready = true;
-  readyAt = Date.now();
+  readyAt = now();
   if (news) sayStart();
   transmit();
   watch();
@@ -449,7 +646,7 @@ function startOver(id, lastSeq) {
   held = first < 0 ? [] : held.slice(first);
   heldSize = sizeOf(held);
   for (const batch of held) batch.seq = 0;
-  Object.assign(session, { id, next: lastSeq + 1, acked: lastSeq, started: Date.now() });
+  Object.assign(session, { id, next: lastSeq + 1, acked: lastSeq, started: now() });
   sent = 0;
   if (first < 0) takeSnapshot();
 }
@@ -498,7 +695,8 @@ function transmit() {
 }
 
 function refused({ code, message }) {
-  if (/^(session_full|session_deleted|too_large)$/.test(code)) halt(forget());
+  if (/^session_(full|deleted)$/.test(code)) halt(`refused: ${code}`, forget());
+  else if (code === "too_large") sendLess();
   else if (/^(sequence_gap|too_many_sessions|unavailable)$/.test(code)) { // a new connection says where we stand
     disconnect();
     retries = Math.max(retries, 3);
@@ -509,7 +707,7 @@ function refused({ code, message }) {
 
 // renew begins another session, because the server cannot go on with this one.
 function renew() {
-  if (++refusals > 3) return halt(forget());
+  if (++refusals > 3) return halt("refused: not_stored", forget());
   startOver(newId(), 0);
   session.resume = "";
   ready = false;
@@ -550,20 +748,42 @@ function isInRecordedPage() {
   }
 }
 
+// explain keeps the reason why nothing is recorded, and tells who develops the page.
+function explain(why) {
+  reason = why;
+  const { debug = "false" } = { ...(script && script.dataset), ...options };
+  if (why && (debug !== "false" || /^(localhost|127\..*|\[::1\])$/.test(location.hostname))) {
+    console.info(`session-replay does not record: ${why}`);
+  }
+}
+
+// why tells what keeps events from being recorded, or from arriving.
+function why() {
+  if (!wanted || !stopRecorder || ready) return reason;
+  return !navigator.onLine ? "offline" : unopened > 1 ? "blocked" : "connecting";
+}
+
 function start(given) {
-  if (wanted || !Socket || isInRecordedPage()) return;
+  if (wanted) return;
   options = readOptions(given);
-  if (navigator.globalPrivacyControl && options.gpc !== "ignore") return;
+  if (!Socket) return explain("no WebSocket");
+  if (isInRecordedPage()) return explain("recorded by the page around this frame");
+  if (navigator.globalPrivacyControl && options.gpc !== "ignore") return explain("gpc");
   const join = (selector, more) => (more ? `${selector}, ${more}` : selector);
-  maskSelector = join("[data-replay-mask], textarea, [contenteditable]:not([contenteditable=false i])", options.maskText);
+  maskSelector = join("[data-replay-mask]", options.maskText);
   blockSelector = join("[data-replay-block]", options.blockSelector);
   // These throw if a selector is malformed, or JSON cannot hold what is said of
   // the user: then nothing is recorded.
-  document.querySelector(`${maskSelector}, ${blockSelector}`);
+  anySelector = `${maskSelector}, ${blockSelector}, ${EDITORS}`;
+  own(Document.prototype.querySelector)(document, anySelector);
   toText([options.user, options.traits]);
-  if (!sampled()) return;
+  if (!sampled()) return explain("sampled-out");
   if (document.prerendering) return document.addEventListener("prerenderingchange", safe(() => start(given)), { once: true });
   wanted = true;
+  reason = "";
+  setClock((load() || {}).at);
+  page = {}, lastAddress = null;
+  notePage();
   listen();
   begin().catch(complain);
   startRecorder();
@@ -576,7 +796,7 @@ function stop() {
   flush();
   forget();
   if (ready) say("session_end", { sessionId: session.id });
-  halt(); // closing sends what was given to the socket before
+  halt("stopped"); // closing sends what was given to the socket before
 }
 
 function identify(user, traits) {
@@ -590,11 +810,16 @@ function identify(user, traits) {
 }
 
 window.sessionReplay = {
-  start: safe(start),
+  start: safe(start, (error) => { trouble(error); explain("failed"); }),
   stop: safe(stop),
   identify: safe(identify),
   event: safe((name, payload) => { if (wanted) push(customEvent(String(name), payload)); }),
   get sessionId() { return session ? session.id : null; },
+  get state() {
+    const recording = wanted && !!stopRecorder, waiting = held.length + Math.sign(pending.length);
+    return { recording, reason: why(), transport: ready ? "websocket" : "", waiting, errors: troubles };
+  },
 };
 
-if (!script || script.dataset.autostart !== "false") window.sessionReplay.start();
+if (script && script.dataset.autostart === "false") explain("not-started");
+else window.sessionReplay.start();

@@ -3,112 +3,14 @@
 import assert from "node:assert/strict";
 import { readFileSync } from "node:fs";
 import { after, before, test } from "node:test";
-import { gunzipSync, gzipSync } from "node:zlib";
-import { harness, sleep, until } from "./harness.mjs";
+import { gzipSync } from "node:zlib";
+import { sleep, until } from "./harness.mjs";
+import { arrived, close, customs, embed, established, everything, h, mark, movable, open, pages, playable, sessionCount, sessionOf, site, visit } from "./recorded.mjs";
 
-let h, browser, site;
-const pages = {}; // path → page, of a web site that embeds the tracker
+before(open);
+after(close);
 
-before(async () => {
-  h = await harness();
-  browser = await h.launch({
-    args: ["--host-resolver-rules=MAP insecure.test 127.0.0.1"],
-    ignoreDefaultArgs: ["--disable-back-forward-cache"],
-  });
-  site = await h.site(pages);
-  // A copy of the script on the site itself loads while the server is away.
-  pages["/tracker.js"] = { type: "text/javascript", body: await (await fetch(`${h.url}/tracker.js`)).text() };
-});
-after(() => h?.close());
-
-// embed puts a page on the site, and gives its URL.
-function embed(path, body, attributes = "", src = `${h.url}/tracker.js`) {
-  pages[path] = `<!doctype html><meta charset="utf-8"><title>${path}</title>
-    <script src="${src}" ${attributes}></script><body>${body}`;
-  return site + path;
-}
-
-// visit opens a URL in a browser without memory, and collects what goes wrong in it.
-async function visit(t, url, { script } = {}) {
-  const context = await browser.newContext();
-  t.after(() => context.close());
-  if (script) await context.addInitScript(script);
-  const page = await context.newPage();
-  page.wrong = [];
-  page.on("pageerror", (error) => page.wrong.push(error.message));
-  page.on("console", (m) => { if (m.text().startsWith("session-replay:")) page.wrong.push(m.text()); });
-  if (url) await page.goto(url);
-  return page;
-}
-
-const sessionOf = (page) => until(() => page.evaluate(() => window.sessionReplay?.sessionId), "a session's id");
-
-// mark records n custom events, numbered over the life of a page's test.
-async function mark(page, n) {
-  page.marks ??= 0;
-  await page.evaluate(([from, to]) => { for (let i = from; i < to; i++) window.sessionReplay.event("mark", i); }, [page.marks, page.marks + n]);
-  page.marks += n;
-}
-
-const customs = (events, tag) => events.filter((e) => e.type === 5 && e.data.tag === tag).map((e) => e.data.payload);
-
-// arrived waits until the last mark is stored, and checks that each is there
-// once and in order, in chunks without gap or overlap.
-async function arrived(page, id) {
-  const last = page.marks - 1;
-  const events = await until(async () => {
-    const all = await h.events(id).catch(() => []);
-    return customs(all, "mark").includes(last) && all;
-  }, `mark ${last} of ${id}`).catch(async (error) => {
-    const now = await page.evaluate(() => window.sessionReplay.sessionId);
-    throw new Error(`${error.message}; the page's session is ${now}`);
-  });
-  assert.deepEqual(customs(events, "mark"), Array.from({ length: page.marks }, (_, i) => i));
-  await until(async () => Number((await h.sql(`select event_count from sessions where session_id = '${id}'`))[0]) >= events.length, "commit");
-  const chunks = await h.sql(`select first_index, event_count from session_events where session_id = '${id}' order by first_index`);
-  let next = 0;
-  for (const [first, count] of chunks) {
-    assert.equal(Number(first), next);
-    next += Number(count);
-  }
-  assert.ok(next >= events.length, `${next} events in chunks, ${events.length} read`);
-  return events;
-}
-
-// playable replays all events with rrweb and fails if one of them finds no node.
-async function playable(t, events) {
-  const bundle = readFileSync(new URL("../dist/rrweb-replay.js", import.meta.url), "utf8");
-  const page = await visit(t);
-  const warnings = [];
-  page.on("console", (m) => { if (m.type() === "warning" || m.type() === "error") warnings.push(m.text()); });
-  await page.goto("about:blank");
-  await page.evaluate(bundle);
-  const text = await page.evaluate((events) => {
-    const replayer = new window.rrwebReplay.Replayer(events, { showWarning: true, mouseTail: false });
-    replayer.pause(events.at(-1).timestamp - events[0].timestamp + 1);
-    return replayer.iframe.contentDocument.body.innerText;
-  }, events);
-  assert.deepEqual(warnings.filter((w) => /not found|\[replayer\]/i.test(w)), []);
-  return text;
-}
-
-// everything gives all that the database keeps, as one text.
-async function everything() {
-  const chunks = await h.sql("select encode(events, 'hex') from session_events");
-  const rest = await h.sql("select s::text from sessions s union all select e::text from session_errors e");
-  return chunks.map(([hex]) => gunzipSync(Buffer.from(hex, "hex")).toString()).concat(rest.flat()).join("\n");
-}
-
-// established gives the session's id once the server has something of it: a page
-// that is left before the server's first answer gets another session.
-async function established(page) {
-  const id = await sessionOf(page);
-  await mark(page, 1);
-  await arrived(page, id);
-  return id;
-}
-
-const sessionCount = async () => Number((await h.sql("select count(*) from sessions"))[0]);
+const file = (name) => readFileSync(new URL(`pages/${name}`, import.meta.url), "utf8");
 
 test("the demo, reloaded, left and come back to, is one session", async (t) => {
   const page = await visit(t, `${h.url}/demo`);
@@ -263,151 +165,208 @@ test("what does not fit into sessionStorage is said to be missing; the rest leav
   await playable(t, events);
 });
 
-const secrets = {
-  typed: "SECRETtyped", password: "SECRETpassword", shown: "SECRETshown", area: "SECRETarea", note: "SECRETnote",
-  hidden: "SECREThidden", set: "SECRETset", cleared: "SECRETcleared", areaDefault: "SECRETareadefault", radio: "SECRETradio",
-  custom: "SECRETcustom", shadow: "SECRETshadow", masked: "SECRETmasked", title: "SECRETtitle", blocked: "SECRETblocked",
-  query: "SECRETquery", fragment: "SECRETfragment", link: "SECRETlink", action: "SECRETaction", style: "SECRETstyle",
-  meta: "SECRETmeta", handler: "SECREThandler", script: "SECRETscript", comment: "SECRETcomment", srcdoc: "SECRETsrcdoc",
-  noscript: "SECRETnoscript", data: "SECRETdata", design: "SECRETdesign", spa: "SECRETspa", own: "SECRETown", late: "SECRETlate",
-  optionally: "SECRETselector", pasted: "SECRETpasted", ignored: "SECRETignored", slider: "SECRETslider", referrer: "SECRETreferrer",
-  picture: "SECRETpicture", relative: "SECRETrelative", stack: "SECRETstack", framed: "SECRETframed", hiddenlate: "SECRETlatehidden",
-};
-
-const privatePage = (s) => `
-  <meta name="csrf" content="${s.meta}">
-  <p>What everybody may see</p>
-  <input id=typed><input id=password type=password><input id=shown type=password><textarea id=area></textarea>
-  <input type=hidden id=hidden value="${s.hidden}" data-copy="${s.data}"><input id=set><input id=cleared value="${s.cleared}">
-  <textarea id=areadefault>${s.areaDefault}</textarea>
-  <label><input type=radio name=r id=radio value="${s.radio}"> one</label><input type=checkbox id=check value="${s.radio}">
-  <input type=submit value="Send it"><input type=reset value="Start again">
-  <div id=note contenteditable><span contenteditable=false>${s.note}</span></div>
-  <div data-replay-mask title="${s.title}">${s.masked}<i aria-label="${s.title}"></i><div id=maskedhost></div></div>
-  <div class=own>${s.optionally}</div>
-  <div data-replay-block>${s.blocked}<b id=inblock></b><div id=blockedhost></div></div>
-  <div data-replay-block id=blockedself></div><div id=blockedlater><i>open so far</i></div>
-  <input data-replay-ignore id=ignored>
-  <custom-field id=custom></custom-field>
-  <div id=slider role=slider aria-valuetext="${s.slider}"></div>
-  <a href="/x?token=${s.link}">link</a> <a href="#top">top</a> <a href="/x#access_token=${s.fragment}">fragment</a>
-  <a data-href="x?a=${s.relative}">relative</a>
-  <form action="/go?token=${s.action}"></form>
-  <img src="/picture?sig=${s.picture}"><div style="background: url(/b?sig=${s.style})" onclick="go('${s.handler}')"></div>
-  <style>p { background: url("/c?sig=${s.style}") }</style>
-  <script type="application/json">{"a": "${s.script}"}</script><!-- ${s.comment} -->
-  <noscript>${s.noscript}</noscript>
-  <iframe id=frame srcdoc="<input value='${s.srcdoc}'><div contenteditable>${s.srcdoc}</div>"></iframe>
-  <iframe id=design></iframe>
-  <div data-replay-mask><iframe id=framed srcdoc="<p>${s.framed}</p>"></iframe></div>`;
-
-test("what is private never leaves the page", async (t) => {
-  embed("/private", privatePage(secrets), 'data-mask-text=".own"');
-  pages["/private/next"] = pages["/private"];
-  pages["/from"] = `<a href="/private?token=${secrets.query}#access_token=${secrets.fragment}">go</a>`;
-  const page = await visit(t, `${site}/from?token=${secrets.referrer}`);
-  await page.click("a");
-  const id = await sessionOf(page);
-  await page.locator("#typed").pressSequentially(secrets.typed);
-  await page.locator("#password").pressSequentially(secrets.password);
-  await page.locator("#shown").pressSequentially(secrets.shown);
-  await page.locator("#area").pressSequentially(secrets.area);
-  await page.locator("#ignored").pressSequentially(secrets.ignored);
-  await page.click("#note");
-  await page.keyboard.type(secrets.note);
-  await page.fill("#cleared", "");
-  await page.fill("#areadefault", "");
-  await page.check("#radio");
-  await page.check("#check");
-  await page.evaluate((s) => {
-    const $ = (id) => document.getElementById(id);
-    $("shown").type = "text";
-    $("set").value = s.set;
-    $("set").setAttribute("value", s.set);
-    $("hidden").value = s.hiddenlate;
-    $("hidden").setAttribute("value", s.hiddenlate);
-    $("hidden").dataset.copy = s.data;
-    $("custom").setAttribute("value", s.custom);
-    $("areadefault").textContent = s.areaDefault;
-    $("slider").setAttribute("aria-valuetext", `${s.slider}2`);
-    for (const id of ["custom", "maskedhost", "blockedhost"]) $(id).attachShadow({ mode: "open" });
-    $("custom").shadowRoot.innerHTML = `<input value="${s.shadow}">`;
-    $("maskedhost").shadowRoot.append(s.masked);
-    $("blockedhost").shadowRoot.innerHTML = `<p>${s.blocked}</p>`;
-    $("blockedself").attachShadow({ mode: "open" }).innerHTML = `<p class=${s.blocked}>${s.blocked}</p>`;
-    $("blockedlater").dataset.replayBlock = "";
-    const late = document.createElement("div");
-    late.innerHTML = `<textarea>${s.late}</textarea><input type=hidden value="${s.late}"><p data-replay-mask>${s.late}</p>
-      <div data-replay-block><p>${s.late}</p></div><a href="?x=${s.late}" title="x">late</a><b contenteditable>${s.late}</b>`;
-    document.body.append(late);
-    $("note").append(Object.assign(document.createElement("img"), { src: `data:image/png;base64,${s.pasted}`, alt: s.pasted }));
-    $("note").append(Object.assign(document.createElement("a"), { href: `https://links.test/${s.pasted}`, textContent: s.pasted }));
-    const design = $("design").contentDocument;
-    design.designMode = "on";
-    design.body.textContent = s.design;
-    history.pushState(null, "", `/private/next?step=${s.spa}`);
-    setTimeout(() => {
-      $("maskedhost").shadowRoot.firstChild.data = `${s.masked}2`;
-      $("blockedhost").shadowRoot.firstChild.textContent = `${s.blocked}2`;
-      $("inblock").textContent = s.blocked;
-      $("blockedlater").firstChild.className = $("blockedlater").firstChild.textContent = s.blocked;
-      late.querySelector("textarea").textContent = `${s.late}2`;
-      design.body.firstChild.data += "2";
-      document.querySelector(".own").firstChild.data += "2";
-      document.querySelector("[data-replay-mask]").title += "2";
-      document.querySelector("img").src += "&again=1";
-      $("slider").style.backgroundImage = `url("/d?sig=${s.style}")`;
-      document.styleSheets[0].insertRule(`i { background: url(d?sig=${s.style}) }`);
-    }, 100);
-    setTimeout(() => { throw new Error(`see ${location.origin}/x?token=${s.stack}`); }, 150);
-  }, secrets);
-  await sleep(400);
-  await page.reload(); // the browser restores what was typed into the fields
-  await page.evaluate(() => history.replaceState(null, "", "/private"));
-  await mark(page, 1);
-  const events = await arrived(page, id);
-  await until(async () => (await h.sql("select 1 from session_errors")).length, "the error");
-
-  const stored = await everything();
-  for (const [what, secret] of Object.entries(secrets)) assert.ok(!stored.includes(secret), `${what} is stored: …${stored.slice(Math.max(0, stored.indexOf(secret) - 300), stored.indexOf(secret) + 50)}`);
-  assert.ok(!stored.includes("SECRET"), `…${stored.slice(Math.max(0, stored.indexOf("SECRET") - 300), stored.indexOf("SECRET") + 50)}`);
-  for (const shown of ["What everybody may see", "Send it", "Start again", '"navigation"', "custom-field"]) assert.ok(stored.includes(shown), shown);
-  const inputs = events.filter((e) => e.type === 3 && e.data.source === 5).map((e) => e.data.text);
-  assert.ok(inputs.includes("*".repeat(secrets.typed.length)), "typing is seen, as stars");
-  assert.ok(inputs.includes("********") && !inputs.includes("*".repeat(secrets.password.length)), "of a password not even the length");
-  assert.match(await playable(t, events), /What everybody may see/);
-});
-
 test("a full snapshot every five minutes of activity; a visit ends after thirty idle ones", async (t) => {
-  const page = await visit(t);
-  let now = Date.now();
-  await page.clock.setFixedTime(now);
-  await page.goto(embed("/clock", "<p id=p>clock"));
-  const id = await sessionOf(page);
-  const snapshots = async () => (await h.events(id)).filter((e) => e.type === 2).length;
-  const touch = () => page.evaluate(() => document.body.append("."));
-  await mark(page, 1);
-  await arrived(page, id);
+  const page = await visit(t, embed("/clock", "<p id=p>clock"), { script: movable });
+  const move = (minutes) => page.evaluate((ms) => window.move(ms), minutes * 60_000);
+  const id = await established(page);
+  const snapshots = async (of) => (await h.events(of)).filter((e) => e.type === 2).length;
   for (const minutes of [2, 2]) {
-    await page.clock.setFixedTime(now += minutes * 60_000);
-    await touch();
+    await move(minutes);
+    await page.evaluate(() => document.body.append("."));
   }
   await mark(page, 1);
   await arrived(page, id);
-  assert.equal(await snapshots(), 1);
-  await page.clock.setFixedTime(now += 61_000);
-  await sleep(700);
-  assert.equal(await snapshots(), 1, "not while idle");
-  await touch();
-  await until(async () => await snapshots() === 2, "a second snapshot");
-  await page.clock.setFixedTime(now += 29 * 60_000);
+  assert.equal(await snapshots(id), 1);
+  await move(1.1);
+  await mark(page, 1); // no event of the page's
+  await arrived(page, id);
+  assert.equal(await snapshots(id), 1, "not while idle");
+  await page.evaluate(() => document.body.append("."));
+  await until(async () => await snapshots(id) === 2, "a second snapshot");
+  await move(29);
   await page.reload();
   assert.equal(await sessionOf(page), id);
   await mark(page, 1);
   await arrived(page, id);
-  await page.clock.setFixedTime(now += 31 * 60_000);
+  await move(31);
   await page.reload();
-  assert.notEqual(await sessionOf(page), id);
+  const next = await sessionOf(page);
+  assert.notEqual(next, id);
+  page.marks = 0;
+  await mark(page, 1);
+  await arrived(page, next);
+
+  await until(async () => (await h.json(`/sessions/${next}`)).chunks.length > 0, "the commit");
+  await until(() => page.evaluate(() => window.sessionReplay.state.waiting === 0), "the last ack");
+  await move(31); // the tab is left, and used again
+  await page.click("#p");
+  const third = await until(async () => {
+    const now = await page.evaluate(() => window.sessionReplay.sessionId);
+    return now !== next && now;
+  }, "a session of its own");
+  page.marks = 0;
+  await mark(page, 1);
+  const events = await arrived(page, third);
+  assert.deepEqual(events.slice(0, 2).map((e) => e.type), [4, 2]);
+  assert.ok(events.at(-1).timestamp - events[0].timestamp < 60_000, "without the half hour");
+  await playable(t, events);
+  assert.equal((await h.json(`/sessions/${next}`)).isActive, false);
+});
+
+test("a page's own Date, and clocks that are set, do not change the times", async (t) => {
+  const url = embed("/dates", "<p id=p>dates");
+  for (const script of [
+    () => { Date.now = () => 1_700_000_000_000; },
+    () => { window.Date = class extends Date { constructor() { super(0); } static now() { return 0; } }; },
+    () => { performance.now = () => 0; const { now } = Date; Date.now = () => now() + (window.skew ?? 0); },
+  ]) {
+    const page = await visit(t, url, { script });
+    const id = await sessionOf(page);
+    const began = Date.now();
+    for (const skew of [0, -3_600_000, 50 * 365 * 86_400_000, -86_400_000]) {
+      await page.evaluate((ms) => { window.skew = ms; document.getElementById("p").textContent = ms; }, skew);
+      await page.mouse.move(20 + Math.random() * 100, 50);
+      await mark(page, 1);
+    }
+    const events = await arrived(page, id), times = events.map((e) => e.timestamp), took = Date.now() - began;
+    assert.deepEqual(times, [...times].sort((a, b) => a - b));
+    assert.ok(times.at(-1) - times[0] < took + 10_000 && Math.abs(times[0] - began) < 20_000, `${times[0]} to ${times.at(-1)}`);
+    for (const e of events) for (const p of e.data.positions ?? []) assert.ok(p.timeOffset <= 0 && p.timeOffset >= -500);
+  }
+});
+
+test("the time of day is set back between two pages", async (t) => {
+  const page = await visit(t, embed("/setback", "<p>set back"), { script: movable });
+  await page.evaluate(() => sessionStorage.setItem("moved", 3_600_000));
+  await page.reload();
+  const id = await established(page);
+  await page.evaluate(() => sessionStorage.setItem("moved", 0)); // an hour back
+  await page.reload();
+  await mark(page, 1);
+  const times = (await arrived(page, id)).map((e) => e.timestamp);
+  assert.deepEqual(times, [...times].sort((a, b) => a - b));
+  assert.ok(times.at(-1) - times[0] < 60_000);
+});
+
+test("forms with fields named as DOM properties", async (t) => {
+  const page = await visit(t, embed("/forms", file("forms.html")));
+  const id = await established(page);
+  await page.evaluate(() => {
+    for (const form of document.forms) HTMLElement.prototype.setAttribute.call(form, "class", "was-validated");
+    for (const form of document.forms) Element.prototype.insertAdjacentHTML.call(form, "beforeend", "<b>added</b>");
+    Element.prototype.remove.call(document.forms[6]);
+    document.getElementById("late").textContent = "second";
+  });
+  await until(async () => (await everything()).includes("second"), "the change");
+  await until(async () => (await h.events(id)).filter((e) => e.type === 2).length >= 2, "a snapshot that mends");
+  await page.evaluate(() => { document.getElementById("late").textContent = "third"; });
+  await mark(page, 1);
+  const events = await arrived(page, id);
+  const text = JSON.stringify(events.findLast((e) => e.type === 2));
+  for (const name of ["matches", "tagName", "parentNode", "children", "id", "getAttribute", "ownerDocument", "scrollTop", "closest", "shadowRoot"]) {
+    assert.ok(name === "children" || text.includes(`"name":"${name}"`), `${name} is missing`);
+  }
+  assert.equal(text.match(/"data-replay-left-out":"form"/g).length, 5, "nodeType, attributes twice, host, ELEMENT_NODE");
+  assert.ok(text.includes('"style":"color: teal"') && !text.includes('"value":"own"'));
+  assert.ok(JSON.stringify(events.find((e) => e.type === 2)).includes('"class":"single"'), "a form's own attributes");
+  const state = await page.evaluate(() => window.sessionReplay.state);
+  assert.ok(state.recording && state.errors > 0, JSON.stringify(state));
+  assert.ok(events.some((e) => e.data.texts?.[0]?.value === "third" || e.data.adds?.[0]?.node.textContent === "third"), "it goes on");
+  assert.ok(page.wrong.every((text) => text.startsWith("session-replay:")), "no error is the page's");
+});
+
+test("what controls hold is recorded when no event tells", async (t) => {
+  const page = await visit(t, embed("/controls", `<form id=f><input id=a><input id=c type=checkbox><select id=s><option value="">none<option value=red>red</select></form>
+    <input id=r><p id=p></p>`), { script: () => { // a setter of before the recorder, as frameworks keep it
+    window.setValue = Object.getOwnPropertyDescriptor(HTMLInputElement.prototype, "value").set;
+  } });
+  const id = await established(page);
+  await page.fill("#a", "something");
+  await page.check("#c");
+  await page.selectOption("#s", "red");
+  await page.fill("#r", "message");
+  await mark(page, 1);
+  await arrived(page, id);
+  await page.evaluate(() => { document.getElementById("f").reset(); window.setValue.call(document.getElementById("r"), ""); document.getElementById("p").textContent = "cleared"; });
+  await mark(page, 1);
+  await arrived(page, id);
+  const last = await until(async () => {
+    const inputs = (await h.events(id)).filter((e) => e.type === 3 && e.data.source === 5).map((e) => e.data);
+    const byId = Object.values(Object.fromEntries(inputs.map((d) => [d.id, [d.text, d.isChecked]])));
+    return inputs.length >= 8 && byId;
+  }, "the cleared fields");
+  assert.deepEqual(last, [["", false], ["**", false], ["", false], ["", false]]);
+  const texts = (await h.events(id)).filter((e) => e.data.source === 5).map((e) => e.data.text);
+  assert.ok(texts.includes("********"), "a choice is seen, not which");
+});
+
+test("a snapshot larger than a message loses its largest pictures", async (t) => {
+  const page = await visit(t, embed("/large", `<h1>Scans</h1><img id=large><img id=small src="data:image/png;base64,${"B".repeat(5000)}">
+    <script>large.src = "data:image/png;base64," + "A".repeat(36e6);</script>`));
+  const events = await arrived(page, await established(page));
+  const text = JSON.stringify(events.find((e) => e.type === 2));
+  assert.ok(text.length < 100_000 && text.includes("data:,left-out") && text.includes("BBBBB"));
+
+  await h.restart({ MAX_MESSAGE_BYTES: "300000" }); // the tracker does not know this limit
+  t.after(() => h.restart({ MAX_MESSAGE_BYTES: "" }));
+  const smaller = await visit(t, embed("/smaller", `<h1>Scans</h1><img src="data:image/png;base64,${"C".repeat(500_000)}">`));
+  const id = await sessionOf(smaller);
+  const fitting = await until(async () => {
+    const all = await h.events(id).catch(() => []);
+    return all.some((e) => e.type === 2) && all;
+  }, "a snapshot");
+  assert.ok(JSON.stringify(fitting).includes("data:,left-out"));
+
+  const hopeless = await visit(t, embed("/hopeless", `<p>${"many words ".repeat(60_000)}`));
+  await until(() => hopeless.evaluate(() => /too.large/.test(window.sessionReplay.state.reason)), "the reason");
+});
+
+test("what lists show of a session is told without its events", async (t) => {
+  embed("/told", "<title>First page</title><button id=b>press</button>");
+  const page = await visit(t, `${site}/told`);
+  const id = await established(page);
+  await page.click("#b");
+  await page.click("#b");
+  await page.evaluate(() => { history.pushState(null, "", "/told/second"); document.title = "Second page"; });
+  const metadata = await until(async () => {
+    const { metadata } = await h.json(`/sessions/${id}`);
+    return metadata.pages === 2 && metadata;
+  }, "the news");
+  const { url, title, lastUrl, lastTitle, pages: seen, clicks } = metadata;
+  assert.deepEqual({ url, title, lastUrl, lastTitle, seen, clicks },
+    { url: `${site}/told`, title: "/told", lastUrl: `${site}/told/second`, lastTitle: "Second page", seen: 2, clicks: 2 });
+  const events = await h.events(id);
+  assert.deepEqual(customs(events, "navigation").map(({ href }) => href), [`${site}/told/second`]);
+  assert.deepEqual(customs(events, "title"), [{ title: "Second page" }]);
+});
+
+test("sessionReplay.state says why nothing is recorded", async (t) => {
+  const state = (page) => page.evaluate(() => window.sessionReplay.state);
+  const told = [];
+  const see = async (path, attributes, script) => {
+    const page = await visit(t, null, { script });
+    page.on("console", (m) => { if (m.text().startsWith("session-replay does not")) told.push(m.text()); });
+    await page.goto(embed(path, "<p>state", attributes));
+    return page;
+  };
+  const gpc = () => Object.defineProperty(Navigator.prototype, "globalPrivacyControl", { get: () => true });
+  assert.equal((await state(await see("/state1", "", gpc))).reason, "gpc");
+  assert.equal((await state(await see("/state2", "data-sample-rate=0"))).reason, "sampled-out");
+  const later = await see("/state3", "data-autostart=false");
+  assert.deepEqual(await state(later), { recording: false, reason: "not-started", transport: "", waiting: 0, errors: 0 });
+  assert.deepEqual(told.map((line) => line.split(": ")[1]), ["gpc", "sampled-out", "not-started"]);
+  await later.evaluate(() => window.sessionReplay.start());
+  await established(later);
+  await until(async () => (await state(later)).waiting === 0, "the acks");
+  assert.deepEqual(await state(later), { recording: true, reason: "", transport: "websocket", waiting: 0, errors: 0 });
+  await later.context().setOffline(true);
+  await later.evaluate(() => window.dispatchEvent(new Event("offline")));
+  await until(async () => (await state(later)).reason === "offline", "the reason");
+  await later.context().setOffline(false);
+  await later.evaluate(() => window.sessionReplay.stop());
+  assert.equal((await state(later)).reason, "stopped");
+  const blocked = await see("/state4", `data-endpoint="http://127.0.0.1:9"`);
+  await until(async () => (await state(blocked)).reason === "blocked", "the reason");
 });
 
 test("allow-query keeps the query", async (t) => {
@@ -484,7 +443,8 @@ test("errors, identify, and a page's own navigation", async (t) => {
     window.sessionReplay.event("loop", (() => { const a = {}; a.a = a; return a; })()); // cannot be serialized
     history.pushState(null, "", "/errors/two?x=1");
     history.replaceState(null, "", "/errors/two?x=2");
-    location.hash = "three";
+    location.hash = "/three";
+    location.hash = "no-section";
   });
   await until(async () => (await h.json(`/sessions/${id}`)).errorCount === 3, "three errors");
   const errors = await until(async () => {
@@ -496,7 +456,7 @@ test("errors, identify, and a page's own navigation", async (t) => {
   assert.match(errors.find((e) => e.kind === "javascript_error").data.stack, /TypeError: first\n/);
   await mark(page, 1);
   const events = await arrived(page, id);
-  assert.deepEqual(customs(events, "navigation").map((n) => n.href.slice(site.length)), ["/errors/two", "/errors/two#three"]);
+  assert.deepEqual(customs(events, "navigation").map((n) => n.href.slice(site.length)), ["/errors/two", "/errors/two#/three", "/errors/two"]);
   const about = await until(async () => {
     const session = await h.json(`/sessions/${id}`);
     return session.userId === "bob" && session;
