@@ -10,6 +10,8 @@ import (
 	"maps"
 	"net/http"
 	"path"
+	"regexp"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -36,6 +38,9 @@ func newAsset(name string, body []byte) asset {
 		`"` + hex.EncodeToString(sum[:8]) + `"`}
 }
 
+// commentLines are a tenth of the tracker: visitors need not download them.
+var commentLines = regexp.MustCompile(`(?m)^\s*//.*\n`)
+
 // assets are the embedded files by their base names, and whether the recorder is
 // among them. The tracker is put together here: rrweb's recorder and ours, in a
 // function of their own, so that the recorder's bundle finds neither the page's
@@ -52,9 +57,9 @@ var assets = sync.OnceValues(func() (map[string]asset, bool) {
 	recorder, bundled := files["rrweb-record.js"]
 	script := []byte(`console.warn("session-replay: the recorder was not bundled: run 'make web' and build again");`)
 	if bundled {
+		ours := slices.Concat(files["tracker-privacy.js"].body, files["tracker-picture.js"].body, files["tracker.js"].body)
 		script = []byte("(function(){var module={exports:{}},exports=module.exports,define;" + string(recorder.body) +
-			"\n;var rrwebRecord=module.exports;(()=>{\"use strict\";" + string(files["tracker-privacy.js"].body) +
-			string(files["tracker-picture.js"].body) + string(files["tracker.js"].body) + "})()})();")
+			"\n;var rrwebRecord=module.exports;(()=>{\"use strict\";" + commentLines.ReplaceAllString(string(ours), "") + "})()})();")
 	}
 	files["tracker.js"] = newAsset("tracker.js", script)
 	return files, bundled
