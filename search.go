@@ -47,7 +47,7 @@ func (f filter) where() (clause string, args []any) {
 		and("user_id = $%d", f.userID)
 	}
 	if f.url != "" {
-		and(`strpos(lower(url collate "C"), lower($%d collate "C")) > 0`, f.url)
+		and(`strpos(url_lower, lower($%d collate "C")) > 0`, f.url)
 	}
 	if !f.from.IsZero() {
 		and("created_at >= $%d", f.from)

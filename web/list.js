@@ -216,14 +216,20 @@ function receive(type) {
   setTimeout(refreshSoon, 2000);
 }
 
-// The server counts pages that fetch tracker.js and then send no session.
+// The server counts who fetched tracker.js, and what came of it.
 async function tellUnrecorded() {
-  const { unrecorded = [] } = await getJSON('/stats').catch(() => ({}));
-  $.unrecorded.replaceChildren(...unrecorded.map(({ origin, fetches, reasons = [] }) => el('li', {
-    textContent: `tracker.js was fetched ${count(fetches)} times by pages of ${words(origin)} in the last hour, no session came${reasons.length > 0 ? `: ${reasons.join(', ')}` : '.'}`,
-  })));
-  $.unrecorded.hidden = unrecorded.length === 0;
+  const { trackerFetches = [] } = await getJSON('/stats').catch(() => ({}));
+  const silent = trackerFetches.filter(({ sessions }) => sessions === 0).slice(0, 5);
+  $.unrecorded.replaceChildren(...silent.map(({ origin, fetches, refusals }) => {
+    const reasons = Object.entries(refusals ?? {}).map(([reason, n]) => ` Refused ${count(n)} times: ${REFUSALS[reason] ?? reason}.`);
+    return el('li', { textContent: `Pages of ${origin} fetched tracker.js ${count(fetches)} times in the last hour; no session came.${reasons.join('')}` });
+  }));
+  $.unrecorded.hidden = silent.length === 0;
 }
+
+const REFUSALS = {
+  ingest_key: 'data-key is missing or is not INGEST_KEY', origin: 'TRACKER_ORIGINS does not have this origin',
+};
 
 async function start() {
   controls();

@@ -86,6 +86,8 @@ export class Story {
 
   custom({ tag, payload }, tell) {
     if (tag === 'navigation') return this.went(payload?.href, payload?.title, tell);
+    if (tag === 'title') return this.call(payload?.title, tell);
+    if (tag === 'too-large') return tell('gap', 'A picture that was too large to be sent');
     if (tag === 'visibility') return tell('visibility', payload?.hidden ? 'Tab hidden' : 'Tab shown again', { hidden: !!payload?.hidden });
     if (tag !== 'gap') return tell('event', words(tag) || 'Event', { detail: tidy(words(payload)).slice(0, 2000) });
     const ms = payload?.to - payload?.from;
@@ -127,8 +129,12 @@ export class Story {
   look(root, tell) {
     this.nodes.clear();
     this.grow(root, null);
-    const title = [...this.nodes.values()].find((n) => n.tag === 'title');
-    if (this.page && title) tell('navigation', this.page.text, Object.assign(this.page, { title: this.textOf(title) }));
+    this.call(this.textOf(this.find((n) => n.tag === 'title')), tell);
+  }
+
+  // call gives the page that is on a name.
+  call(title, tell) {
+    if (this.page && title) tell('navigation', this.page.text, Object.assign(this.page, { title: words(title) }));
   }
 
   // grow adds a tree. A loop, not recursion: how deep it is, is for the page to say.
