@@ -149,6 +149,9 @@ var testRoutes = map[string]struct {
 	"GET /sessions/{id}/events":         {"/sessions/s/events", 404, "view"},
 	"GET /sessions/{id}/errors":         {"/sessions/s/errors", 404, "view"},
 	"GET /sessions/{id}/chunks/{index}": {"/sessions/s/chunks/0", 404, "view"},
+	"GET /sessions/export":              {"/sessions/export?userId=nobody", 200, "view"},
+	"GET /sessions/{id}/export":         {"/sessions/s/export", 404, "view"},
+	"DELETE /sessions":                  {"/sessions?userId=nobody", 200, "view"},
 	"DELETE /sessions/cleanup":          {"/sessions/cleanup", 200, "view"},
 	"DELETE /sessions/{id}":             {"/sessions/s", 404, "view"},
 	"GET /view/{id}":                    {"/view/s", 200, "page"},
@@ -342,6 +345,10 @@ func (s *serverProcess) expect(v verdict, name, path string, ok int, kind string
 	body := bodyOf(s.t, resp)
 	if want != ok && !regexp.MustCompile(`^\{"error":"[^"]+"\}$`).MatchString(body) {
 		s.t.Errorf("%s as %s: refused with %.200q", name, v.caller.name, body)
+	}
+	viewed := name == "GET /{$}" && want == ok && slices.Contains(s.env, "INGEST_KEY="+testKey)
+	if viewed != strings.Contains(body, testKey) {
+		s.t.Errorf("%s as %s: who may view is told the ingest key, and nobody else: got %s", name, v.caller.name, body)
 	}
 	if name == "GET /health" {
 		if in := v.of("view", 200) == 200; in != strings.Contains(body, "totalEvents") ||

@@ -28,11 +28,11 @@ type dialogue struct {
 // messageFields are the fields of each message's data.
 var messageFields = map[string]string{
 	"active_sessions": "sessions", "session_started": "sessionId userId metadata", "session_ended": "sessionId",
-	"session_joined": "sessionId events metadata totalEvents isActive snapshotIndex",
+	"session_joined": "sessionId events metadata totalEvents isActive snapshotIndex state",
 	"events_batch":   "sessionId events fromIndex",
 	"session_events": "sessionId events fromIndex totalEvents hasMore isActive", "session_lagged": "sessionId nextIndex",
 	"session_assigned": "sessionId", "session_ready": "sessionId resume lastSeq accepted", "events_ack": "sessionId seq",
-	"take_snapshot": "sessionId",
+	"take_snapshot": "sessionId", "session_state": "sessionId state",
 }
 
 var dialogueWord = regexp.MustCompile(`\$\w+`)
@@ -78,12 +78,12 @@ func (s *testServer) dialogue(t testing.TB, text string) {
 		}
 	}
 	for name, c := range d.conns { // nothing was said that the dialogue does not have
+		defer c.Close() // not before all are heard: viewers are told when a tracker has left
 		c.sendRaw(`{"type":"the_end"}`)
 		if m, err := c.receive(); err == nil && m.Data.Code != "unknown_type" && m.Type != "take_snapshot" &&
 			m.Type != "events_ack" {
 			t.Errorf("at the end %s hears %s, want nothing", name, m)
 		}
-		c.Close()
 	}
 }
 
@@ -191,6 +191,8 @@ func heard(m testMessage) string {
 			d.HasMore, d.IsActive)
 	case "session_lagged":
 		return fmt.Sprintf("lagged %s %d", d.SessionID, d.NextIndex)
+	case "session_state":
+		return "state " + d.SessionID + " " + m.str("state")
 	case "error":
 		return strings.TrimSpace("error " + d.Code + " " + m.raw("expected"))
 	}

@@ -74,7 +74,7 @@ func (s *server) table() []route {
 		{"GET /sessions/{id}/export", viewers, s.query(s.handleExport)},
 		{"DELETE /sessions/cleanup", viewers, s.query(s.handleCleanup, "maxAgeHours")},
 		{"DELETE /sessions/{id}", viewers, s.query(s.handleDelete)},
-		{"GET /view/{id}", browsers, s.page("view.html", mediaPolicy(s.access.mediaOrigins))},
+		{"GET /view/{id}", browsers, s.page("view.html", mediaPolicy(s.cfg.mediaOrigins))},
 		{"POST /signin", visitors, s.handleSignIn},
 		{"POST /signout", visitors, s.handleSignOut},
 		{"GET /demo", anyone, s.page("demo.html", demoPolicy)},

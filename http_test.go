@@ -159,7 +159,7 @@ func restRefusals(t *testing.T, s *insideServer) {
 		{"GET /sessions?offset=-1", 400, ""},
 		{"DELETE /sessions/cleanup?maxAgeHours=-1", 400, ""},
 		{"DELETE /sessions/cleanup?maxAgeHours=1.5", 400, ""},
-		{"DELETE /sessions/cleanup?maxAgeHours=", 200, ""},
+		{"DELETE /sessions/cleanup?maxAgeHours=", 400, ""},
 		{"GET /ws?type=nobody", 400, ""},
 		{"HEAD /health", 200, ""},
 		{"HEAD /sessions/old/chunks/0", 200, ""},
@@ -169,9 +169,9 @@ func restRefusals(t *testing.T, s *insideServer) {
 		{"POST /sessions/cleanup", 405, "DELETE, GET, HEAD"},
 		{"PATCH /", 405, "GET, HEAD"},
 		{"GET /signin", 405, "POST"},
-		{"HACK /sessions", 405, "GET, HEAD"},
+		{"HACK /sessions", 405, "DELETE, GET, HEAD"},
 		{"DELETE /sessions/old/events", 405, "GET, HEAD"},
-		{"OPTIONS /sessions", 405, "GET, HEAD"},
+		{"OPTIONS /sessions", 405, "DELETE, GET, HEAD"},
 	}
 	for _, tt := range tests {
 		method, path, _ := strings.Cut(tt.request, " ")
@@ -198,7 +198,7 @@ func TestRESTRoot(t *testing.T) {
 	a := s.ask("GET", "/")
 	a.wantJSON(t, "GET /")
 	root := a.fields(t)
-	wantKeys(t, "GET /", root, "name version endpoints documentation signedIn")
+	wantKeys(t, "GET /", root, "name version endpoints documentation signedIn ingestKey")
 	var endpoints map[string]string
 	if err := json.Unmarshal(root["endpoints"], &endpoints); err != nil {
 		t.Fatal(err)
@@ -274,7 +274,11 @@ func (s *insideServer) listed(path string) (ids []string, byID map[string]map[st
 	a.wantJSON(s.t, path)
 	byID = map[string]map[string]json.RawMessage{}
 	for _, session := range objects(s.t, a.fields(s.t)["sessions"]) {
-		wantKeys(s.t, path, session, sessionFields)
+		fields := sessionFields
+		if string(session["isActive"]) == "true" {
+			fields += " state"
+		}
+		wantKeys(s.t, path, session, fields)
 		var id string
 		json.Unmarshal(session["sessionId"], &id)
 		ids, byID[id] = append(ids, id), session
@@ -293,7 +297,7 @@ func restSessions(t *testing.T, s *insideServer) {
 			"startTime": "1700000000000", "endTime": "1700000002049", "snapshotIndex": "200",
 			"metadata": `{"sessionId":"old","userId":"ann","url":"https://example.com/","startTime":1234567890123,` + metadata},
 		"live": {"eventCount": "0", "errorCount": "0", "isActive": "true", "endedAt": "null", "startTime": "null",
-			"endTime": "null", "snapshotIndex": "null", "storedBytes": "0"},
+			"endTime": "null", "snapshotIndex": "null", "storedBytes": "0", "state": `"live"`},
 		"empty": {"eventCount": "0", "errorCount": "0", "isActive": "true", "endedAt": "null", "startTime": "null",
 			"endTime": "null", "snapshotIndex": "null", "storedBytes": "0", "rawBytes": "0",
 			"metadata": `{"sessionId":"empty",` + metadata},
@@ -322,7 +326,7 @@ func restSessions(t *testing.T, s *insideServer) {
 		}
 	}
 	page := s.ask("GET", "/sessions?limit=7&offset=2").fields(t)
-	wantKeys(t, "/sessions", page, "sessions limit offset")
+	wantKeys(t, "/sessions", page, "sessions limit offset hasMore total totalIsMore")
 	if string(page["limit"]) != "7" || string(page["offset"]) != "2" {
 		t.Errorf("got limit %s, offset %s, want 7, 2", page["limit"], page["offset"])
 	}

@@ -101,7 +101,8 @@ func (st *store) ofUser(ctx context.Context, userID string) ([]string, error) {
 
 // checkParams reads the query string of a route that takes these names. One that
 // nobody knows, or that stands twice or without a value, is an error: otherwise a
-// filter that was misspelt would let everything through.
+// filter that was misspelt would let everything through. A token or a key, which
+// links and probes may carry anywhere, is no parameter.
 func checkParams(r *http.Request, names []string) error {
 	values, err := url.ParseQuery(r.URL.RawQuery)
 	if err != nil {
@@ -109,6 +110,7 @@ func checkParams(r *http.Request, names []string) error {
 	}
 	for name, all := range values {
 		switch {
+		case name == "token", name == "key":
 		case !slices.Contains(names, name):
 			return badRequest(fmt.Sprintf("unknown parameter %q: there are %q", name, names))
 		case len(all) > 1 || all[0] == "":

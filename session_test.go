@@ -401,6 +401,9 @@ func TestReports(t *testing.T) {
 			}
 		}
 	}
+	if got := viewer.expect("session_state").str("state"); got != "hidden" {
+		t.Errorf("viewers hear that the page is %q, want hidden", got)
+	}
 	for _, refused := range []struct{ code, message string }{
 		{"invalid_message", `javascript_error "no object"`}, {"too_large", `visibility_change {"a":"` + large + `"}`},
 		{"invalid_message", `visibility_change`}, {"invalid_message", `visibility_change null`}, {"invalid_message",
@@ -560,6 +563,31 @@ func TestTooLarge(t *testing.T) {
 	viewer.wantError("too_large")
 	viewer.expectClose(websocket.StatusMessageTooBig)
 	innocent.record(1, 1)
+}
+
+// An index of many tiny events takes more memory than their text: there is room
+// for it before it is made.
+func TestTinyEvents(t *testing.T) {
+	t.Parallel()
+	const buffer, count, trackers = 1 << 20, 43000, 4 // a little less than 128 KiB of text, 1 MB of index
+	s := startInside(t, fmt.Sprintf("MAX_BUFFER_BYTES=%d", buffer), "MAX_MESSAGE_BYTES=200000", "BATCH_INTERVAL=100")
+	text := `{"type":"events_batch","data":{"seq":1,"events":[` + strings.Repeat("{},", count-1) + `{}]}}`
+	for i := range trackers {
+		tr := newTracker(t, fmt.Sprintf("s%d", i))
+		tr.limit, tr.frame = 1, func(int64) net.Buffers { return net.Buffers{maskedText([]byte(text))} }
+		tr.start(s.ws("tracker"))
+	}
+	most := int64(0)
+	waitUntil(t, "all is stored", func() bool {
+		for range 100 {
+			most = max(most, int64(s.server.cfg.maxBufferBytes)-s.server.budget.left())
+			runtime.Gosched()
+		}
+		return s.memory().events == trackers*count && s.memory().oldest == 0
+	})
+	if limit := int64(buffer + buffer/2 + count*eventCost + 200000); most > limit {
+		t.Errorf("%d KB of room were in use, want at most %d KB", most>>10, limit>>10)
+	}
 }
 
 // A small message that never ends keeps no large buffer, which its room would not

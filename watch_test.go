@@ -158,11 +158,11 @@ func TestHubNoEventTwice(t *testing.T) {
 		for i := range 4 {
 			t.publish(c, "s", 2, int64(i+3))
 		}
-		t.heard(v, "live s 8+2", "live s 10+2")
+		t.heard(v, "state s live", "live s 8+2", "live s 10+2")
 		t.attach(c, "s", claim{epoch: 9, counters: counters{events: 40, seq: 20}}) // and the other server had more
 		t.publish(c, "s", 2, 21)
 		t.publish(c, "s", 2, 22)
-		t.heard(v, "lagged s 42", "live s 42+2")
+		t.heard(v, "state s live", "lagged s 42", "live s 42+2")
 	})
 }
 
