@@ -74,7 +74,11 @@ func (st *store) find(ctx context.Context, f filter, limit, offset int64) (found
 	if err != nil {
 		return nil, 0, err
 	}
-	if n := int64(len(found)); n <= limit && (n > 0 || offset == 0) {
+	size := 0
+	for _, s := range found {
+		size += s.listSize()
+	}
+	if n := int64(len(found)); size <= pageBytes && n <= limit && (n > 0 || offset == 0) {
 		return found, offset + n, nil // this is the last page
 	}
 	ctx, cancel := context.WithTimeout(ctx, queryTimeout)

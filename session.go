@@ -256,10 +256,11 @@ type member struct{ key, value string }
 var defaults = []member{{"viewport", `{"width":1920,"height":1080,"devicePixelRatio":1}`}, {"referrer", `""`}, {"timeZone", `"UTC"`}}
 
 // rewrite copies a JSON object without "resume", which is a secret, and adds the
-// defaults that are missing. With names it copies those members alone, each cut
-// to most bytes; a value that cannot be cut is left out.
+// defaults that are missing. Of a key that stands twice the last counts. With
+// names it copies those members alone, each cut to most bytes; a value that cannot
+// be cut is left out, and so is what would go beyond maxMetadata.
 func rewrite(object []byte, names []string, most int, defaults []member) []byte {
-	out, seen := []byte("{"), map[string]bool{}
+	last, order := map[string][]byte{}, []string{}
 	members(object, func(name string, key, value []byte) {
 		if name == "resume" || names != nil && !slices.Contains(names, name) {
 			return
@@ -270,11 +271,19 @@ func rewrite(object []byte, names []string, most int, defaults []member) []byte 
 		if names != nil && (len(value) > 2*most || nests(value, maxNesting)) { // twice: a string grows by its escapes
 			return
 		}
-		seen[name] = true
-		out = fmt.Appendf(out, "%s:%s,", key, value)
+		if last[name] == nil {
+			order = append(order, name)
+		}
+		last[name] = fmt.Appendf(nil, "%s:%s,", key, value)
 	})
+	out := []byte("{")
+	for _, name := range order {
+		if names == nil || len(out)+len(last[name]) <= maxMetadata {
+			out = append(out, last[name]...)
+		}
+	}
 	for _, d := range defaults {
-		if !seen[d.key] {
+		if last[d.key] == nil {
 			out = fmt.Appendf(out, "%s:%s,", encodeJSON(d.key), d.value)
 		}
 	}

@@ -58,6 +58,11 @@ type failure struct {
 
 // openStore makes the pool; it connects when it is first used.
 func openStore(ctx context.Context, cfg *pgxpool.Config) (*store, error) {
+	cfg = cfg.Copy()
+	cfg.AfterConnect = func(ctx context.Context, conn *pgx.Conn) error {
+		_, err := conn.Exec(ctx, "set lock_timeout = '"+lockTimeout+"'") // also for what is parsed before a transaction
+		return err
+	}
 	pool, err := pgxpool.NewWithConfig(ctx, cfg)
 	if err != nil {
 		return nil, fmt.Errorf("make the pool: %w", err)
@@ -75,7 +80,8 @@ func (st *store) applySchema(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, commitTimeout)
 	defer cancel()
 	err := pgx.BeginFunc(ctx, st.pool, func(tx pgx.Tx) error {
-		if _, err := tx.Exec(ctx, "select pg_advisory_xact_lock($1)", schemaLock); err != nil {
+		const wait = "select set_config('lock_timeout', '0', true), pg_advisory_xact_lock($1)"
+		if _, err := tx.Exec(ctx, wait, schemaLock); err != nil {
 			return err
 		}
 		_, err := tx.Exec(ctx, schema)
@@ -198,23 +204,32 @@ type storedSession struct {
 const sessionColumns = `session_id, user_id, url, metadata::text, is_active, created_at, updated_at, ended_at, event_count, error_count,
 	raw_bytes, stored_bytes, coalesce(first_event_time, 0), coalesce(last_event_time, 0), coalesce(snapshot_index, -1), last_seq`
 
-// list gives the sessions that a where, order and limit clause choose.
-func (st *store) list(ctx context.Context, clause string, args ...any) ([]storedSession, error) {
+// list gives the sessions that a where, order and limit clause choose: as many as
+// are larger than pageBytes by the last of them, if there are so many.
+func (st *store) list(ctx context.Context, clause string, args ...any) (found []storedSession, err error) {
 	ctx, cancel := context.WithTimeout(ctx, queryTimeout)
 	defer cancel()
 	rows, err := st.pool.Query(ctx, "select "+sessionColumns+" from sessions "+clause, args...)
 	if err != nil {
 		return nil, err
 	}
-	return pgx.CollectRows(rows, func(row pgx.CollectableRow) (storedSession, error) {
+	defer rows.Close()
+	for size := 0; size <= pageBytes && rows.Next(); {
 		var s storedSession
 		a, n := &description{}, &s.now
-		err := row.Scan(&s.id, &a.userID, &a.url, &a.metadata, &s.isActive, &s.createdAt, &s.updatedAt, &s.endedAt, &n.events, &n.errors,
-			&n.raw, &n.stored, &n.firstTime, &n.endTime, &n.snapshot, &n.seq)
+		if err := rows.Scan(&s.id, &a.userID, &a.url, &a.metadata, &s.isActive, &s.createdAt, &s.updatedAt, &s.endedAt, &n.events,
+			&n.errors, &n.raw, &n.stored, &n.firstTime, &n.endTime, &n.snapshot, &n.seq); err != nil {
+			return nil, err
+		}
 		a.brief = rewrite(a.metadata, documented, maxField, nil)
+		if len(found) > 0 {
+			a.metadata = nil // in lists nobody reads it
+		}
 		s.about = a
-		return s, err
-	})
+		found, size = append(found, s), size+s.listSize()
+	}
+	rows.Close()
+	return found, rows.Err()
 }
 
 // active gives the live sessions, newest first.
@@ -325,12 +340,15 @@ type storedReport struct {
 	CreatedAt time.Time       `json:"createdAt"`
 }
 
-// reports gives the newest errors of a session, at most 1000, oldest first.
+// reports gives the newest errors of a session, at most 1000 and about pageBytes,
+// oldest first.
 func (st *store) reports(ctx context.Context, id string) ([]storedReport, error) {
 	ctx, cancel := context.WithTimeout(ctx, queryTimeout)
 	defer cancel()
-	rows, err := st.pool.Query(ctx, `select * from (select id, kind, error_data::text, created_at from session_errors
-		where session_id = $1 order by id desc limit 1000) newest order by id`, id)
+	rows, err := st.pool.Query(ctx, `select id, kind, error_data::text, created_at from (select *,
+			sum(octet_length(error_data::text)) over (order by id desc) as size
+			from session_errors where session_id = $1 order by id desc limit 1000) newest
+		where size <= $2 order by id`, id, pageBytes)
 	if err != nil {
 		return nil, err
 	}
