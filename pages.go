@@ -38,8 +38,9 @@ func newAsset(name string, body []byte) asset {
 		`"` + hex.EncodeToString(sum[:8]) + `"`}
 }
 
-// commentLines are a tenth of the tracker: visitors need not download them.
-var commentLines = regexp.MustCompile(`(?m)^\s*//.*\n`)
+// comments, and the blanks at the start of lines, are a tenth of the tracker:
+// visitors need not download them.
+var comments = regexp.MustCompile(`(?m)^[ \t]*(//.*\n)?|[ \t]+// .*$`)
 
 // assets are the embedded files by their base names, and whether the recorder is
 // among them. The tracker is put together here: rrweb's recorder and ours, in a
@@ -58,8 +59,9 @@ var assets = sync.OnceValues(func() (map[string]asset, bool) {
 	script := []byte(`console.warn("session-replay: the recorder was not bundled: run 'make web' and build again");`)
 	if bundled {
 		ours := slices.Concat(files["tracker-privacy.js"].body, files["tracker-picture.js"].body, files["tracker.js"].body)
-		script = []byte("(function(){var module={exports:{}},exports=module.exports,define;" + string(recorder.body) +
-			"\n;var rrwebRecord=module.exports;(()=>{\"use strict\";" + commentLines.ReplaceAllString(string(ours), "") + "})()})();")
+		script = []byte("(function(){var module={exports:{}},exports=module.exports,define," +
+			"Date={now:()=>Math.round(performance.timeOrigin+performance.now())};" + string(recorder.body) +
+			"\n;var rrwebRecord=module.exports;(()=>{\"use strict\";" + comments.ReplaceAllString(string(ours), "") + "})()})();")
 	}
 	files["tracker.js"] = newAsset("tracker.js", script)
 	return files, bundled

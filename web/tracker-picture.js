@@ -51,7 +51,7 @@ const picture = (() => {
     news.set(el, { ...news.get(el), [name]: value });
   }
 
-  function send(timestamp = Date.now()) {
+  function send(timestamp = now()) {
     const attributes = [...news].map(([el, a]) => ({ id: record.mirror.getId(el), attributes: a })).filter(({ id }) => id > 0);
     news = new Map();
     if (!attributes.length) return;
