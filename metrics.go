@@ -152,7 +152,7 @@ func (o *origins) recent() []originCounts {
 	for origin, counts := range o.before {
 		sums[origin] = sums[origin].plus(counts)
 	}
-	all := slices.DeleteFunc(slices.Collect(maps.Values(sums)), func(c originCounts) bool { return c.Fetches == 0 })
+	all := slices.DeleteFunc(slices.AppendSeq([]originCounts{}, maps.Values(sums)), func(c originCounts) bool { return c.Fetches == 0 })
 	slices.SortFunc(all, func(a, b originCounts) int {
 		return cmp.Or(cmp.Compare(b.Fetches, a.Fetches), cmp.Compare(a.Origin, b.Origin))
 	})

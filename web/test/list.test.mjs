@@ -148,14 +148,14 @@ test("the tag stays at hand, with its key", async (t) => {
 });
 
 test("signing in and out", async (t) => {
-  await s.h.restart({ ACCESS_TOKEN: "correct horse" });
+  await s.h.restart({ ACCESS_TOKEN: "correct horse battery" });
   await store("behind-the-door", [snapshot(Date.now(), 0)]);
   const page = await open(t, "/view/behind-the-door");
   assert.equal(await page.title(), "Sign in");
   await page.fill("#token", "wrong horse");
   await page.keyboard.press("Enter");
   await says(page, "#note", /not the access token/);
-  await page.fill("#token", "correct horse");
+  await page.fill("#token", "correct horse battery");
   await page.click("form button");
   await page.waitForSelector("#stage");
   await shows(page, "#clock", "0"); // at the address that was asked for
@@ -165,7 +165,7 @@ test("signing in and out", async (t) => {
   await page.waitForSelector("#token");
 
   const other = await open(t, "/"); // signed out while a page is open
-  await other.fill("#token", "correct horse");
+  await other.fill("#token", "correct horse battery");
   await other.click("form button");
   await other.waitForSelector("#past a");
   await other.context().clearCookies();
