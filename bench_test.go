@@ -2,7 +2,7 @@
 
 package main
 
-// The benchmark: every figure of the README's table, measured against the real
+// The benchmark: every figure of the table in doc/measured.md, measured on the real
 // server in a process of its own, with PostgreSQL of its own that does fsync.
 //
 //	make bench                                     all of it, and bench.json
