@@ -47,7 +47,7 @@ export class Story {
       moments.push(moment);
       return moment;
     };
-    this.pass(e, moments);
+    if (e.type !== CUSTOM || e.data.tag !== 'gap') this.pass(e, moments); // a gap is no inactivity
     if (e.type === META) this.went(e.data.href, '', tell);
     else if (e.type === FULL) this.look(e.data.node, tell);
     else if (e.type === CUSTOM) this.custom(e.data, tell);
