@@ -12,7 +12,6 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/http"
-	"net/url"
 	"slices"
 	"strings"
 	"sync"
@@ -219,9 +218,9 @@ func TestBoundsEverythingFull(t *testing.T) {
 	s := startServer(t, "MAX_BUFFER_BYTES=8MB", "MAX_MESSAGE_BYTES=1MB", "MAX_CONNECTIONS=200", "HEARTBEAT_INTERVAL=1h",
 		"MESSAGE_TIMEOUT=1h")
 	old := newTracker(t, "old")
-	old.perBatch, old.limit, old.pause, old.ends = 500, 40, 0, true
+	old.perBatch, old.limit, old.pause, old.ends = 500, 200, 0, true
 	old.start(s.ws("tracker"))
-	waitUntil(t, "it is stored", func() bool { return old.read(&old.acked) == 40 })
+	waitUntil(t, "it is stored", func() bool { return old.read(&old.acked) == 200 })
 	execSQL(t, s.database, `insert into session_errors (session_id, id, kind, error_data)
 		select 'old', i, 'error', to_json(repeat(md5(i::text), 2000)) from generate_series(1000, 2000) i`)
 	execSQL(t, s.database, `insert into sessions (session_id, user_id, url, metadata, is_active, updated_at)
@@ -231,10 +230,13 @@ func TestBoundsEverythingFull(t *testing.T) {
 		select 'old', 1000000, 1, 1000000, decode(repeat(md5(random()::text), 62500), 'hex')`)
 	holdSQL(t, s.database, "lock table session_events in exclusive mode") // it is read, and nothing is stored
 	batch := maskedText(fmt.Appendf(nil, `{"type":"events_batch","data":{"events":[{"x":%q}]}}`, strings.Repeat("x", 200_000)))
-	for i := range 60 {
-		c := dialServer(t, s.ws("tracker"))
-		c.sendRaw(string(sessionStart(fmt.Sprint("full", i), "")))
-		c.expect("session_ready")
+	full := make([]*testConn, 60)
+	for i := range full {
+		full[i] = dialServer(t, s.ws("tracker"))
+		full[i].sendRaw(string(sessionStart(fmt.Sprint("full", i), "")))
+		full[i].expect("session_ready")
+	}
+	for _, c := range full {
 		go func() { // ends with its connection, at the end of the test
 			for {
 				if _, err := c.Write(batch); err != nil {
@@ -401,7 +403,14 @@ func TestBoundsHealth(t *testing.T) {
 				t.Errorf("everybody is told %s", body)
 			}
 			waitUntil(t, "who has the token is told why", func() bool {
-				_, body := s.get("/health?token=" + url.QueryEscape(testToken))
+				r, _ := http.NewRequest("GET", s.url+"/health", nil)
+				bearer.ask(r)
+				resp, err := http.DefaultClient.Do(r)
+				if err != nil {
+					return false
+				}
+				defer resp.Body.Close()
+				body, _ := io.ReadAll(resp.Body)
 				return strings.Contains(string(body), tt.reason)
 			})
 			if n := strings.Count(s.output.String(), "unhealthy"); n != 1 {

@@ -158,11 +158,15 @@ func hashToken(token string) []byte {
 	return sum[:]
 }
 
-// failed takes notice of an error. When it says that the connections lead to a
-// server which does not take writes they are given up: new ones may lead to
-// another.
+// failed takes notice of an error.
 func (st *store) failed(err error) {
 	st.last.Store(&failure{err, time.Now()})
+	st.leaveReadOnly(err)
+}
+
+// leaveReadOnly gives the connections up when an error says that they lead to a
+// server which does not take writes: new ones may lead to another.
+func (st *store) leaveReadOnly(err error) {
 	if sqlState(err) == "25006" {
 		st.pool.Reset()
 	}
@@ -463,6 +467,7 @@ func (st *store) beat(ctx context.Context) error {
 		err = st.pool.QueryRow(ctx, "insert into servers (server) values ($1) returning clock_timestamp()", st.server).Scan(&now)
 	}
 	if err != nil {
+		st.leaveReadOnly(err)
 		return err
 	}
 	st.skew.Store(int64(time.Since(now)))
