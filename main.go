@@ -3,13 +3,13 @@
 //
 // The way of an event:
 //
-//	page ── WebSocket ──▶ tracker (session.go)      finds the events' bounds (parse.go)
+//	page ── WebSocket ──▶ tracker (session.go)      finds the events' bounds (event.go)
 //	                        │ publish
 //	                        ▼
 //	                      hub (hub.go)              numbers it, keeps it, fans it out
 //	                    ┌───┴───────────────┐
 //	                    ▼                   ▼ takes dirty sessions, BATCH_SIZE at a time
-//	viewers ◀── outbox per viewer       writers (store.go)   gzip, insert, commit
+//	viewers ◀── outbox per viewer       writers (writer.go)  gzip, insert, commit
 //	                                        │ committed
 //	                    tracker ◀── ack ── hub
 package main

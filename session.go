@@ -256,35 +256,34 @@ type member struct{ key, value string }
 var defaults = []member{{"viewport", `{"width":1920,"height":1080,"devicePixelRatio":1}`}, {"referrer", `""`}, {"timeZone", `"UTC"`}}
 
 // rewrite copies a JSON object without "resume", which is a secret, and adds the
-// defaults that are missing. Of a key that stands twice the last counts. With
-// names it copies those members alone, each cut to most bytes; a value that cannot
-// be cut is left out, and so is what would go beyond maxMetadata.
+// defaults that are missing. With names it copies those members alone, each cut to
+// most bytes; a value that cannot be cut is left out, and so is what would go
+// beyond maxMetadata. Of a name that stands twice the last counts.
 func rewrite(object []byte, names []string, most int, defaults []member) []byte {
-	last, order := map[string][]byte{}, []string{}
+	out, last, picked := []byte("{"), map[string][]byte{}, []string{}
 	members(object, func(name string, key, value []byte) {
-		if name == "resume" || names != nil && !slices.Contains(names, name) {
+		switch {
+		case name == "resume":
 			return
+		case names == nil:
+			out = fmt.Appendf(out, "%s:%s,", key, value)
+		case last[name] == nil && slices.Contains(names, name):
+			picked = append(picked, name)
 		}
-		if names != nil && len(value) > most && value[0] == '"' {
+		last[name] = value
+	})
+	for _, name := range picked {
+		value := last[name]
+		if len(value) > most && value[0] == '"' {
 			value = encodeJSON(cut(unquote(value), most))
 		}
-		if names != nil && (len(value) > 2*most || nests(value, maxNesting)) { // twice: a string grows by its escapes
-			return
-		}
-		if last[name] == nil {
-			order = append(order, name)
-		}
-		last[name] = fmt.Appendf(nil, "%s:%s,", key, value)
-	})
-	out := []byte("{")
-	for _, name := range order {
-		if names == nil || len(out)+len(last[name]) <= maxMetadata {
-			out = append(out, last[name]...)
+		if len(value) <= 2*most && len(out)+len(value) < maxMetadata && !nests(value, maxNesting) {
+			out = fmt.Appendf(out, "%q:%s,", name, value) // twice: a string grows by its escapes
 		}
 	}
 	for _, d := range defaults {
 		if last[d.key] == nil {
-			out = fmt.Appendf(out, "%s:%s,", encodeJSON(d.key), d.value)
+			out = fmt.Appendf(out, "%q:%s,", d.key, d.value)
 		}
 	}
 	return append(bytes.TrimSuffix(out, []byte(",")), '}')
