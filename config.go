@@ -282,9 +282,21 @@ func (c config) url(host, port string) string {
 		scheme = "https://"
 	}
 	if addr, err := netip.ParseAddr(host); err == nil && addr.IsUnspecified() {
-		host = "localhost"
+		host = ownAddress()
 	}
 	return scheme + net.JoinHostPort(host, port)
+}
+
+// ownAddress is where other machines reach this one: its first address in a
+// network, or localhost where it is in none.
+func ownAddress() string {
+	addresses, _ := net.InterfaceAddrs()
+	for _, a := range addresses {
+		if network, ok := a.(*net.IPNet); ok && network.IP.IsGlobalUnicast() {
+			return network.IP.String()
+		}
+	}
+	return "localhost"
 }
 
 // readConfig reads the settings of the environment and of a .env file, if there

@@ -475,3 +475,21 @@ func TestArguments(t *testing.T) {
 		}
 	}
 }
+
+// A link is of use to another machine: without a network there is none.
+func TestConfigURL(t *testing.T) {
+	for host, want := range map[string]string{
+		"127.0.0.1": "http://127.0.0.1:1", "replay.example": "http://replay.example:1", "::1": "http://[::1]:1",
+		"0.0.0.0": "http://" + net.JoinHostPort(ownAddress(), "1"), "::": "http://" + net.JoinHostPort(ownAddress(), "1"),
+	} {
+		if got := (config{}).url(host, "1"); got != want {
+			t.Errorf("HOST=%s: got %s, want %s", host, got, want)
+		}
+	}
+	addresses, _ := net.InterfaceAddrs()
+	for _, a := range addresses {
+		if network, ok := a.(*net.IPNet); ok && network.IP.IsGlobalUnicast() && ownAddress() == "localhost" {
+			t.Errorf("got localhost, want an address like %s", network.IP)
+		}
+	}
+}

@@ -113,3 +113,47 @@ func withMedia(files map[string]asset, origins []string) map[string]asset {
 	}
 	return files
 }
+
+// Embedded files.
+
+func (s *server) serve(w http.ResponseWriter, r *http.Request, name, cache string) {
+	file, ok := s.files[name]
+	if !ok {
+		s.fail(w, r, http.StatusNotFound, "no such file", nil)
+		return
+	}
+	file.serve(w, r, cache)
+}
+
+func (s *server) page(name, policy string) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Content-Security-Policy", policy)
+		w.Header().Set("Referrer-Policy", "no-referrer")
+		s.serve(w, r, name, "no-cache")
+	}
+}
+
+func (s *server) handleRoot(w http.ResponseWriter, r *http.Request) {
+	if isBrowser(r) {
+		s.page("index.html", viewerPolicy)(w, r)
+		return
+	}
+	s.write(w, http.StatusOK, map[string]any{
+		"name": "session-replay", "version": version(),
+		"endpoints": map[string]string{"websocket": "/ws", "health": "/health", "stats": "/stats",
+			"activeSessions": "/sessions/active",
+			"sessionEvents":  "/sessions/:sessionId/events", "cleanup": "/sessions/cleanup"},
+		"documentation": "README.md", "signedIn": s.access.signedIn(r), "ingestKey": s.access.key,
+	})
+}
+
+func (s *server) handleAsset(w http.ResponseWriter, r *http.Request) {
+	s.serve(w, r, r.PathValue("file"), "no-cache")
+}
+
+func (s *server) handleTracker(w http.ResponseWriter, r *http.Request) {
+	s.origins.fetched(originOf(r))
+	w.Header().Set("Access-Control-Allow-Origin", "*")
+	w.Header().Set("Cross-Origin-Resource-Policy", "cross-origin")
+	s.serve(w, r, "tracker.js", "public, max-age=3600")
+}

@@ -464,6 +464,7 @@ func (st *store) beat(ctx context.Context) error {
 	var now time.Time
 	err := st.pool.QueryRow(ctx, "update servers set seen_at = now() where server = $1 returning clock_timestamp()", st.server).Scan(&now)
 	if errors.Is(err, pgx.ErrNoRows) {
+		st.pool.Exec(ctx, "delete from servers where seen_at < now() - interval '1 day'") // long gone
 		err = st.pool.QueryRow(ctx, "insert into servers (server) values ($1) returning clock_timestamp()", st.server).Scan(&now)
 	}
 	if err != nil {

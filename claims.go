@@ -1,0 +1,189 @@
+package main
+
+import "time"
+
+// The hub and who records what: reserved, claimed in the database, attached; then
+// detached, ended or abandoned.
+
+func (h *hubState) reserve(cmd reserve) reservation {
+	s := h.sessions[cmd.id]
+	switch {
+	case cmd.share && s != nil && s.shared && s.tracker != nil && s.tracker != cmd.out:
+		h.recorded[cmd.out] = s
+		return joins
+	case !cmd.byToken && (h.claiming[cmd.id].n > 0 || s != nil && s.tracker != nil && s.tracker != cmd.out):
+		return taken
+	case h.aboutBytes+cmd.cost-s.aboutCost() > int64(h.cfg.maxBufferBytes)/8:
+		return noRoom
+	}
+	c := h.claiming[cmd.id]
+	if c.n++; c.n == 1 {
+		c.since = time.Now()
+	}
+	h.claiming[cmd.id] = c
+	return granted
+}
+
+// claiming are the claims of one session that are under way.
+type claiming struct {
+	n     int
+	since time.Time // of the first
+}
+
+func (s *session) aboutCost() int64 {
+	if s == nil {
+		return 0
+	}
+	return s.about.cost()
+}
+
+func (h *hubState) unreserve(id string) {
+	c := h.claiming[id]
+	if c.n--; c.n > 0 {
+		h.claiming[id] = c
+	} else {
+		delete(h.claiming, id)
+	}
+}
+
+// attach gives a session to the tracker that has claimed it. Events in memory
+// stay if nothing was stored by anyone else since: the claim follows on ours, or
+// the row is as we left it. Otherwise another server had the session in between,
+// and trackers that number their batches send again what it lacks.
+func (h *hubState) attach(cmd attach) attached {
+	h.unreserve(cmd.id)
+	s := h.sessions[cmd.id]
+	switch {
+	case s == nil:
+		s = &session{id: cmd.id, ended: true, now: cmd.claim.counters, durable: cmd.claim.counters}
+		h.sessions[s.id] = s
+	case cmd.claim.epoch < s.epoch:
+		return attached{outdated: true}
+	case cmd.claim.epoch != s.epoch+1 && !cmd.claim.sameStored(s.durable):
+		h.discard(s)
+		s.now, s.durable = cmd.claim.counters, cmd.claim.counters
+	}
+	s.epoch, s.firstSeq, s.shared = cmd.claim.epoch, cmd.firstSeq, cmd.share
+	h.describe(s, cmd.about)
+	h.setTracker(s, cmd.out)
+	if s.ended {
+		s.ended = false
+		h.metrics.sessionsStarted.Add(1)
+		h.toViewers(cmd.started)
+	}
+	return attached{accepted: s.now.seq, stored: max(s.durable.seq, cmd.claim.seq)}
+}
+
+func (h *hubState) describe(s *session, about *description) {
+	more := about.cost() - s.about.cost()
+	h.budget.give(-more)
+	h.aboutBytes += more
+	s.about = about
+}
+
+// setTracker makes out the one tracker of the session, and the session the one
+// that out records.
+func (h *hubState) setTracker(s *session, out *outbox) {
+	if old := s.tracker; old != nil && old != out {
+		delete(h.recorded, old)
+		old.closeAfterSending(closeTaken, "the session continues on another connection")
+	}
+	if h.recorded[out] != s {
+		h.detach(out)
+	}
+	if s.tracker != out {
+		s.hidden = false
+	}
+	h.recorded[out] = s
+	s.tracker, s.ackTo = out, out
+	delete(h.grace, s)
+	h.tellState(s)
+}
+
+// detach takes the session from a tracker that has gone. It can be resumed in
+// its grace period, unless others record it as well.
+func (h *hubState) detach(out *outbox) {
+	s := h.recorded[out]
+	delete(h.recorded, out)
+	if s == nil || s.tracker != out {
+		return
+	}
+	s.tracker, s.detachedAt = nil, time.Now()
+	if s.shared {
+		for other, theirs := range h.recorded {
+			if theirs == s {
+				s.tracker = other
+				return
+			}
+		}
+	}
+	h.grace[s] = struct{}{}
+	h.tellState(s)
+}
+
+// end ends a session: what is left of it is stored at once, then it leaves memory.
+func (h *hubState) end(s *session) {
+	if s.ended {
+		return
+	}
+	s.ended = true
+	delete(h.grace, s)
+	delete(h.recorded, s.tracker)
+	s.tracker = nil
+	h.tellEnded(s.id)
+	h.enqueue(s)
+}
+
+// abandon forgets a session of which nothing more can be stored, and tells its
+// tracker why.
+func (h *hubState) abandon(s *session, why outcome) {
+	h.discard(s)
+	h.forget(s)
+	if why == deleted {
+		h.resetWatchers(s.id)
+	}
+	if !s.ended && why != epochLost {
+		h.tellEnded(s.id)
+	}
+	s.ended = true
+	out := s.tracker
+	if out == nil {
+		return
+	}
+	delete(h.recorded, out)
+	switch why {
+	case epochLost:
+		out.closeAfterSending(closeTaken, "the session continues on another connection")
+	case deleted:
+		out.trySend(errorMessage("session_deleted", "the session was deleted"), trackerOutbox)
+		out.closeAfterSending(closeDeleted, "the session was deleted")
+	case refused:
+		out.trySend(errorMessage("not_stored", "the database refused the session's data"), trackerOutbox)
+	}
+}
+
+// discard drops the session's events from memory. A flush that a writer has is
+// known to be dropped when it comes back.
+func (h *hubState) discard(s *session) {
+	for _, b := range s.pending {
+		h.pendingBytes -= b.cost
+		h.budget.give(b.cost)
+	}
+	if s.flush != nil && !s.writing {
+		h.budget.give(s.flush.cost())
+	}
+	delete(h.retry, s)
+	h.trim(s, len(s.tail))
+	s.pending, s.flush, s.writing = nil, nil, false
+	s.answer(true)
+}
+
+// forget takes a session out of memory.
+func (h *hubState) forget(s *session) {
+	s.answer(true)
+	h.trim(s, len(s.tail))
+	h.budget.give(s.about.cost())
+	h.aboutBytes -= s.about.cost()
+	delete(h.grace, s)
+	delete(h.sessions, s.id)
+}

@@ -1,0 +1,195 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+)
+
+// What a viewer may say, and pages of events.
+
+// viewer is somebody who watches. One goroutine at a time calls handle.
+type viewer struct {
+	*core
+	ctx context.Context // ends with its connection
+	out *outbox
+
+	opened func(id string) // is told which sessions the viewer has joined
+}
+
+// handle does what a message asks.
+func (v *viewer) handle(msg []byte) (kept int64, err error) {
+	f, err := parseFrame(msg)
+	if err != nil {
+		return 0, &protocolError{"invalid_message", err.Error()}
+	}
+	switch f.typ {
+	case "get_active_sessions":
+		return 0, v.listSessions()
+	case "viewer_join_session":
+		return 0, v.joinSession(f)
+	case "viewer_leave_session":
+		return 0, v.leaveSession(f)
+	case "get_session_events":
+		return 0, v.sendPage(f)
+	case "heartbeat":
+		return 0, nil
+	case "session_start", "events_batch", "session_end", "error", "javascript_error", "promise_rejection", "visibility_change":
+		return 0, errForbidden
+	}
+	return 0, errUnknownType
+}
+
+func (v *viewer) listSessions() error {
+	reply := make(chan []summary, 1)
+	live, _ := ask(v.hub, reply, liveQuery{reply})
+	v.out.send(activeSessions(live))
+	return nil
+}
+
+// sessionRequest is the data of a viewer's messages.
+type sessionRequest struct {
+	ID        string `json:"sessionId"`
+	FromIndex int64  `json:"fromIndex"`
+	Limit     int64  `json:"limit"`
+}
+
+func parseRequest(f frame) (sessionRequest, error) {
+	var r sessionRequest
+	if err := json.Unmarshal(f.data, &r); err != nil || r.FromIndex < 0 || r.Limit < 0 {
+		return r, &protocolError{"invalid_message", `"data" must have a sessionId, and whole numbers from 0 as fromIndex and limit`}
+	}
+	if !validID(r.ID) {
+		return r, errNoSession
+	}
+	return r, nil
+}
+
+// joinSession makes the viewer watch a session. One that is not in memory is
+// looked up in the database, and the hub is asked again with what was found: the
+// session may have come back meanwhile.
+func (v *viewer) joinSession(f frame) error {
+	r, err := parseRequest(f)
+	if err != nil {
+		return err
+	}
+	reply := make(chan bool, 1)
+	if ok, _ := ask(v.hub, reply, join{v.out, r.ID, nil, reply}); ok {
+		v.opened(r.ID)
+		return nil
+	}
+	row, err := v.store.session(v.ctx, r.ID)
+	if err != nil {
+		return v.queryError(err)
+	}
+	ask(v.hub, reply, join{v.out, r.ID, &row.summary, reply})
+	v.opened(r.ID)
+	return nil
+}
+
+func (v *viewer) queryError(err error) error {
+	if errors.Is(err, errNotFound) {
+		return errNoSession
+	}
+	v.log.Warn("question not answered", "err", err)
+	return &protocolError{"unavailable", "the database is away: try again"}
+}
+
+func (v *viewer) leaveSession(f frame) error {
+	r, err := parseRequest(f)
+	if err == nil {
+		v.hub.send(unjoin{v.out, r.ID})
+	}
+	return err
+}
+
+func (v *viewer) sendPage(f frame) error {
+	r, err := parseRequest(f)
+	if err != nil {
+		return err
+	}
+	if r.Limit == 0 || r.Limit > maxPage {
+		r.Limit = maxPage
+	}
+	p, err := v.eventPage(v.ctx, r.ID, r.FromIndex, r.Limit, `{"type":"session_events","data":{"sessionId":"`+r.ID+`","events":[`)
+	defer p.release()
+	if err != nil {
+		return v.queryError(err)
+	}
+	v.opened(r.ID)
+	total := p.session.now.events
+	v.out.send(text(fmt.Appendf(p.text, `],"fromIndex":%d,"totalEvents":%d,"hasMore":%t,"isActive":%t}}`,
+		r.FromIndex, total, r.FromIndex+p.count < total, p.session.isActive)))
+	return v.out.wait(v.ctx)
+}
+
+// page is some events of a session, in order.
+type page struct {
+	session summary
+	text    []byte // what the caller began it with, and the events, with commas between them
+	count   int64
+	budget  *budget
+	cost    int64 // taken from the budget
+}
+
+func (p *page) add(event []byte) (more bool) {
+	if p.count > 0 {
+		p.text = append(p.text, ',')
+	}
+	p.text = append(p.text, event...)
+	p.count++
+	return len(p.text) < pageBytes
+}
+
+// grow takes room for a chunk of so much JSON, and for as much of it in the page.
+func (p *page) grow(ctx context.Context, raw int64) error {
+	n := max(0, 2*raw-p.cost)
+	took, err := p.budget.grow(ctx, n, n)
+	p.cost += took
+	return err
+}
+
+func (p *page) release() { p.budget.finish(p.cost, p.cost) }
+
+// eventPage gives the events of a session from one number on, at most limit and
+// about pageBytes, also those not yet committed. Memory is asked first:
+// everything before what it has was committed by then. The caller releases the
+// page, also with an error, when its text is sent.
+func (c *core) eventPage(ctx context.Context, id string, from, limit int64, start string) (*page, error) {
+	p := &page{text: []byte(start), budget: c.outgoing}
+	if err := p.grow(ctx, pageBytes); err != nil {
+		return p, err
+	}
+	reply := make(chan inMemory, 1)
+	memory, ok := ask(c.hub, reply, memoryQuery{id, from, from + limit, reply})
+	if !ok {
+		return p, net.ErrClosed
+	}
+	p.session = memory.session
+	if !memory.ok {
+		row, err := c.store.session(ctx, id)
+		if err != nil {
+			return p, err
+		}
+		p.session = row.summary
+	}
+	to := min(from+limit, p.session.now.events)
+	committed := to
+	if len(memory.batches) > 0 {
+		committed = min(to, memory.batches[0].first)
+	}
+	if from < committed {
+		if err := c.store.events(ctx, id, from, committed, p.grow, p.add); err != nil {
+			return p, err
+		}
+	}
+	for _, b := range memory.batches {
+		for i := from + p.count; i >= b.first && i < min(to, b.end()) && len(p.text) < pageBytes; i++ {
+			e := b.events[i-b.first]
+			p.add(b.body[e.start:e.end])
+		}
+	}
+	return p, nil
+}
