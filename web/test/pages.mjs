@@ -23,6 +23,7 @@ export function serve(env) {
     page.on("pageerror", (err) => errors.push(err.stack || err.message));
     if (!skip) await page.addInitScript(() => { try { localStorage.skip = "false"; } catch { /* no page yet */ } });
     test.after(async () => {
+      await page.unrouteAll({ behavior: "ignoreErrors" }); // a handler may be in the middle of an answer
       await page.close();
       assert.deepEqual(errors, [], "errors in the page");
     });
