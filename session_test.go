@@ -452,7 +452,7 @@ func TestWithoutRoom(t *testing.T) {
 	t.Parallel()
 	database := testDatabase(t)
 	proxy, through := proxyToDatabase(t, database, nil)
-	s := startInside(t, "DATABASE_URL="+through, "HEARTBEAT_INTERVAL=100", "SESSION_GRACE_PERIOD=0",
+	s := startInside(t, "DATABASE_URL="+through, "HEARTBEAT_INTERVAL=500", "SESSION_GRACE_PERIOD=0",
 		"MAX_BUFFER_BYTES=1048576", "MAX_MESSAGE_BYTES=500000")
 	full := s.recording("full")
 	full.record(1, 3)
@@ -470,7 +470,7 @@ func TestWithoutRoom(t *testing.T) {
 	viewer.send("viewer_join_session", sessionID{"full"})
 	viewer.send("get_session_events", `{"sessionId":"full","limit":3}`)
 	pings := s.viewer() // in the time of its pings the trackers miss theirs
-	for range 10 {
+	for range 4 {
 		pings.pinged()
 	}
 	viewer.expect("session_joined")
