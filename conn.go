@@ -39,9 +39,10 @@ type conn struct {
 	inflater   int64 // room for what inflates a message; 0: messages come as they are
 	urgent     bool  // messages are read also while the budget has no room
 
-	readTimer *time.Timer // closes the connection when one message takes too long
-	pingTimer *time.Timer // starts the next ping
-	busy      atomic.Bool // inside a message: pings wait
+	readTimer *time.Timer  // closes the connection when one message takes too long
+	pingTimer *time.Timer  // starts the next ping
+	busy      atomic.Bool  // inside a message: pings wait
+	received  atomic.Int64 // messages so far
 	writer    sync.WaitGroup
 
 	// The reading goroutine's own:
@@ -166,6 +167,7 @@ func (c *conn) read() ([]byte, error) {
 		return nil, err
 	}
 	c.busy.Store(true)
+	c.received.Add(1)
 	msg, err := c.readAll(r)
 	var corrupt flate.CorruptInputError
 	switch {
@@ -277,16 +279,18 @@ func (c *conn) ping() {
 	}
 }
 
-// isAlive reports whether the peer answers a ping. One that is sending or being
-// sent a message counts as alive: other limits hold for those.
+// isAlive reports whether the peer answers a ping. One that sends, or is being
+// sent a message, counts as alive: its pong may stand behind what it has sent, and
+// other limits hold for messages.
 func (c *conn) isAlive() bool {
 	if c.busy.Load() || c.out.isSending() {
 		return true
 	}
+	before := c.received.Load()
 	c.extendDeadline() // that of the last message may have passed
 	ctx, cancel := context.WithTimeout(c.ctx, c.cfg.heartbeat)
 	defer cancel()
-	return c.ws.Ping(ctx) == nil || c.busy.Load() || c.out.isSending()
+	return c.ws.Ping(ctx) == nil || c.busy.Load() || c.out.isSending() || c.received.Load() != before
 }
 
 // Writing.

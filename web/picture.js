@@ -161,7 +161,7 @@ export class Picture {
       else node.showPopover();
     }
     if (states.includes('fullscreen')) setAll(node, { position: 'fixed', inset: '0', width: '100%', height: '100%', margin: '0', 'z-index': '2147483647' });
-    if (states.includes('focus') !== !!this.focused?.includes(node)) this.focus(states.includes('focus') ? node : null);
+    if (states.includes('focus') !== (this.focused?.[0] === node)) this.focus(states.includes('focus') ? node : null);
     const size = /^(\d{1,5}) (\d{1,5})$/.exec(node.getAttribute('replay-size') ?? '');
     if (size) drawBox(node, Number(size[1]), Number(size[2]));
     else if (node.nodeName === 'IFRAME' && node.hasAttribute('replay-foreign')) drawBehind(node, drawing(node.offsetWidth, node.offsetHeight, words(node)));
