@@ -460,17 +460,23 @@ func (s *server) handleChunk(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return errNotFound
 	}
-	data, err := s.store.chunk(r.Context(), id, first)
+	room := &page{budget: s.outgoing}
+	defer room.release()
+	c, err := s.store.chunkWith(r.Context(), id, first, room.grow)
+	if err == nil && c.first != first {
+		err = errNotFound
+	}
 	if err != nil {
 		return err
 	}
+	data := c.events
 	s.audit.open(s.access.address(r), id)
 	h := w.Header()
 	h.Set("Content-Type", "application/json; charset=utf-8")
 	h.Set("Cache-Control", "private, max-age=31536000, immutable")
 	h.Add("Vary", "Accept-Encoding")
 	if !strings.Contains(r.Header.Get("Accept-Encoding"), "gzip") {
-		if data, err = unzip(data, 4*len(data)); err != nil {
+		if data, err = unzip(data, c.raw); err != nil {
 			s.fail(w, r, http.StatusInternalServerError, "the chunk is damaged", err)
 			return nil
 		}

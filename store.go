@@ -268,29 +268,12 @@ func (st *store) chunks(ctx context.Context, id string) ([]chunk, error) {
 	})
 }
 
-// chunk gives the stored bytes of the chunk that begins with an event;
-// errNotFound when none does.
-func (st *store) chunk(ctx context.Context, id string, first int64) ([]byte, error) {
-	ctx, cancel := context.WithTimeout(ctx, queryTimeout)
-	defer cancel()
-	var data []byte
-	err := st.pool.QueryRow(ctx, "select events from session_events where session_id = $1 and first_index = $2", id, first).Scan(&data)
-	if errors.Is(err, pgx.ErrNoRows) {
-		err = errNotFound
-	}
-	return data, err
-}
-
 // events calls emit with each stored event from one number up to, not including,
-// another, until emit says false. It reads a chunk at a time, and calls room with
-// the size of its JSON before it unpacks it.
+// another, until emit says false. It reads a chunk at a time; room is chunkWith's.
 func (st *store) events(ctx context.Context, id string, from, to int64,
 	room func(context.Context, int64) error, emit func([]byte) bool) error {
 	for from < to {
-		c, err := st.chunkWith(ctx, id, from)
-		if err == nil {
-			err = room(ctx, int64(c.raw))
-		}
+		c, err := st.chunkWith(ctx, id, from, room)
 		if err != nil {
 			return err
 		}
@@ -311,13 +294,25 @@ func (st *store) events(ctx context.Context, id string, from, to int64,
 	return nil
 }
 
-// chunkWith gives the last chunk that begins at or before an event.
-func (st *store) chunkWith(ctx context.Context, id string, number int64) (c chunk, err error) {
-	ctx, cancel := context.WithTimeout(ctx, queryTimeout)
+// chunkWith gives the last chunk that begins at or before an event; errNotFound
+// when none does. It calls room with the size of the chunk's JSON before it reads
+// the chunk.
+func (st *store) chunkWith(ctx context.Context, id string, number int64,
+	room func(context.Context, int64) error) (c chunk, err error) {
+	query, cancel := context.WithTimeout(ctx, queryTimeout)
 	defer cancel()
-	err = st.pool.QueryRow(ctx, `select first_index, event_count, raw_bytes, events from session_events
+	err = st.pool.QueryRow(query, `select first_index, event_count, raw_bytes from session_events
 		where session_id = $1 and first_index <= $2 order by first_index desc limit 1`, id, number).
-		Scan(&c.first, &c.count, &c.raw, &c.events)
+		Scan(&c.first, &c.count, &c.raw)
+	if err == nil {
+		if err = room(ctx, int64(c.raw)); err != nil {
+			return c, err
+		}
+		query, cancel = context.WithTimeout(ctx, queryTimeout)
+		defer cancel()
+		err = st.pool.QueryRow(query, "select events from session_events where session_id = $1 and first_index = $2", id, c.first).
+			Scan(&c.events)
+	}
 	if errors.Is(err, pgx.ErrNoRows) {
 		err = errNotFound
 	}
