@@ -21,6 +21,7 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"os"
 	"regexp"
 	"slices"
 	"strings"
@@ -367,20 +368,49 @@ func (c *testConn) expectAfter(kinds ...string) (m testMessage, passed []testMes
 	}
 }
 
+// ended reads on until the connection ends; its code is -1 without a close frame.
+func (c *testConn) ended() (closed websocket.CloseError) {
+	c.t.Helper()
+	for {
+		switch _, err := c.receive(); {
+		case err == nil:
+		case errors.Is(err, os.ErrDeadlineExceeded):
+			c.t.Fatal("the server does not close")
+		case !errors.As(err, &closed):
+			return websocket.CloseError{Code: -1, Reason: err.Error()}
+		default:
+			return closed
+		}
+	}
+}
+
 // expectClose reads on until the server closes, with this code and a reason.
 func (c *testConn) expectClose(code websocket.StatusCode) {
 	c.t.Helper()
-	for {
-		_, err := c.receive()
-		if err == nil {
-			continue
-		}
-		var closed websocket.CloseError
-		if !errors.As(err, &closed) || closed.Code != code || closed.Reason == "" {
-			c.t.Fatalf("the connection ended with %v, want close code %d with a reason", err, code)
-		}
-		return
+	if closed := c.ended(); closed.Code != code || closed.Reason == "" {
+		c.t.Fatalf("the connection ended with %v, want close code %d with a reason", closed, code)
 	}
+}
+
+// frame reads on until a frame of this kind comes, and gives what is in it.
+func (c *testConn) frame(kind byte) []byte {
+	c.t.Helper()
+	c.SetReadDeadline(time.Now().Add(patience))
+	for {
+		head, payload, err := readFrame(c.in, nil)
+		if err != nil || head&0x0f == 8 {
+			c.t.Fatalf("waiting for a frame of kind %d: %v, %q", kind, err, payload)
+		}
+		if head&0x0f == kind {
+			return payload
+		}
+	}
+}
+
+// pinged reads on until a ping has come, and answers it.
+func (c *testConn) pinged() {
+	c.t.Helper()
+	c.Write(maskedFrame(0x8a, c.frame(9)))
 }
 
 // wireMessage makes a message. data is JSON already, or something to encode.

@@ -493,22 +493,6 @@ func TestWithoutRoom(t *testing.T) {
 	s.nothingLeft()
 }
 
-// pinged reads on until a ping has come, and answers it.
-func (c *testConn) pinged() {
-	c.t.Helper()
-	c.SetReadDeadline(time.Now().Add(patience))
-	for {
-		head, payload, err := readFrame(c.in, nil)
-		if err != nil {
-			c.t.Fatalf("waiting for a ping: %v", err)
-		}
-		if head&0x0f == 9 {
-			c.Write(maskedFrame(0x8a, payload))
-			return
-		}
-	}
-}
-
 // ---- bad input ----
 
 // Many errors in a row close the connection; one good message between starts
