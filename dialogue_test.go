@@ -241,9 +241,11 @@ func (d *dialogue) conn(name string) *testConn {
 	if c := d.conns[name]; c != nil {
 		return c
 	}
-	if d.conns[name] = d.s.dialTracker(); name[0] == 'v' {
-		d.conns[name] = d.s.viewer()
+	connect := d.s.dialTracker
+	if name[0] == 'v' {
+		connect = d.s.viewer
 	}
+	d.conns[name] = connect()
 	return d.conns[name]
 }
 
