@@ -296,91 +296,6 @@ func (t *hubTest) stats() hubStats {
 
 func (t *hubTest) used() int64 { return testBudget - t.budget.left() }
 
-// ---- events ----
-
-// Events are numbered in the order in which they come, and their number stands
-// in the live message.
-func TestHubNumbers(t *testing.T) {
-	inHub(t, nil, func(t *hubTest) {
-		a, b := t.tracker("a"), t.idle()
-		t.attach(b, "b", claim{epoch: 4, counters: counters{events: 1000000, seq: 9, snapshot: 7}})
-		viewer := t.viewer()
-		t.join(viewer, "a")
-		t.join(viewer, "b")
-		for i, n := range []int{1, 3, 0, 2} {
-			t.publish(a, "a", n, int64(i+1))
-			t.publish(b, "b", n, 0)
-		}
-		t.heard(viewer, "joined a 0", "joined b 1000000", "live a 0+1", "live b 1000000+1",
-			"live a 1+3", "live b 1000001+3", "live a 4+2", "live b 1000004+2")
-		got := t.find("a", 0, 100)
-		if now := got.session.now; !got.ok || now.events != 6 || now.seq != 4 || now.snapshot != -1 || len(got.batches) != 4 {
-			t.Errorf("got %+v with %d batches, want 6 events, seq 4, 4 batches", now, len(got.batches))
-		}
-	})
-}
-
-// A seq that was taken is acked if it is stored, and dropped; a gap is refused.
-func TestHubSequence(t *testing.T) {
-	inHub(t, nil, func(t *hubTest) {
-		c := t.tracker("s")
-		for _, step := range []struct {
-			seq  int64
-			says []string
-		}{{2, []string{"error sequence_gap 1"}}, {1, nil}, {1, nil}, {3, []string{"error sequence_gap 2"}}, {2, nil}, {1,
-			nil}} {
-			t.publish(c, "s", 2, step.seq)
-			t.heard(c, step.says...)
-		}
-		t.settle(stored, t.later()...)
-		t.heard(c, "ack s 2")
-		t.publish(c, "s", 2, 2)
-		t.heard(c, "ack s 2")
-		if now := t.find("s", 0, 0).session.now; now.events != 4 || t.metrics.refusals["sequence_gap"] != 2 {
-			t.Errorf("got %d events, refusals %v, want 4 and 2 gaps", now.events, t.metrics.refusals)
-		}
-	})
-}
-
-// ---- who records ----
-
-// A session that a live connection records, or is about to, is not to be had
-// without its token.
-func TestHubReserve(t *testing.T) {
-	inHub(t, nil, func(t *hubTest) {
-		other := t.idle()
-		check := func(when string, byToken bool, want reservation) {
-			t.Helper()
-			got := t.reserve(other, "s", byToken, 0)
-			if got != want {
-				t.Errorf("%s: got %d, want %d", when, got, want)
-			}
-			if got == granted {
-				t.do(unreserve{"s"})
-			}
-		}
-		check("not there", false, granted)
-		c := t.idle()
-		t.reserve(c, "s", false, 0)
-		check("about to be recorded", false, taken)
-		check("about to be recorded, with the token", true, granted)
-		check("about to be recorded", false, taken)
-		t.attachAs(c, "s", claim{}, aboutNobody)
-		check("live", false, taken)
-		check("live, with the token", true, granted)
-		if got := t.reserve(c, "s", false, 0); got != granted {
-			t.Errorf("its own: got %d, want granted", got)
-		}
-		t.do(unreserve{"s"})
-		t.do(leave{c})
-		check("in its grace period", false, granted)
-		c = t.idle()
-		t.attach(c, "s", claim{epoch: 2})
-		t.do(finish{c})
-		check("ended", false, granted)
-	})
-}
-
 // A row with a newer epoch means another server, unless a claim of our own is on
 // its way: the flush is tried again then, under the new epoch.
 func TestHubEpochLost(t *testing.T) {
@@ -413,8 +328,6 @@ func TestHubEpochLost(t *testing.T) {
 		}
 	})
 }
-
-// ---- grace and end ----
 
 // When the server stops, all sessions end and the hub runs until everything is
 // stored, however often that fails.

@@ -184,6 +184,9 @@ func (m *model) send() string {
 		events = append(events, fmt.Sprintf(`{"type":3,"timestamp":%d}`, (tr.seq-1)*perBatch+i+1))
 	}
 	m.t.do(publish{tr.out, "", m.t.batchOf(tr.id, tr.seq, events...), nil})
+	if m.r.IntN(5) == 0 {
+		m.t.report(tr.out, "error")
+	}
 	return fmt.Sprintf("%s: sends batch %d", tr.id, tr.seq)
 }
 
@@ -409,6 +412,9 @@ func (m *model) store(f *flush) outcome {
 		if i == 0 && there {
 			break
 		}
+		if b.report != nil {
+			continue
+		}
 		for _, e := range b.events {
 			chunk.events = append(chunk.events, e.time)
 		}
@@ -428,7 +434,7 @@ func (m *model) store(f *flush) outcome {
 func (m *model) complete(id string) {
 	row := m.rows[id]
 	var all []int64
-	var raw int64
+	raw := 2 * row.errors // each is {}
 	for _, first := range slices.Sorted(maps.Keys(row.chunks)) {
 		if first != int64(len(all)) {
 			m.t.Errorf("%s: a chunk starts at %d, the one before ends at %d", id, first, len(all))

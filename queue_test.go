@@ -1,7 +1,6 @@
 package main
 
 import (
-	"fmt"
 	"reflect"
 	"slices"
 	"testing"
@@ -100,60 +99,6 @@ func TestHubInMemory(t *testing.T) {
 			}
 		}
 		t.settle(stored, writing...)
-	})
-}
-
-// All room is given back, whatever becomes of what took it.
-func TestHubBudget(t *testing.T) {
-	for _, result := range []outcome{stored, refused, epochLost, deleted} {
-		for _, late := range []bool{false, true} {
-			t.Run(fmt.Sprintf("outcome %d, more while writing %v", result, late), func(t *testing.T) {
-				inHub(t, nil, func(t *hubTest) {
-					c := t.tracker("s")
-					t.publish(c, "s", 5, 1)
-					t.report(c, "error")
-					work := t.later()
-					if late {
-						t.publish(c, "s", 5, 2)
-						t.report(c, "error")
-					}
-					if t.settle(result, work...); result != stored && t.used() != 0 {
-						t.Errorf("%d bytes are in use, want none", t.used())
-					}
-				})
-			})
-		}
-	}
-	t.Run("deleted while it is written", func(t *testing.T) {
-		inHub(t, nil, func(t *hubTest) {
-			c := t.tracker("s")
-			t.publish(c, "s", 5, 1)
-			work := t.later()
-			t.publish(c, "s", 5, 2)
-			if t.evict("s"); t.used() != work[0].cost() {
-				t.Errorf("%d bytes are in use, want those of the flush that is being written, %d", t.used(), work[0].cost())
-			}
-			if t.settle(deleted, work...); t.used() != 0 {
-				t.Errorf("%d bytes are in use, want none", t.used())
-			}
-		})
-	})
-	t.Run("dropped while it waits to be tried again", func(t *testing.T) {
-		inHub(t, nil, func(t *hubTest) {
-			c := t.tracker("s")
-			t.publish(c, "s", 5, 1)
-			t.settle(failed, t.later()...)
-			t.attach(c, "s", claim{epoch: 9, counters: counters{events: 77}})
-			if want := aboutNobody.cost(); t.used() != want {
-				t.Errorf("%d bytes are in use, want %d for the session itself", t.used(), want)
-			}
-			t.publish(c, "s", 1, 1)
-			f := t.later()[0]
-			if len(f.batches) != 1 || f.batches[0].first != 77 || f.epoch != 9 {
-				t.Errorf("got %d batches from %d on, epoch %d", len(f.batches), f.batches[0].first, f.epoch)
-			}
-			t.settle(stored, f)
-		})
 	})
 }
 
