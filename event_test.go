@@ -3,69 +3,55 @@ package main
 import (
 	"bytes"
 	"encoding/json"
+	"fmt"
 	"strings"
 	"testing"
 	"unicode/utf8"
 )
 
 func TestParseFrame(t *testing.T) {
-	tests := []struct {
+	const two = `{"type":2,"timestamp":5},{"a":1}`
+	for _, tt := range []struct {
 		name, msg string
-		err       error
-		typ, data string
-		events    []string
-		objects   bool
-		seq       string
+		want      any // an error, or type, data, seq, the events, and whether all of them are objects
 	}{
-		{name: "batch", msg: `{"type":"events_batch","data":{"events":[{"type":2,"timestamp":5},{"a":1}],"seq":7}}`,
-			typ: "events_batch", data: `{"events":[{"type":2,"timestamp":5},{"a":1}],"seq":7}`,
-			events: []string{`{"type":2,"timestamp":5}`, `{"a":1}`}, objects: true, seq: "7"},
-		{name: "data first, white space, other members",
-			msg: " {\n\"x\" : [1], \"data\" :\t{ \"events\" : [ { \"a\" : 1 } , {} ] } , \"type\" : \"t\" } ",
-			typ: "t", data: `{ "events" : [ { "a" : 1 } , {} ] }`, events: []string{`{ "a" : 1 }`, `{}`}, objects: true},
-		{name: "the last of two keys counts",
-			msg: `{"type":"a","data":{"events":[{"a":1}],"seq":1},"data":{"seq":2},"type":"b"}`,
-			typ: "b", data: `{"seq":2}`, seq: "2"},
-		{name: "of two lists of events too", msg: `{"type":"a","data":{"events":[{"a":1}],"events":[{"b":2},{"c":3}]}}`,
-			typ: "a", data: `{"events":[{"a":1}],"events":[{"b":2},{"c":3}]}`, events: []string{`{"b":2}`, `{"c":3}`},
-			objects: true},
-		{name: "also when it is no list", msg: `{"type":"a","data":{"events":[{"a":1}],"events":5}}`,
-			typ: "a", data: `{"events":[{"a":1}],"events":5}`},
-		{name: "escaped keys", msg: `{"\u0074ype":"a","d\u0061ta":{"s\u0065q":3}}`, typ: "a", data: `{"s\u0065q":3}`,
-			seq: "3"},
-		{name: "no data", msg: `{"type":"heartbeat"}`, typ: "heartbeat"},
-		{name: "events not an array", msg: `{"type":"a","data":{"events":{}}}`, typ: "a", data: `{"events":{}}`},
-		{name: "an event not an object", msg: `{"type":"a","data":{"events":[{},1]}}`, typ: "a", data: `{"events":[{},1]}`,
-			events: []string{`{}`}},
-		{name: "empty array", msg: `{"type":"a","data":{"events":[]}}`, typ: "a", data: `{"events":[]}`, objects: true},
-		{name: "no type", msg: `{"data":{}}`, err: errType},
-		{name: "type a number", msg: `{"type":1}`, err: errType},
-		{name: "array", msg: `[]`, err: errSyntax},
-		{name: "empty", msg: ``, err: errSyntax},
-		{name: "two values", msg: `{"type":"a"}{}`, err: errSyntax},
-		{name: "byte order mark", msg: "\ufeff{\"type\":\"a\"}", err: errSyntax},
-		{name: "invalid UTF-8", msg: "{\"type\":\"\xff\"}", err: errUTF8},
-		{name: "too deep", msg: `{"type":"a","data":` + strings.Repeat("[", 10000) + strings.Repeat("]", 10000) + `}`,
-			err: errSyntax},
-	}
-	for _, tt := range tests {
-		t.Run(tt.name, func(t *testing.T) {
-			f, err := parseFrame([]byte(tt.msg))
-			if err != tt.err {
-				t.Fatalf("got error %v, want %v", err, tt.err)
+		{"batch", `{"type":"events_batch","data":{"events":[` + two + `],"seq":7}}`,
+			`events_batch {"events":[` + two + `],"seq":7} 7 [{"type":2,"timestamp":5} {"a":1}] true`},
+		{"data first, white space, other members",
+			" {\n\"x\" : [1], \"data\" :\t{ \"events\" : [ { \"a\" : 1 } , {} ] } , \"type\" : \"t\" } ",
+			`t { "events" : [ { "a" : 1 } , {} ] }  [{ "a" : 1 } {}] true`},
+		{"the last of two keys counts", `{"type":"a","data":{"events":[{"a":1}],"seq":1},"data":{"seq":2},"type":"b"}`,
+			`b {"seq":2} 2 [] false`},
+		{"of two lists of events too", `{"type":"a","data":{"events":[{"a":1}],"events":[{"b":2},{"c":3}]}}`,
+			`a {"events":[{"a":1}],"events":[{"b":2},{"c":3}]}  [{"b":2} {"c":3}] true`},
+		{"also when it is no list", `{"type":"a","data":{"events":[{"a":1}],"events":5}}`,
+			`a {"events":[{"a":1}],"events":5}  [] false`},
+		{"escaped keys", `{"\u0074ype":"a","d\u0061ta":{"s\u0065q":3}}`, `a {"s\u0065q":3} 3 [] false`},
+		{"no data", `{"type":"heartbeat"}`, `heartbeat   [] false`},
+		{"events not an array", `{"type":"a","data":{"events":{}}}`, `a {"events":{}}  [] false`},
+		{"an event not an object", `{"type":"a","data":{"events":[{},1]}}`, `a {"events":[{},1]}  [{}] false`},
+		{"empty array", `{"type":"a","data":{"events":[]}}`, `a {"events":[]}  [] true`},
+		{"no type", `{"data":{}}`, errType},
+		{"type a number", `{"type":1}`, errType},
+		{"array", `[]`, errSyntax},
+		{"empty", ``, errSyntax},
+		{"two values", `{"type":"a"}{}`, errSyntax},
+		{"byte order mark", "\ufeff{\"type\":\"a\"}", errSyntax},
+		{"invalid UTF-8", "{\"type\":\"\xff\"}", errUTF8},
+		{"too deep", `{"type":"a","data":` + strings.Repeat("[", 10000) + strings.Repeat("]", 10000) + `}`, errSyntax},
+	} {
+		f, err := parseFrame([]byte(tt.msg))
+		got := any(err)
+		if err == nil {
+			events := []string{}
+			for _, e := range f.events {
+				events = append(events, string(f.msg[e.start:e.end]))
 			}
-			if f.typ != tt.typ || string(f.data) != tt.data || f.objects != tt.objects || string(f.seq) != tt.seq {
-				t.Errorf("got type %q data %q objects %v seq %q", f.typ, f.data, f.objects, f.seq)
-			}
-			if len(f.events) != len(tt.events) {
-				t.Fatalf("got %d events, want %d", len(f.events), len(tt.events))
-			}
-			for i, e := range f.events {
-				if got := string(f.msg[e.start:e.end]); got != tt.events[i] {
-					t.Errorf("event %d: got %q, want %q", i, got, tt.events[i])
-				}
-			}
-		})
+			got = fmt.Sprintf("%s %s %s %s %v", f.typ, f.data, f.seq, events, f.objects)
+		}
+		if got != tt.want {
+			t.Errorf("%s: got %v, want %v", tt.name, got, tt.want)
+		}
 	}
 }
 
@@ -135,8 +121,8 @@ func FuzzSplitEvents(f *testing.F) {
 			t.Fatalf("got %d events, want %d", len(events), len(want))
 		}
 		for i, e := range events {
-			if !bytes.Equal(chunk[e.start:e.end], want[i]) {
-				t.Fatalf("event %d: got %q, want %q", i, chunk[e.start:e.end], want[i])
+			if e := chunk[e.start:e.end]; !bytes.Equal(e, want[i]) || e[0] != '{' || e[len(e)-1] != '}' {
+				t.Fatalf("event %d: got %q, want the object %q", i, e, want[i])
 			}
 		}
 	})

@@ -165,6 +165,14 @@ func (t *storeTest) exec(sql string, args ...any) {
 	}
 }
 
+// holds checks a value of the test's database.
+func (t *storeTest) holds(what string, want any, sql string, args ...any) {
+	t.Helper()
+	if got := one[string](t, "select ("+sql+")::text", args...); got != fmt.Sprint(want) {
+		t.Errorf("%s: got %s, want %v", what, got, want)
+	}
+}
+
 // ---- schema ----
 
 // The schema can be applied again and again, by several servers at once, also to
@@ -191,18 +199,13 @@ func TestStoreSchema(t *testing.T) {
 				values ('s', 'u', '', '{}', true)`)
 		}
 	}
-	if n := querySQL[int](t, database, "select count(*) from sessions"); n != 1 {
-		t.Errorf("got %d sessions, want 1", n)
-	}
-	if kind := querySQL[string](t, database, `select attstorage::text from pg_attribute
-		where attrelid = 'session_events'::regclass and attname = 'events'`); kind != "e" {
-		t.Errorf("the events are stored %q, want e: PostgreSQL would compress them again", kind)
-	}
-	keys := querySQL[string](t, database, `select string_agg(pg_get_indexdef(indexrelid), ' ') from pg_index
-		where indrelid in ('sessions'::regclass, 'session_events'::regclass, 'session_errors'::regclass) and indisunique`)
-	if n := strings.Count(keys, "(session_id"); n != 3 {
-		t.Errorf("got the keys %s, want all to begin with session_id", keys)
-	}
+	st := &storeTest{T: t, store: stores[0]}
+	st.holds("sessions", 1, "select count(*) from sessions")
+	st.holds("the events' storage (PostgreSQL would compress them again)", "e", `select attstorage from pg_attribute
+		where attrelid = 'session_events'::regclass and attname = 'events'`)
+	st.holds("keys that begin with session_id", 3, `select count(*) from pg_index where indisunique
+		and indrelid in ('sessions'::regclass, 'session_events'::regclass, 'session_errors'::regclass)
+		and pg_get_indexdef(indexrelid) like '%(session_id%'`)
 }
 
 // A backup that reads the tables for long, and a transaction that writes, do not
@@ -210,14 +213,8 @@ func TestStoreSchema(t *testing.T) {
 func TestStoreSchemaBesideOthers(t *testing.T) {
 	st := newStoreTest(t)
 	c := st.begin("s")
-	other := connectSQL(t, st.database)
-	defer other.Close(context.Background())
-	if _, err := other.Exec(t.Context(), "begin; select from sessions, session_events, session_errors"); err != nil {
-		t.Fatal(err)
-	}
-	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
-	defer cancel()
-	if err := openTestStore(t, st.database).applySchema(ctx); err != nil {
+	holdSQL(t, st.database, "select from sessions, session_events, session_errors")
+	if err := openTestStore(t, st.database).applySchema(t.Context()); err != nil {
 		t.Errorf("while a backup is made: %v", err)
 	}
 	st.stored(st.flush("s", c, numbered(0, 1)...))
@@ -271,13 +268,9 @@ func TestStoreClaim(t *testing.T) {
 			t.Errorf("%s: got epoch %d, error %v, want %d, %v", tt.name, epoch, err, tt.epoch, tt.err)
 		}
 	}
-	if n := one[int](st, "select count(*) from sessions"); n != 2 {
-		t.Errorf("got %d sessions, want 2", n)
-	}
-	if n := one[int](st, `select count(*) from sessions
-		where encode(resume_hash, 'escape') like '%secret%' or sessions::text like '%secret%'`); n != 0 {
-		t.Error("the token itself is stored")
-	}
+	st.holds("sessions", 2, "select count(*) from sessions")
+	st.holds("rows with the token itself", 0, `select count(*) from sessions
+		where encode(resume_hash, 'escape') like '%secret%' or sessions::text like '%secret%'`)
 }
 
 // Of many who claim at once each gets an epoch of its own.
@@ -286,13 +279,7 @@ func TestStoreClaimAtOnce(t *testing.T) {
 	epochs := make([]int64, 20)
 	var claims sync.WaitGroup
 	for i := range epochs {
-		claims.Go(func() {
-			c, err := st.claim(t.Context(), "s", aboutNobody, false, "", false, 0)
-			if err != nil {
-				t.Error(err)
-			}
-			epochs[i] = c.epoch
-		})
+		claims.Go(func() { epochs[i] = st.begin("s").epoch })
 	}
 	claims.Wait()
 	slices.Sort(epochs)
@@ -379,32 +366,20 @@ func TestStoreLists(t *testing.T) {
 		}
 		return all
 	}
-	page := func(limit, offset int64, all bool) []string {
+	page := func(want string, limit, offset int64, f filter) {
 		t.Helper()
-		no := false
-		f := filter{active: &no}
-		if all {
-			f.active = nil
-		}
 		rows, _, err := st.find(t.Context(), f, limit, offset)
-		return ids(rows[:min(len(rows), int(limit))], err)
+		if got := strings.Join(ids(rows[:min(len(rows), int(limit))], err), " "); got != want {
+			t.Errorf("got the page %s, want %s", got, want)
+		}
 	}
-	newest := page(10, 0, true)
-	if want := []string{"s3", "s2", "s1", "s0", "s4"}; !slices.Equal(newest, want) {
-		t.Errorf("got %v, want %v", newest, want)
-	}
-	if got := page(2, 3, true); !slices.Equal(got, []string{"s0", "s4"}) {
-		t.Errorf("got the page %v, want s0, s4", got)
-	}
-	if over := page(10, 0, false); !slices.Equal(over, []string{"s3", "s1"}) {
-		t.Errorf("got %v as not live, want s3, s1", over)
-	}
+	page("s3 s2 s1 s0 s4", 10, 0, filter{})
+	page("s0 s4", 2, 3, filter{})
+	page("s3 s1", 10, 0, filter{active: new(false)})
 	if total, err := st.totals(t.Context()); err != nil || total.sessions != 5 {
 		t.Errorf("got %d sessions, %v, want 5", total.sessions, err)
 	}
-	if n, err := st.removeOld(t.Context(), 1000*time.Hour, 0); err != nil || n != 1 {
-		t.Errorf("deleted %d, %v, want the empty one", n, err)
-	}
+	st.removes(1, 1000*time.Hour, 0) // the empty one
 	active := ids(st.active(t.Context()))
 	slices.Sort(active[1:])
 	if !slices.Equal(active, []string{"s2", "s0", "s4"}) {
@@ -429,9 +404,18 @@ func (t *storeTest) old(n int, bytes int) {
 		insert into session_errors (session_id, id, kind, error_data) select session_id, 0, 'error', '{}' from s`, n, bytes)
 }
 
-func (t *storeTest) rows() string {
-	return one[string](t, `select format('%s %s %s', (select count(*) from sessions),
+// rows checks how many of them each table has.
+func (t *storeTest) rows(want string) {
+	t.Helper()
+	t.holds("rows", want, `select format('%s %s %s', (select count(*) from sessions),
 		(select count(*) from session_events), (select count(*) from session_errors))`)
+}
+
+func (t *storeTest) removes(want int64, age time.Duration, limit int64) {
+	t.Helper()
+	if n, err := t.removeOld(t.Context(), age, limit); err != nil || n != want {
+		t.Errorf("older than %v, over %d bytes: removed %d, %v, want %d", age, limit, n, err, want)
+	}
 }
 
 // Sessions that ended before a time go, with all that belongs to them; live ones
@@ -442,18 +426,10 @@ func TestStoreRemoveEnded(t *testing.T) {
 	live := st.begin("live")
 	st.stored(st.flush("live", live, numbered(0, 3)...))
 	st.exec("update sessions set created_at = '2020-01-01', updated_at = '2020-01-01' where session_id = 'live'")
-	if n, err := st.removeOld(t.Context(), 100*time.Hour-103*time.Minute-30*time.Second, 0); err != nil || n != 103 {
-		t.Errorf("got %d, %v, want 103", n, err)
-	}
-	if got := st.rows(); got != "5 5 4" {
-		t.Errorf("got %s rows, want 5 5 4", got)
-	}
-	if n, err := st.removeOld(t.Context(), 0, 0); err != nil || n != 4 {
-		t.Errorf("got %d, %v, want the other 4", n, err)
-	}
-	if n, err := st.removeOld(t.Context(), -1000*time.Hour, 0); err != nil || n != 0 {
-		t.Errorf("got %d, %v, want none: the last is live", n, err)
-	}
+	st.removes(103, 100*time.Hour-103*time.Minute-30*time.Second, 0)
+	st.rows("5 5 4")
+	st.removes(4, 0, 0)
+	st.removes(0, -1000*time.Hour, 0) // the last is live
 }
 
 // Servers that clean up at the same time count each session once.
@@ -471,9 +447,10 @@ func TestStoreRemoveTogether(t *testing.T) {
 		})
 	}
 	servers.Wait()
-	if n := removed.Load(); n != 3*deleteStep || st.rows() != "0 0 0" {
-		t.Errorf("%d count as removed, %s rows are left, want %d and none", n, st.rows(), 3*deleteStep)
+	if n := removed.Load(); n != 3*deleteStep {
+		t.Errorf("%d count as removed, want %d", n, 3*deleteStep)
 	}
+	st.rows("0 0 0")
 }
 
 // A session that comes back while it is being cleaned up is either gone as a
@@ -495,10 +472,8 @@ func TestStoreRemoveOrContinue(t *testing.T) {
 				t.Errorf("%s: %v", id, err)
 				return
 			}
-			f := st.flush(id, c, []byte(`{"again":1}`))
-			f.encode()
-			if err := st.w.commit(t.Context(), []*flush{f}); err != nil || f.outcome != stored {
-				t.Errorf("%s: got %v, outcome %d", id, err, f.outcome)
+			if got := st.commitOne(st.flush(id, c, []byte(`{"again":1}`))); got != stored {
+				t.Errorf("%s: got outcome %d", id, got)
 			}
 		})
 	}
@@ -506,11 +481,9 @@ func TestStoreRemoveOrContinue(t *testing.T) {
 		t.Error(err)
 	}
 	work.Wait()
-	torn := one[int](st, `select count(*) from sessions s where event_count <>
+	st.holds("torn sessions", 0, `select count(*) from sessions s where event_count <>
 		(select coalesce(sum(event_count), 0) from session_events e where e.session_id = s.session_id)`)
-	if n := one[int](st, "select count(*) from sessions where is_active"); n+int(gone.Load()) != 20 || torn != 0 {
-		t.Errorf("got %d sessions, %d gone, %d torn, want 20, none", n, gone.Load(), torn)
-	}
+	st.holds("sessions that go on", 20-gone.Load(), "select count(*) from sessions where is_active")
 }
 
 // The oldest ended sessions go until what is stored fits.
@@ -521,16 +494,11 @@ func TestStoreRemoveToFit(t *testing.T) {
 	st.stored(st.flush("live", c, numbered(0, 10)...))
 	st.exec("update sessions set stored_bytes = 100 where session_id = 'live'")
 	for _, tt := range []struct{ limit, removed int64 }{{1133, 0}, {5000, 0}, {1132, 1}, {721, 3}, {1, 6}, {1, 0}} {
-		if n, err := st.removeOld(t.Context(), 10000*time.Hour, tt.limit); err != nil || n != tt.removed {
-			t.Errorf("limit %d: removed %d, %v, want %d", tt.limit, n, err, tt.removed)
-		}
-		if tt.removed == 1 && one[bool](st, "select exists (select from sessions where session_id = 'old1')") {
-			t.Error("the oldest is still there")
+		if st.removes(tt.removed, 10000*time.Hour, tt.limit); tt.removed == 1 {
+			st.holds("the oldest", 0, "select count(*) from sessions where session_id = 'old1'")
 		}
 	}
-	if got := st.rows(); got != "1 1 0" {
-		t.Errorf("got %s rows, want the live session's only", got)
-	}
+	st.rows("1 1 0")
 }
 
 // Active sessions end when their server has not said for long that it is there,
@@ -548,20 +516,15 @@ func TestStoreBeat(t *testing.T) {
 		if err := who.beat(t.Context()); err != nil {
 			t.Fatal(err)
 		}
-		got := one[string](st, "select string_agg(session_id, ' ' order by session_id) from sessions where is_active")
-		if got != active {
-			t.Errorf("active are %q, want %q", got, active)
-		}
+		st.holds("active", active, "select string_agg(session_id, ' ' order by session_id) from sessions where is_active")
 	}
 	beat(other, "here there")
 	st.exec("update sessions set updated_at = now() - interval '1 hour'")
 	beat(st.store, "here there") // both are there
 	st.exec("update servers set seen_at = now() - interval '1 hour' where server = 'other'")
 	beat(st.store, "here")
-	const over = "select ended_at = updated_at and ended_at < now() - interval '59 min' from sessions where not is_active"
-	if !one[bool](st, over) {
-		t.Error("it did not end when it was last heard of")
-	}
+	st.holds("it ended when it was last heard of", true,
+		"select ended_at = updated_at and ended_at < now() - interval '59 min' from sessions where not is_active")
 	st.stored(st.flush("there", c, numbered(0, 1)...))
 	beat(st.store, "here there")
 	st.exec("delete from servers")

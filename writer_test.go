@@ -20,6 +20,8 @@ import (
 	"github.com/jackc/pgx/v5/pgconn"
 )
 
+const theRow = "select (to_jsonb(sessions) - 'updated_at')::text from sessions"
+
 // Storing twice, because a commit's answer was lost, changes nothing.
 func TestStoreCommitTwice(t *testing.T) {
 	st := newStoreTest(t)
@@ -27,19 +29,12 @@ func TestStoreCommitTwice(t *testing.T) {
 	f := st.flush("s", c, numbered(0, 5)...)
 	st.report(f, `"x"`)
 	st.stored(f)
-	before := one[string](st, "select (to_jsonb(sessions) - 'updated_at')::text from sessions")
-	events := one[string](st, "select string_agg((session_events.*)::text, ' ') from session_events")
+	const chunks = "select string_agg((session_events.*)::text, ' ') from session_events"
+	row, events := one[string](st, theRow), one[string](st, chunks)
 	st.stored(f)
-	after := one[string](st, "select (to_jsonb(sessions) - 'updated_at')::text from sessions")
-	if after != before {
-		t.Errorf("got the row %s, want %s", after, before)
-	}
-	if again := one[string](st, "select string_agg((session_events.*)::text, ' ') from session_events"); again != events {
-		t.Error("the chunks have changed")
-	}
-	if n := one[int](st, "select count(*) from session_errors"); n != 1 {
-		t.Errorf("got %d errors, want 1", n)
-	}
+	st.holds("the row", row, theRow)
+	st.holds("the chunks", events, chunks)
+	st.holds("errors", 1, "select count(*) from session_errors")
 	sameEvents(t, "events", st.all("s", 0, 100), raw(numbered(0, 5)))
 }
 
@@ -52,25 +47,25 @@ func TestStoreCommitFenced(t *testing.T) {
 	st.report(f, `1`)
 	fresh := st.begin("s")
 	st.stored(st.flush("s", fresh, []byte(`{"fresh":1}`)))
-	row := one[string](st, "select (to_jsonb(sessions) - 'updated_at')::text from sessions")
+	row := one[string](st, theRow)
 	if got := st.commitOne(f); got != epochLost {
 		t.Errorf("got outcome %d, want epochLost", got)
 	}
-	if now := one[string](st, "select (to_jsonb(sessions) - 'updated_at')::text from sessions"); now != row {
-		t.Errorf("the row is %s, want %s", now, row)
-	}
+	st.holds("the row", row, theRow)
 	sameEvents(t, "events", st.all("s", 0, 100), []json.RawMessage{json.RawMessage(`{"fresh":1}`)})
-	if n := one[int](st, "select count(*) from session_errors"); n != 0 {
-		t.Errorf("got %d errors, want none", n)
-	}
+	st.rows("1 1 0")
 	if err := st.remove(t.Context(), "s"); err != nil {
 		t.Fatal(err)
 	}
 	if got := st.commitOne(f); got != deleted {
 		t.Errorf("got outcome %d, want deleted", got)
 	}
-	if n := one[int](st, "select (select count(*) from sessions) + (select count(*) from session_events)"); n != 0 {
-		t.Errorf("%d rows are there, want none", n)
+	st.rows("0 0 0")
+	if c := st.begin("s"); c.epoch <= fresh.epoch { // the same id again is not written to by who had it before
+		t.Errorf("got epoch %d after %d, want a higher one", c.epoch, fresh.epoch)
+	}
+	if got := st.commitOne(f); got != epochLost {
+		t.Errorf("got outcome %d, want epochLost", got)
 	}
 }
 
@@ -105,30 +100,11 @@ func TestStoreWritePoison(t *testing.T) {
 	if n := st.w.metrics.refusedSessions.Load(); n != 2 {
 		t.Errorf("%d sessions count as refused, want 2", n)
 	}
-	if n := one[int](st, "select sum(event_count) from session_events"); n != 9 {
-		t.Errorf("got %d events, want 9", n)
-	}
+	st.holds("events", 9, "select sum(event_count) from session_events")
 	st.exec("drop trigger refuse on session_events")
 	st.w.write(t.Context(), work[3:4])
 	if work[3].outcome != stored {
 		t.Errorf("got outcome %d, want stored", work[3].outcome)
-	}
-}
-
-// A session that is deleted and made again is not written to by who had it
-// before: its epochs go on.
-func TestStoreEpochAfterDeletion(t *testing.T) {
-	st := newStoreTest(t)
-	old := st.begin("s")
-	f := st.flush("s", old, numbered(0, 2)...)
-	if err := st.remove(t.Context(), "s"); err != nil {
-		t.Fatal(err)
-	}
-	if c := st.begin("s"); c.epoch <= old.epoch {
-		t.Errorf("got epoch %d after %d, want a higher one", c.epoch, old.epoch)
-	}
-	if got := st.commitOne(f); got != epochLost {
-		t.Errorf("got outcome %d, want epochLost", got)
 	}
 }
 
@@ -142,9 +118,7 @@ func TestStoreLateCopy(t *testing.T) {
 	next := claim{epoch: c.epoch, counters: late.totals}
 	st.stored(st.flush("s", next, numbered(2, 4)...))
 	st.commitOne(late)
-	if n := one[int](st, "select event_count from sessions"); n != 4 {
-		t.Errorf("got %d events in the row, want 4", n)
-	}
+	st.holds("events in the row", 4, "select event_count from sessions")
 }
 
 func TestStoreDataErrors(t *testing.T) {
@@ -220,10 +194,8 @@ func TestStoreChunks(t *testing.T) {
 			t.Errorf("%s: got chunks of %v events, want %v", tt.name, counts, tt.want)
 		}
 		sameEvents(t, tt.name, st.all(id, 0, 1000), raw(events))
-		if bytes := one[int64](st, "select coalesce(sum(octet_length(events)), 0) from session_events where session_id = $1",
-			id); bytes != f.totals.stored {
-			t.Errorf("%s: got stored_bytes %d, want %d", tt.name, f.totals.stored, bytes)
-		}
+		st.holds(tt.name+": stored_bytes", f.totals.stored,
+			"select coalesce(sum(octet_length(events)), 0) from session_events where session_id = $1", id)
 	}
 	if _, err := st.chunkWith(t.Context(), "nobody", 1, anyRoom); !errors.Is(err, errNotFound) {
 		t.Errorf("a chunk that is not there: got %v", err)
@@ -349,28 +321,3 @@ func gzipped(text string) []byte {
 }
 
 func gzippedSQL(text string) string { return fmt.Sprintf(`'\x%x'`, gzipped(text)) }
-
-// FuzzReadChunk reads a stored chunk as a page does.
-func FuzzReadChunk(f *testing.F) {
-	for _, seed := range append(jsonSeeds, `[]`, `[{}]`, `[ { } , {"a":[1]} ]`, `[{"type":2}]x`) {
-		f.Add(gzipped(seed), 10)
-	}
-	f.Add([]byte("\x1f\x8b\x08\x00"), 1<<40)
-	f.Add(append(gzipped(`[{}]`), gzipped(`[{}]`)...), -5)
-	f.Fuzz(func(t *testing.T, data []byte, size int) {
-		text, err := unzip(data, size&0xffff)
-		if err != nil {
-			return
-		}
-		events, err := splitEvents(text)
-		var want []map[string]json.RawMessage
-		if wantErr := json.Unmarshal(text, &want); err == nil && wantErr == nil && len(events) != len(want) {
-			t.Fatalf("%q: got %d events, want %d", text, len(events), len(want))
-		}
-		for _, e := range events {
-			if err == nil && (text[e.start] != '{' || text[e.end-1] != '}') {
-				t.Fatalf("%q: got the event %q", text, text[e.start:e.end])
-			}
-		}
-	})
-}
