@@ -20,78 +20,26 @@ import (
 // breakage replaces a text that a file has once, and names the tests that see it.
 type breakage struct{ promise, file, old, new, tests string }
 
-var breakages = []breakage{
-	{"1 an ack comes after the commit", "queue.go", "s.ackTo.ack(s.id, s.durable.seq)", "s.ackTo.ack(s.id, s.now.seq)",
-		"TestModel|TestDialogues"},
-	{"1 the server stops when all is stored", "queue.go",
-		"return h.draining && len(h.queue)+len(h.urgent)+len(h.retry)+h.inFlight == 0",
-		"return h.draining", "TestHubDrain"},
-	{"2 a batch that comes again is dropped", "hub.go", "case b.seq > 0 && b.seq <= s.now.seq:", "case false:",
-		"TestDialogues"},
-	{"2 a gap is refused", "hub.go", "case b.seq > s.now.seq+1:", "case false:", "TestDialogues"},
-	{"2 a chunk is stored once", "writer.go", "and epoch = $2 on conflict do nothing`\n\tinsertReport",
-		"and epoch = $2`\n\tinsertReport",
-		"TestStoreCommitTwice"},
-	{"2 a row does not go back", "writer.go", " and event_count <= $3 and error_count <= $4 and last_seq <= $10", "",
-		"TestStoreLateCopy"},
-	{"3 a claim raises the epoch", "store.go", "set epoch = epoch + 1,", "set epoch = epoch,", "TestStoreClaim"},
-	{"3 the row is written under the newest epoch", "writer.go", "where session_id = $1 and epoch = $2 and event_count",
-		"where session_id = $1 and $2 = $2::bigint and event_count",
-		"TestStoreCommitFenced"},
-	{"3 another server's events are not overwritten", "claims.go",
-		"case cmd.claim.epoch != s.epoch+1 && !cmd.claim.sameStored(s.durable):", "case false:",
-		"TestModel"},
-	{"3 a flush under an old epoch of ours is tried again", "queue.go", "f.outcome == epochLost && h.claiming[s.id].n > 0",
-		"false", "TestHubEpochLost"},
-	{"4 an event's bytes are kept", "writer.go", "text := b.body[ev.start:ev.end]",
-		`text := bytes.ReplaceAll(b.body[ev.start:ev.end], []byte(" "), nil)`,
-		"TestStoreChunks|TestRecordWatchReplay"},
-	{"4 events are in the order of their numbers", "hub.go", "[][]*batch{s.tail, flushed, s.pending}",
-		"[][]*batch{s.pending, flushed, s.tail}", "TestHubInMemory"},
-	{"5 no gap after a join", "watch.go", "w := &watch{next: m.now.events,", "w := &watch{next: m.now.events + 1,",
-		"TestHubJoinAtAnyMoment"},
-	{"5 no event twice", "watch.go", "case w.next >= b.end():", "case false:", "TestHubNoEventTwice"},
-	{"5 pages have what is not committed", "viewer.go", "for _, b := range memory.batches {",
-		"for _, b := range memory.batches[:0] {", "TestDialogues"},
-	{"6 an outbox is bounded", "outbox.go", "if len(o.queue) >= outboxMessages || o.bytes >= most {", "if false {",
-		"TestHubLag"},
-	{"6 readers wait for room", "budget.go", "if !b.unbounded && b.free < n {", "if false {", "TestBudget"},
-	{"6 parts of messages take half of the room", "budget.go", "b.growing+n <= b.half:", "true:", "TestBudgetGrow"},
-	{"6 what is committed takes a share of memory", "queue.go", "h.tailBytes > maxTailBytes; {", "false; {",
-		"TestHubShares"},
-	{"6 a message has a greatest size", "conn.go", "case len(buf) > c.maxMessage:", "case false:", "TestDialogues"},
-	{"6 all room is given back", "queue.go", "h.budget.give(f.cost()) // the session", "// the session", "TestModel"},
-	{"7 a viewer that lags is told where live goes on", "watch.go", "if h.tell(out, lagged(id, w.end)) {", "if true {",
-		"TestHubLag"},
-	{"7 a refused session is refused alone", "writer.go", "case isDataError(alone):", "case false:",
-		"TestStoreWritePoison"},
-	{"7 what failed is not tried with others", "queue.go", "if len(work) > 0 && s.failedBefore()",
-		"if false && s.failedBefore()", "TestHubRetryAlone"},
-	{"8 without the token nobody lists", "http.go", `{"GET /sessions", viewers,`, `{"GET /sessions", anyone,`,
-		"TestAccessClosed"},
-	{"9 what is recorded runs no script", "pages.go", `viewerPolicy = "default-src 'none'; script-src 'self';`,
-		`viewerPolicy = "default-src 'none'; script-src *;`,
-		"TestRESTPages"},
-	{"10 what was typed stays on the page", "web/tracker-privacy.js", `return "*".repeat(value.length);`, "return value;",
-		"web: what is private never leaves the page"},
-	{"a session is continued by its token only", "store.go", `"(resume_hash is null or resume_hash = $5)"`, `"true"`,
-		"TestStoreClaim"},
-	{"a session that is recorded is not to be had without it", "claims.go", "case !cmd.byToken && (h.claiming",
-		"case false && (h.claiming", "TestDialogues"},
-	{"the token is told to nobody", "session.go", `case name == "resume":`, "case false:", "TestDialogues"},
-	{"who presents it takes over", "claims.go",
-		"\t\told.closeAfterSending(closeTaken, \"the session continues on another connection\")\n", "", "TestDialogues"},
-	{"lists have the documented fields only", "outbox.go", "s.about.brief, s.now.events",
-		"s.about.metadata, s.now.events", "TestDialogues"},
-	{"a session waits in its grace period", "hub.go", "if now.Sub(s.detachedAt) >= h.cfg.grace {", "if true {",
-		"TestDialogues"},
-	{"a deleted session's tracker is told so", "writer.go", "case !there:", "case false:", "TestStoreCommitFenced"},
-	{"text must be valid UTF-8", "event.go", "if !utf8.Valid(msg) {", "if false && !utf8.Valid(msg) {", "TestParseFrame"},
-	{"of two keys the last counts", "event.go", "f.data, f.seq, f.events, f.objects = nil, nil, nil, false\n", "",
-		"TestParseFrame"},
-	{"many errors in a row close", "conn.go", "c.errors >= maxErrors", "false", "TestDialogues"},
-	{"servers that are gone end their sessions", "store.go", "where is_active and server <> all($1)",
-		"where is_active and false and server <> all($1)", "TestStoreBeat"},
+func readBreakages(t *testing.T) (all []breakage) {
+	text, err := os.ReadFile("testdata/breakages.txt")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, block := range strings.Split(string(text), "\n\n# ")[1:] {
+		lines := strings.Split(strings.TrimSuffix(block, "\n"), "\n")
+		b := breakage{promise: lines[0]}
+		b.file, b.tests, _ = strings.Cut(lines[1], " ")
+		for _, line := range lines[2:] {
+			if old, ok := strings.CutPrefix(line, "-"); ok {
+				b.old += "\n" + old
+			} else {
+				b.new += "\n" + line[1:]
+			}
+		}
+		b.old, b.new = b.old[1:], b.new[1:]
+		all = append(all, b)
+	}
+	return all
 }
 
 func TestBreakages(t *testing.T) {
@@ -101,7 +49,8 @@ func TestBreakages(t *testing.T) {
 	if out, err := exec.Command("sh", "-c", copyTree, dir).CombinedOutput(); err != nil {
 		t.Fatalf("copy the tree: %v\n%s", err, out)
 	}
-	for _, tests := range []string{allTests(), "web: what is private never leaves the page"} {
+	breakages := readBreakages(t)
+	for _, tests := range []string{allTests(breakages), "web: what is private never leaves the page"} {
 		whole := breakage{file: "go.mod", old: "module ", new: "module ", tests: tests}
 		if verdict := whole.try(dir); verdict != "NOT CAUGHT" {
 			t.Fatalf("with nothing broken: %s", verdict)
@@ -120,7 +69,7 @@ func TestBreakages(t *testing.T) {
 }
 
 // allTests are those of Go that some breakage names.
-func allTests() string {
+func allTests(breakages []breakage) string {
 	var names []string
 	for _, b := range breakages {
 		if !strings.HasPrefix(b.tests, "web: ") {

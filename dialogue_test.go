@@ -28,17 +28,28 @@ type dialogue struct {
 	letGo  func()
 }
 
-// messageFields are the fields of each message's data.
-var messageFields = map[string]string{
-	"active_sessions": "sessions", "session_started": "sessionId userId metadata", "session_ended": "sessionId",
-	"session_joined": "sessionId events metadata totalEvents isActive snapshotIndex state",
-	"events_batch":   "sessionId events fromIndex",
-	"session_events": "sessionId events fromIndex totalEvents hasMore isActive", "session_lagged": "sessionId nextIndex",
-	"session_assigned": "sessionId", "session_ready": "sessionId resume lastSeq accepted", "events_ack": "sessionId seq",
-	"take_snapshot": "sessionId", "session_state": "sessionId state", "error": "code message",
+// messages are the fields of each message's data, and how it is written here: a
+// %field's value, or the length of the list that it is.
+var messages = map[string]struct{ fields, brief string }{
+	"active_sessions":  {"sessions", ""},
+	"session_started":  {"sessionId userId metadata", "started %sessionId"},
+	"session_ended":    {"sessionId", "ended %sessionId"},
+	"session_assigned": {"sessionId", "assigned %sessionId"},
+	"session_ready":    {"sessionId resume lastSeq accepted", "ready %sessionId %lastSeq %resume"},
+	"events_ack":       {"sessionId seq", "ack %sessionId %seq"},
+	"session_joined": {"sessionId events metadata totalEvents isActive snapshotIndex state",
+		"joined %sessionId %totalEvents %isActive %snapshotIndex"},
+	"events_batch": {"sessionId events fromIndex", "live %sessionId %fromIndex+%events"},
+	"session_events": {"sessionId events fromIndex totalEvents hasMore isActive",
+		"page %sessionId %fromIndex+%events of %totalEvents more %hasMore active %isActive"},
+	"session_lagged": {"sessionId nextIndex", "lagged %sessionId %nextIndex"},
+	"session_state":  {"sessionId state", "state %sessionId %state"},
+	"take_snapshot":  {"sessionId", "take_snapshot %sessionId"},
+	"error":          {"code message", "error %code %expected"},
 }
 
 var (
+	dialogueField = regexp.MustCompile(`%\w+`)
 	dialogueWord  = regexp.MustCompile(`\$\w+`)
 	dialogueTimes = regexp.MustCompile(`\$\{(.+?)\*(\d+)\}`)
 )
@@ -292,7 +303,7 @@ func (d *dialogue) hear(name, line, want string) {
 // be told.
 func (d *dialogue) note(name string, m testMessage) {
 	d.t.Helper()
-	fields := messageFields[m.Type]
+	fields := messages[m.Type].fields
 	if m.Data.Code == "sequence_gap" {
 		fields += " expected"
 	}
@@ -326,46 +337,31 @@ func (d *dialogue) same(got, want []string) bool {
 
 // heard says briefly what a message says.
 func heard(m testMessage) string {
-	d := m.Data
-	switch m.Type {
-	case "active_sessions":
-		var ids []string
-		var list []struct {
-			SessionID              string
-			EventCount, ErrorCount int
-		}
-		json.Unmarshal(m.fields()["sessions"], &list)
-		for _, entry := range list {
-			ids = append(ids, fmt.Sprintf("%s:%d:%d", entry.SessionID, entry.EventCount, entry.ErrorCount))
-		}
-		slices.Sort(ids)
-		return "list " + strings.Join(ids, " ")
-	case "session_started":
-		return "started " + d.SessionID
-	case "session_ended":
-		return "ended " + d.SessionID
-	case "session_assigned":
-		return "assigned " + d.SessionID
-	case "session_ready":
-		return fmt.Sprintf("ready %s %d %s", d.SessionID, d.LastSeq, d.Resume)
-	case "events_ack":
-		return fmt.Sprintf("ack %s %d", d.SessionID, d.Seq)
-	case "session_joined":
-		return fmt.Sprintf("joined %s %d %v %s %s", d.SessionID, d.TotalEvents, d.IsActive, m.raw("snapshotIndex"),
-			m.raw("events"))
-	case "events_batch":
-		return fmt.Sprintf("live %s %d+%d", d.SessionID, d.FromIndex, len(d.Events))
-	case "session_events":
-		return fmt.Sprintf("page %s %d+%d of %d more %v active %v", d.SessionID, d.FromIndex, len(d.Events), d.TotalEvents,
-			d.HasMore, d.IsActive)
-	case "session_lagged":
-		return fmt.Sprintf("lagged %s %d", d.SessionID, d.NextIndex)
-	case "session_state":
-		return "state " + d.SessionID + " " + m.str("state")
-	case "error":
-		return strings.TrimSpace("error " + d.Code + " " + m.raw("expected"))
+	if m.Type == "active_sessions" {
+		return heardList(m)
 	}
-	return strings.TrimSpace(m.Type + " " + d.SessionID)
+	brief := cmp.Or(messages[m.Type].brief, m.Type+" %sessionId")
+	fields := m.fields()
+	return strings.TrimSpace(dialogueField.ReplaceAllStringFunc(brief, func(name string) string {
+		if name == "%events" {
+			return strconv.Itoa(len(m.Data.Events))
+		}
+		return strings.Trim(string(fields[name[1:]]), `"`)
+	}))
+}
+
+func heardList(m testMessage) string {
+	var ids []string
+	var list []struct {
+		SessionID              string
+		EventCount, ErrorCount int
+	}
+	json.Unmarshal(m.fields()["sessions"], &list)
+	for _, entry := range list {
+		ids = append(ids, fmt.Sprintf("%s:%d:%d", entry.SessionID, entry.EventCount, entry.ErrorCount))
+	}
+	slices.Sort(ids)
+	return "list " + strings.Join(ids, " ")
 }
 
 func TestDialogues(t *testing.T) {

@@ -443,7 +443,8 @@ func (s *testServer) start() {
 	s.cmd, s.exited = cmd, exited
 }
 
-func (s *testServer) startInside() {
+// config is what its settings are read as.
+func (s *testServer) config() config {
 	s.t.Helper()
 	settings := map[string]string{}
 	for _, setting := range s.env {
@@ -454,7 +455,14 @@ func (s *testServer) startInside() {
 	if err != nil {
 		s.t.Fatalf("settings: %v", err)
 	}
+	return cfg
+}
+
+func (s *testServer) startInside() {
+	s.t.Helper()
+	cfg := s.config()
 	logs := openLogs(cfg.log, &s.output, &s.output, false)
+	var err error
 	if s.server, err = assemble(cfg, logs); err != nil {
 		s.t.Fatalf("assemble: %v", err)
 	}
@@ -521,8 +529,7 @@ func (s *testServer) waitHealthy() {
 func (s *testServer) waitUnhealthy() {
 	s.t.Helper()
 	waitUntil(s.t, "/health says 503", func() bool {
-		status,
-			_ := s.get("/health")
+		status, _ := s.get("/health")
 		return status == http.StatusServiceUnavailable
 	})
 }
@@ -562,7 +569,6 @@ func (s *testServer) ws(kind string) string {
 	return "ws://127.0.0.1:" + s.port + "/ws?type=" + kind
 }
 
-// get returns status 0 when there was no answer.
 func (s *testServer) get(path string) (status int, body []byte) {
 	return s.request("GET", path)
 }
@@ -571,6 +577,11 @@ func (s *testServer) request(method, path string) (status int, body []byte) {
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
 	req, _ := http.NewRequestWithContext(ctx, method, s.url+path, nil)
+	return fetch(req)
+}
+
+// fetch gives status 0 when there was none.
+func fetch(req *http.Request) (status int, body []byte) {
 	resp, err := http.DefaultClient.Do(req)
 	if err != nil {
 		return 0, nil

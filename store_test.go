@@ -12,7 +12,6 @@ import (
 	"fmt"
 	"log/slog"
 	"slices"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -175,31 +174,13 @@ func (t *storeTest) holds(what string, want any, sql string, args ...any) {
 
 // ---- schema ----
 
-// The schema can be applied again and again, by several servers at once, also to
-// a database in use.
+// The schema can be applied again, also to a database in use.
 func TestStoreSchema(t *testing.T) {
-	t.Parallel()
-	database := testDatabase(t)
-	stores := make([]*store, 5)
-	for i := range stores {
-		stores[i] = openTestStore(t, database)
+	st := newStoreTest(t)
+	st.begin("s")
+	if err := st.applySchema(t.Context()); err != nil {
+		t.Error(err)
 	}
-	for round := range 3 {
-		var servers sync.WaitGroup
-		for _, st := range stores {
-			servers.Go(func() {
-				if err := st.applySchema(t.Context()); err != nil {
-					t.Errorf("round %d: %v", round, err)
-				}
-			})
-		}
-		servers.Wait()
-		if round == 1 {
-			execSQL(t, database, `insert into sessions (session_id, user_id, url, metadata, is_active)
-				values ('s', 'u', '', '{}', true)`)
-		}
-	}
-	st := &storeTest{T: t, store: stores[0]}
 	st.holds("sessions", 1, "select count(*) from sessions")
 	st.holds("the events' storage (PostgreSQL would compress them again)", "e", `select attstorage from pg_attribute
 		where attrelid = 'session_events'::regclass and attname = 'events'`)
@@ -345,51 +326,6 @@ func TestStoreReports(t *testing.T) {
 	}
 }
 
-// ---- lists ----
-
-func TestStoreLists(t *testing.T) {
-	st := newStoreTest(t)
-	for i := range 5 {
-		st.begin(fmt.Sprintf("s%d", i))
-		st.exec(`update sessions set created_at = timestamptz '2026-01-01' + $1 * interval '1 hour', is_active = $2, ended_at = now(),
-			event_count = $4 where session_id = $3`, i%4, i%2 == 0, fmt.Sprintf("s%d", i), i%2)
-	}
-	st.begin("empty") // an ended one without an event is not listed
-	st.exec("update sessions set is_active = false, ended_at = now() - interval '25 hours' where session_id = 'empty'")
-	ids := func(rows []storedSession, err error) (all []string) {
-		t.Helper()
-		if err != nil {
-			t.Fatal(err)
-		}
-		for _, row := range rows {
-			all = append(all, row.id)
-		}
-		return all
-	}
-	page := func(want string, limit, offset int64, f filter) {
-		t.Helper()
-		rows, _, err := st.find(t.Context(), f, limit, offset)
-		if got := strings.Join(ids(rows[:min(len(rows), int(limit))], err), " "); got != want {
-			t.Errorf("got the page %s, want %s", got, want)
-		}
-	}
-	page("s3 s2 s1 s0 s4", 10, 0, filter{})
-	page("s0 s4", 2, 3, filter{})
-	page("s3 s1", 10, 0, filter{active: new(false)})
-	if total, err := st.totals(t.Context()); err != nil || total.sessions != 5 {
-		t.Errorf("got %d sessions, %v, want 5", total.sessions, err)
-	}
-	st.removes(1, 1000*time.Hour, 0) // the empty one
-	active := ids(st.active(t.Context()))
-	slices.Sort(active[1:])
-	if !slices.Equal(active, []string{"s2", "s0", "s4"}) {
-		t.Errorf("got the active %v, want s2 first, then s0, s4", active)
-	}
-	if _, err := st.session(t.Context(), "nobody"); !errors.Is(err, errNotFound) {
-		t.Errorf("got %v, want not found", err)
-	}
-}
-
 // ---- cleaning up ----
 
 // old makes ended sessions with an event and an error each, the first the oldest.
@@ -422,6 +358,12 @@ func (t *storeTest) removes(want int64, age time.Duration, limit int64) {
 // and later ones stay.
 func TestStoreRemoveEnded(t *testing.T) {
 	st := newStoreTest(t)
+	st.begin("empty") // one without an event goes after a day, and is not listed meanwhile
+	st.exec("update sessions set is_active = false, ended_at = now() - interval '25 hours'")
+	if rows, _, err := st.find(t.Context(), filter{}, 10, 0); err != nil || len(rows) != 0 {
+		t.Errorf("got a list of %d, %v, want none", len(rows), err)
+	}
+	st.removes(1, 1000*time.Hour, 0)
 	st.old(2*deleteStep+7, 1)
 	live := st.begin("live")
 	st.stored(st.flush("live", live, numbered(0, 3)...))

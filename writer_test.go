@@ -7,7 +7,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"math/rand/v2"
 	"os"
 	"reflect"
 	"regexp"
@@ -122,19 +121,16 @@ func TestStoreLateCopy(t *testing.T) {
 }
 
 func TestStoreDataErrors(t *testing.T) {
-	for code, want := range map[string]bool{
-		"22000": true, "22P05": true, "22021": true, "23505": true, "23514": true, "54000": true,
-		"57P01": false, "40001": false, "40P01": false, "53100": false, "53300": false, "25006": false, "57014": false,
-		"08006": false,
-		"58030": false, "XX000": false, "42P01": false, "55P03": false, "": false,
-	} {
+	const data = "22000 22P05 22021 23505 23514 54000"
+	const others = " 57P01 40001 40P01 53100 53300 25006 57014 08006 58030 XX000 42P01 55P03"
+	for code := range strings.FieldsSeq(data + others) {
 		err := fmt.Errorf("commit: %w", &pgconn.PgError{Code: code})
-		if got := isDataError(err); got != want {
+		if got, want := isDataError(err), strings.Contains(data, code); got != want {
 			t.Errorf("%s: got %v, want %v", code, got, want)
 		}
 	}
-	if isDataError(context.DeadlineExceeded) || isDataError(nil) {
-		t.Error("an error that is not PostgreSQL's blames the data")
+	if isDataError(&pgconn.PgError{}) || isDataError(context.DeadlineExceeded) || isDataError(nil) {
+		t.Error("an error without a reason, or not PostgreSQL's, blames the data")
 	}
 }
 
@@ -228,41 +224,6 @@ func TestStoreChunkMap(t *testing.T) {
 	}
 	if !reflect.DeepEqual(got, want) {
 		t.Errorf("got %+v, want %+v", got, want)
-	}
-}
-
-// A page begins and ends anywhere, over chunks of any size.
-func TestStorePages(t *testing.T) {
-	st := newStoreTest(t)
-	c := st.begin("s")
-	var events [][]byte
-	sizes := rand.New(rand.NewPCG(1, 2))
-	for len(events) < 300 {
-		from := len(events)
-		n := 1 + sizes.IntN(40)
-		events = append(events, numbered(from, from+n)...)
-		f := st.flush("s", c, events[from:]...)
-		st.stored(f)
-		c.counters = f.totals
-	}
-	total := int64(len(events))
-	for range 300 {
-		from := sizes.Int64N(total + 5)
-		to := from + sizes.Int64N(60)
-		want := events[min(from, total):min(to, total)]
-		if got := st.all("s", from, to); len(got) != len(want) || len(want) > 0 && !bytes.Equal(got[0], want[0]) {
-			t.Fatalf("from %d to %d: got %d events, want %d", from, to, len(got), len(want))
-		} else {
-			sameEvents(t, "page", got, raw(want))
-		}
-	}
-	n := 0
-	err := st.events(t.Context(), "s", 0, total, anyRoom, func([]byte) bool { n++; return n < 7 })
-	if err != nil || n != 7 {
-		t.Errorf("a reader that stops: got %d events, %v, want 7", n, err)
-	}
-	if got := st.all("nobody", 0, 10); len(got) != 0 {
-		t.Errorf("got %d events of nobody", len(got))
 	}
 }
 
