@@ -8,6 +8,7 @@ import (
 	"context"
 	"fmt"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -296,68 +297,163 @@ func (t *hubTest) stats() hubStats {
 
 func (t *hubTest) used() int64 { return testBudget - t.budget.left() }
 
-// A row with a newer epoch means another server, unless a claim of our own is on
-// its way: the flush is tried again then, under the new epoch.
-func TestHubEpochLost(t *testing.T) {
-	inHub(t, nil, func(t *hubTest) {
-		c, v, next := t.tracker("s"), t.viewer(), t.idle()
-		t.publish(c, "s", 1, 1)
-		work := t.later()
-		t.reserve(next, "s", true, 0)
-		t.settle(epochLost, work...)
-		t.heard(c)
-		time.Sleep(time.Second)
-		t.settle(epochLost, t.due()...) // it takes its time
-		t.attachAs(next, "s", claim{epoch: 2}, aboutNobody)
-		t.heard(c, "close 4001")
-		time.Sleep(time.Second)
-		again := t.due()
-		if again[0] != work[0] || again[0].epoch != 2 {
-			t.Errorf("got epoch %d, want the same flush under 2", again[0].epoch)
-		}
-		t.attach(next, "s", claim{epoch: 3}) // while it is written: under 2
-		t.settle(epochLost, again...)
-		t.settle(stored, t.due()...)
-		t.heard(next, "ack s 1")
-		t.publish(next, "s", 1, 2)
-		t.settle(epochLost, t.later()...) // nobody of ours: another server
-		t.heard(next, "close 4001")
-		t.heard(v)
-		if t.find("s", 0, 9).ok {
-			t.Error("it is still in memory")
-		}
-	})
+// ---- scripts ----
+
+// hubScript plays a case of testdata/hub, whose README.md says how it is written.
+type hubScript struct {
+	*hubTest
+	conns map[string]*outbox
+	work  []*flush // that writers have
 }
 
-// When the server stops, all sessions end and the hub runs until everything is
-// stored, however often that fails.
-func TestHubDrain(t *testing.T) {
-	inHub(t, nil, func(t *hubTest) {
-		v := t.viewer()
-		for _, id := range []string{"a", "b"} {
-			c := t.tracker(id)
-			t.publish(c, id, 3, 1)
-			t.do(leave{c})
+func TestHubScripts(t *testing.T) {
+	for _, c := range readCases(t, "hub", 10) {
+		t.Run(c.name, func(t *testing.T) {
+			settings := func(cfg *config) {
+				_, set, _ := strings.Cut(c.text, "\nset ")
+				fmt.Sscan(set, &cfg.batchSize, &cfg.maxEvents)
+			}
+			inHub(t, settings, func(t *hubTest) {
+				s := &hubScript{t, map[string]*outbox{}, nil}
+				for line := range strings.Lines(c.text) {
+					if words := strings.Fields(line); len(words) > 0 && line[0] != '#' && words[0] != "set" {
+						s.line(strings.TrimSpace(line), append(words, make([]string, 6)...))
+					}
+				}
+			})
+		})
+	}
+}
+
+func (s *hubScript) line(line string, words []string) {
+	s.Helper()
+	if n, err := strconv.Atoi(words[0]); err == nil {
+		for range n {
+			s.line(line, words[2:])
 		}
-		t.messages(v)
-		t.do(drain{})
-		ended := t.messages(v)
-		slices.Sort(ended)
-		if !slices.Equal(ended, []string{"ended a", "ended b"}) {
-			t.Errorf("viewers heard %q", ended)
+		return
+	}
+	verb, name, session := words[0], words[1], words[2]
+	number := func(i int) int64 { n, _ := strconv.ParseInt(words[i], 10, 64); return n }
+	if !s.act(verb, name, session, number, line) && !s.looks(verb, name, number, line) {
+		s.Fatalf("nobody understands %q", line)
+	}
+}
+
+// act does a line that tells the hub something; it is false for others.
+func (s *hubScript) act(verb, name, session string, number func(int) int64, line string) bool {
+	s.Helper()
+	out := s.conns[name]
+	if out == nil && (verb == "track" || verb == "reserve") {
+		out = s.idle()
+		s.conns[name] = out
+	}
+	switch verb {
+	case "track":
+		s.attach(out, session, claim{epoch: number(3), counters: counters{events: number(4), seq: number(5)}})
+	case "reserve":
+		s.reserve(out, session, true, 0)
+	case "attach":
+		s.attachAs(out, session, claim{epoch: number(3)}, aboutNobody)
+	case "view":
+		s.conns[name] = s.viewer()
+	case "join":
+		s.join(out, session)
+	case "batch":
+		s.do(publish{out, "", s.batch(session, int(number(3)), number(4), int(number(5))), nil})
+	case "events":
+		s.do(publish{out, "", s.batchOf(session, number(3), strings.Fields(line)[4]), nil})
+	case "end":
+		s.do(finish{out})
+	case "leave":
+		s.do(leave{out})
+	case "drain":
+		s.do(drain{})
+	case "await":
+		s.do(awaitCommit{name, make(chan int64, 1)})
+	case "skip":
+		s.messages(out)
+	case "wait":
+		pause, _ := time.ParseDuration(name)
+		time.Sleep(pause)
+		synctest.Wait()
+	case "settle":
+		s.handBack(map[string]outcome{"stored": stored, "failed": failed, "epochLost": epochLost}[name], session)
+	default:
+		return false
+	}
+	return true
+}
+
+// looks does a line that says what must be so; it is false for others.
+func (s *hubScript) looks(verb, name string, number func(int) int64, line string) bool {
+	s.Helper()
+	_, want, _ := strings.Cut(line, " ")
+	got := ""
+	switch verb {
+	case "none":
+		if _, ok := s.take(); ok {
+			s.Error("there is work before its time")
 		}
-		work := t.due()
-		t.settle(failed, work[0])
-		t.settle(stored, work[1])
-		w := t.writer()
-		if time.Sleep(time.Second); t.stopped() {
-			t.Fatal("it has stopped before everything was stored")
+	case "work":
+		var flushes []string
+		for _, f := range s.due() {
+			first := f.totals.events
+			if len(f.batches) > 0 {
+				first = f.batches[0].first
+			}
+			flushes = append(flushes, fmt.Sprintf("%s@%d:%d-%d", f.session, f.epoch, first, f.totals.events))
+			s.work = append(s.work, f)
 		}
-		if t.settle(stored, <-w...); !t.stopped() {
-			t.Error("it runs on though everything is stored")
+		got = strings.Join(flushes, " ")
+	case "memory":
+		_, want, _ = strings.Cut(want, " = ")
+		got = spans(s.find(name, number(2), number(3)))
+	case "stopped":
+		got = fmt.Sprint(s.stopped())
+	case "hears":
+		_, want, _ = strings.Cut(want, " ")
+		heard := s.messages(s.conns[name])
+		if got = strings.Join(heard, "; "); strings.Contains(want, " & ") {
+			slices.Sort(heard)
+			got = strings.Join(heard, " & ")
 		}
-		if _, ok := ask(t.hub, make(chan hubStats, 1), statsQuery{}); ok {
-			t.Error("a hub that has stopped answers")
+	default:
+		return false
+	}
+	if got != want {
+		s.Errorf("%s: got %s", line, got)
+	}
+	return true
+}
+
+// handBack gives the hub the flushes of a session, or all.
+func (s *hubScript) handBack(result outcome, session string) {
+	var these, others []*flush
+	for _, f := range s.work {
+		if session == "" || f.session == session {
+			these = append(these, f)
+		} else {
+			others = append(others, f)
 		}
-	})
+	}
+	s.work = others
+	s.settle(result, these...)
+}
+
+// spans says which events are in memory, one after the other.
+func spans(m inMemory) string {
+	if !m.ok {
+		return "nothing"
+	}
+	var first, end int64
+	for i, b := range m.batches {
+		if i == 0 {
+			first = b.first
+		} else if b.first != end {
+			return fmt.Sprintf("a gap at %d", end)
+		}
+		end = b.end()
+	}
+	return fmt.Sprintf("%d-%d %d", first, end, len(m.batches))
 }

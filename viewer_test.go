@@ -116,6 +116,9 @@ func (v *testViewer) hear(text []byte) {
 	if err != nil {
 		v.t.Errorf("viewer: %v", err)
 	}
+	if m.Type == "error" {
+		v.paging = false // the database is away: it asks again with the next message
+	}
 	if d.SessionID != v.session {
 		return
 	}
