@@ -230,7 +230,8 @@ func TestBoundsEverythingFull(t *testing.T) {
 	}
 	waitUntil(t, "the buffer is full", func() bool { return s.metric("buffer_bytes") > 6<<20 })
 	for _, path := range []string{"/sessions/active", "/sessions?limit=1000", "/sessions/old/errors",
-		"/sessions/old/export", "/sessions/old/events?limit=10000", "/sessions/old/chunks/1000000", "/sessions/export?userId=ann"} {
+		"/sessions/old/export", "/sessions/old/events?limit=10000", "/sessions/old/chunks/1000000",
+		"/sessions/export?userId=ann"} {
 		var readers []net.Conn // a few of them have room at a time: those of one kind do not keep out the next
 		for range 10 {
 			readers = append(readers, slow(t, s, "GET "+path+" HTTP/1.1\r\nHost: 127.0.0.1\r\nAccept-Encoding: gzip\r\n\r\n"))

@@ -188,25 +188,36 @@ func TestLargeBuffersAreFree(t *testing.T) {
 	}
 }
 
-// A tracker does not wait for the database without end: its peer may have gone,
-// which nobody sees meanwhile. Between messages nothing is timed.
+// A tracker that waits for the database answers no ping, because nobody reads it,
+// and is not cut for that; but it does not wait without end: its peer may have
+// gone, which nobody sees meanwhile. Between messages nothing is timed.
 func TestMessageTimeout(t *testing.T) {
 	t.Parallel()
-	database := testDatabase(t)
-	proxy, through := proxyToDatabase(t, database, nil)
-	s := startInside(t, "DATABASE_URL="+through, "MESSAGE_TIMEOUT=300", "HEARTBEAT_INTERVAL=60000")
-	idle := s.recording("idle")
-	idle.record(1, 1)
+	proxy, through := proxyToDatabase(t, testDatabase(t), nil)
+	s := startInside(t, "DATABASE_URL="+through, "MESSAGE_TIMEOUT=3000", "HEARTBEAT_INTERVAL=300")
+	idle, pings := newTracker(t, "idle"), s.viewer()
+	idle.limit = 1
+	idle.start(s.ws("tracker"))
+	waitUntil(t, "it records", func() bool { return idle.read(&idle.acked) == 1 })
 	proxy.freeze()
 	stays, goes := s.dialTracker(), s.dialTracker()
 	for _, c := range []*testConn{stays, goes} {
 		c.send("session_start", `{"sessionId":"s","resume":""}`)
 	}
 	goes.Close()
+	for range 4 { // in the time of these it misses its own
+		pings.pinged()
+	}
 	stays.expectClose(websocket.StatusTryAgainLater)
 	waitUntil(t, "the connections have ended", func() bool { return s.memory().trackers == 1 })
 	proxy.thaw()
-	idle.record(2, 1)
+	idle.allow(2)
+	waitUntil(t, "it records again", func() bool { return idle.read(&idle.acked) == 2 })
+	idle.change(func() {
+		if idle.reconnects > 0 {
+			t.Error("it was cut while it said nothing")
+		}
+	})
 }
 
 // ---- heartbeats ----
