@@ -429,15 +429,9 @@ func (s *hubScript) looks(verb, name string, number func(int) int64, line string
 
 // handBack gives the hub the flushes of a session, or all.
 func (s *hubScript) handBack(result outcome, session string) {
-	var these, others []*flush
-	for _, f := range s.work {
-		if session == "" || f.session == session {
-			these = append(these, f)
-		} else {
-			others = append(others, f)
-		}
-	}
-	s.work = others
+	its := func(f *flush) bool { return session == "" || f.session == session }
+	these := slices.DeleteFunc(slices.Clone(s.work), func(f *flush) bool { return !its(f) })
+	s.work = slices.DeleteFunc(s.work, its)
 	s.settle(result, these...)
 }
 
