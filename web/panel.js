@@ -6,6 +6,7 @@ import { clock, count, el } from './api.js';
 
 const LINES = 5000, MARKS = 2000; // more than anyone reads, or can tell apart
 const STACK_TIMES = 50;
+const SAME_MS = 50;
 const VERBS = { navigation: 'Went to ', click: 'Clicked ', input: 'Typed in ', event: '', error: '', gap: '', visibility: '' };
 const MARKED = ['navigation', 'click', 'event', 'error', 'gap', 'idle'];
 
@@ -79,7 +80,6 @@ export class Panel {
     this.shown = kind;
     for (const button of this.filters.children) button.setAttribute('aria-pressed', button.value === kind);
     for (const m of this.order) m.line.hidden = !this.shows(m);
-    this.now = undefined;
   }
 
   tally() {
@@ -110,11 +110,11 @@ export class Panel {
     lines.scrollTop = now.line.offsetTop - lines.clientHeight / 3;
   }
 
-  // step goes to the line after the play head, or to the one before. Lines of one
-  // moment are one step, or there would be no way back from them.
+  // step goes to the line after the play head, or to the one before. Lines so close
+  // that the play head is at both are one step, or there would be no way back.
   step(by) {
     const lines = this.order.filter((m) => this.shows(m)), at = this.now?.time ?? -Infinity;
-    const to = by > 0 ? lines.find((m) => m.time > at) : lines.findLast((m) => m.time < at);
+    const to = by > 0 ? lines.find((m) => m.time > at) : lines.findLast((m) => m.time < at - SAME_MS);
     if (to) this.go(to.time);
   }
 

@@ -5,6 +5,7 @@
 import { FULL, isOpen } from './events.js';
 import { Styles } from './styles.js';
 
+export const calm = matchMedia('(prefers-reduced-motion: reduce)'); // of who watches
 const INCREMENTAL = 3, MUTATION = 0, INPUT = 5, STYLE_RULE = 8, CANVAS = 9, STYLE_DECLARATION = 13, ADOPTED = 15;
 const MOTIONS = 50; // of an element; a page has no more
 const IMAGE = /^data:image\/(webp|png|jpeg);base64,[\w+/=]*$/;
@@ -161,7 +162,7 @@ export class Picture {
     each(news, (node) => { if (node.hasAttribute('replay-media')) this.styles.setMedia(node.getAttribute('replay-media')); });
     each([...dirty, ...news], (owner) => this.styles.rewrite(owner));
     each(news, (node) => this.followNode(node));
-    if (this.leapt) this.settle();
+    if (this.leapt || calm.matches) this.settle();
     this.leapt = false;
     const missing = [...this.missing].filter((link) => link.isConnected).length;
     if (missing !== this.told) this.onMissing(this.told = missing);
@@ -221,11 +222,12 @@ export class Picture {
 
   get animations() { return [...this.roots].flatMap((root) => root.getAnimations()); }
 
-  // settle shows the end of what began before the moment that was sought.
+  // settle shows the end of what began before the moment that was sought, or of all
+  // for who wants no motion.
   settle() {
     for (const animation of this.animations) {
       if (animation.playState === 'paused' && !('animationName' in animation)) continue; // by the page
-      try { animation.finish(); } catch { /* it has no end */ }
+      try { animation.finish(); } catch { if (calm.matches) animation.pause(); } // it has no end
     }
   }
 }

@@ -3,9 +3,7 @@
 
 import { el } from './api.js';
 import { Cleaner, FULL, mediaOrigins } from './events.js';
-import { Picture } from './picture.js';
-
-const calm = matchMedia('(prefers-reduced-motion: reduce)');
+import { calm, Picture } from './picture.js';
 
 // A Replayer that one bad event cannot stop: an exception in its timer would
 // end the replay without a word.

@@ -32,7 +32,8 @@ const tidy = (text) => text.replace(/\s+/g, ' ').trim();
 // What the tracker notes of focus and the like is no answer of the page.
 const isNote = ({ adds, removes, texts, attributes }) => [adds, removes, texts].every((all) => list(all).length === 0)
   && list(attributes).every((a) => Object.keys(a.attributes ?? {}).every((name) => name.startsWith('replay-')));
-const isAnswer = ({ type, data }) => type !== INCREMENTAL || (data.source === MUTATION ? !isNote(data) : !MOVES.includes(data.source));
+const isAnswer = ({ type, data }) => type !== INCREMENTAL
+  || (data.source === MUTATION ? !isNote(data) : !MOVES.includes(data.source));
 
 // What rrweb's recorder calls user interaction: mouse, scroll, resize, input.
 export const isInteraction = (e) => e.type === INCREMENTAL && e.data.source > MUTATION && e.data.source <= INPUT;
