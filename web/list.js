@@ -3,8 +3,8 @@
 // the names that the API has.
 
 import {
-  $, ago, browser, clock, connect, copied, count, el, getJSON, inWaiting, offerSignOut, patiently, person, place, request,
-  when, words, write,
+  $, ago, browser, clock, connect, copied, count, el, getJSON, inWaiting, offerSignOut, patiently, person, place,
+  request, when, words, write,
 } from './api.js';
 
 const PAGE = 50;
@@ -223,7 +223,8 @@ async function tellUnrecorded() {
   const { trackerFetches = [] } = await getJSON('/stats').catch(() => ({}));
   const silent = trackerFetches.filter(({ sessions }) => sessions === 0).slice(0, 5);
   for (const { origin, fetches, refusals } of silent) {
-    const reasons = Object.entries(refusals ?? {}).map(([why, n]) => ` Refused ${count(n)} times: ${REFUSALS[why] ?? why}.`);
+    const reasons = Object.entries(refusals ?? {})
+      .map(([why, n]) => ` Refused ${count(n)} times: ${REFUSALS[why] ?? why}.`);
     const came = `Pages of ${origin} fetched tracker.js ${count(fetches)} times in the last hour; no session came.`;
     $.unrecorded.append(el('li', { textContent: came + reasons.join('') }));
   }

@@ -7,7 +7,9 @@ import { clock, count, el } from './api.js';
 const LINES = 5000, MARKS = 2000; // more than anyone reads, or can tell apart
 const STACK_TIMES = 50;
 const SAME_MS = 50;
-const VERBS = { navigation: 'Went to ', click: 'Clicked ', input: 'Typed in ', event: '', error: '', gap: '', visibility: '' };
+const VERBS = {
+  navigation: 'Went to ', click: 'Clicked ', input: 'Typed in ', event: '', error: '', gap: '', visibility: '',
+};
 const MARKED = ['navigation', 'click', 'event', 'error', 'gap', 'idle'];
 
 const look = (m) => `${m.kind}${m.rage ? ' rage' : ''}${m.dead ? ' dead' : ''}`;
@@ -73,7 +75,7 @@ export class Panel {
     m.stack ??= m.line.appendChild(el('details'));
     m.stack.replaceChildren(el('summary', { textContent: m.n > 1 ? 'Stack and times' : 'Stack' }),
       el('pre', { textContent: m.detail || 'No stack was sent.' }),
-      ...again.map(({ time }) => el('button', { textContent: clock(time - this.start), onclick: () => this.go(time) })));
+      ...again.map((m) => el('button', { textContent: clock(m.time - this.start), onclick: () => this.go(m.time) })));
   }
 
   filter(kind) {

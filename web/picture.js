@@ -182,7 +182,7 @@ export class Picture {
     const size = /^(\d{1,5}) (\d{1,5})$/.exec(node.getAttribute('replay-size') ?? '');
     const { offsetWidth, offsetHeight } = node;
     if (size) drawBox(node, Number(size[1]), Number(size[2]));
-    else if (isLeftOut(node)) drawBox(node, Math.max(offsetWidth, 180), Math.max(offsetHeight, 32)); // its own is not known
+    else if (isLeftOut(node)) drawBox(node, Math.max(offsetWidth, 180), Math.max(offsetHeight, 32)); // nobody knows it
     else if (node.matches('iframe[replay-foreign], form[data-replay-left-out]')) {
       drawBehind(node, drawing(offsetWidth, offsetHeight, words(node)));
     }

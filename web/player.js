@@ -237,9 +237,8 @@ export class Player {
     recording.start ??= recording.end;
     if (snapshot >= 0) recording.newestSnapshot = from + snapshot;
     if (newest > -Infinity) this.lags = [...this.lags.slice(-19), performance.now() - recording.end];
-    if (this.state === 'waiting' && snapshot >= 0) return this.follow();
-    if (!scene) return this.on.unseen(events);
-    if (from > scene.next || end <= scene.next) return;
+    if (this.state === 'waiting') return snapshot >= 0 ? this.follow() : this.on.unseen(events);
+    if (!scene || from > scene.next || end <= scene.next) return;
     if (document.hidden || (!this.following && !this.wantsAhead())) return;
     this.add(scene, { from: scene.next, events: events.slice(scene.next - from), next: end, bytes });
   }

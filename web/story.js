@@ -95,7 +95,7 @@ export class Story {
     if (tag === 'navigation') return this.went(payload?.href, payload?.title, tell);
     if (tag === 'title') return this.call(payload?.title, tell);
     if (tag === 'too-large') return tell('gap', LOST, { lost: `${LOST}.` });
-    if (tag === 'visibility') return tell('visibility', payload?.hidden ? 'Tab hidden' : 'Tab shown again', { hidden: !!payload?.hidden });
+    if (tag === 'visibility') return tell('visibility', payload?.hidden ? 'Tab hidden' : 'Tab shown again');
     if (tag !== 'gap') return tell('event', words(tag) || 'Event', { detail: tidy(words(payload)).slice(0, 2000) });
     const ms = payload?.to - payload?.from;
     const gap = tell('gap', ms > 0 ? `A gap of ${clock(ms)}` : 'A gap');

@@ -1,8 +1,8 @@
 // The page of one session: its player, what happened in it, what it is.
 
 import {
-  $, browser, clock, connect, copied, count, el, getJSON, inWaiting, offerSignOut, patiently, person, place, request, when,
-  words, write,
+  $, browser, clock, connect, copied, count, el, getJSON, inWaiting, offerSignOut, patiently, person, place, request,
+  when, words, write,
 } from './api.js';
 import { Cleaner } from './events.js';
 import { Panel } from './panel.js';
@@ -53,8 +53,8 @@ function sayState({ state, scene }) {
 
 // About.
 
-const TOLD = ['sessionId', 'userId', 'url', 'entryUrl', 'lastUrl', 'referrer', 'startTime', 'viewport', 'timeZone', 'userAgent',
-  'pages', 'clicks'];
+const TOLD = 'sessionId userId url entryUrl lastUrl referrer startTime viewport timeZone userAgent pages clicks'
+  .split(' ');
 
 function describe() {
   const { info } = recording, meta = info.metadata ?? {}, name = person(info.userId);
@@ -64,11 +64,13 @@ function describe() {
   document.title = `${name} · ${place(meta.url)}`;
   const size = meta.viewport && `${words(meta.viewport.width)} × ${words(meta.viewport.height)}`;
   facts($.about, {
-    Browser: browser(meta.userAgent), Window: size, Started: when(recording.start ?? info.createdAt), Duration: clock(length()),
+    Browser: browser(meta.userAgent), Window: size, Started: when(recording.start ?? info.createdAt),
+    Duration: clock(length()),
   });
   facts($.more, {
-    ...traits(meta), 'First page': meta.url, 'Last page': meta.lastUrl, 'Came from': meta.referrer, 'Time zone': meta.timeZone,
-    'User id': info.userId, Events: count(recording.total), 'User agent': meta.userAgent, Session: id,
+    ...traits(meta), 'First page': meta.url, 'Last page': meta.lastUrl, 'Came from': meta.referrer,
+    'Time zone': meta.timeZone, 'User id': info.userId, Events: count(recording.total), 'User agent': meta.userAgent,
+    Session: id,
   });
 }
 
@@ -122,7 +124,8 @@ function took({ from, next }) {
 function sayPart() {
   const all = recording.chunks.length;
   $.part.hidden = read.size >= all;
-  write($['part-text'], `A long session: this list is filled as it is played, ${count(read.size)} of ${count(all)} parts so far.`);
+  const far = `${count(read.size)} of ${count(all)} parts so far`;
+  write($['part-text'], `A long session: this list is filled as it is played, ${far}.`);
 }
 
 const isLong = ({ chunks }) => chunks.length > SCAN_CHUNKS || chunks.reduce((sum, c) => sum + c.bytes, 0) > SCAN_BYTES;
@@ -179,7 +182,8 @@ function sayWhere(page) {
 function sayGap(now, time) {
   if (now && now !== gap && time - (now.to ?? now.time) < PASSED) {
     const ms = now.to - now.time;
-    note(now.lost || `The recording has a gap here${ms > 0 ? ` of ${clock(ms)}` : ''}: what happened in it was not kept.`);
+    const long = ms > 0 ? ` of ${clock(ms)}` : '';
+    note(now.lost || `The recording has a gap here${long}: what happened in it was not kept.`);
   }
   gap = now;
 }
@@ -332,8 +336,8 @@ async function open() {
   const info = await recording.load();
   const unseen = new Cleaner(); // reads what comes before there is a scene
   player = new Player(recording, $.stage, {
-    change, note, failed, piece: took, mark: (moment) => panel.add(moment), unseen: (events) => change(tell(unseen, events)),
-    gapEnd: (time) => panel.at('gap', time)?.to ?? 0,
+    change, note, failed, piece: took, mark: (moment) => panel.add(moment),
+    unseen: (events) => change(tell(unseen, events)), gapEnd: (time) => panel.at('gap', time)?.to ?? 0,
   });
   window.player = player; // for the console, and for tests
   describe();
