@@ -624,13 +624,13 @@ test("who wants no motion sees none", async (t) => {
   const page = clockPage(0);
   page.childNodes[0].childNodes[0].childNodes.push({ type: 2, id: 20, tagName: "style", attributes: { _cssText: css }, childNodes: [] });
   const [meta, full] = snapshot(start, 0);
-  await store("turns", [[meta, { ...full, data: { ...full.data, node: page } }, change(start, 1), change(start, 30)]]);
+  await store("turns", [[meta, { ...full, data: { ...full.data, node: page } }, change(start, 1), change(start, 300)]]);
   for (const [reducedMotion, want] of [["no-preference", "running"], ["reduce", "paused"]]) {
     const view = await open(t, "/view/turns", { reducedMotion });
     await inState(view, "playing");
     await view.waitForFunction((state) => {
       const animations = document.querySelector(".scene.shown iframe").contentDocument.getAnimations();
-      return animations.length === 1 && animations[0].playState === state;
+      return window.player.state === "playing" && animations.length === 1 && animations[0].playState === state;
     }, want);
     const tail = await view.evaluate(() => window.player.scene.replayer.config.mouseTail);
     assert.equal(Boolean(tail), want === "running");
