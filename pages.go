@@ -138,6 +138,10 @@ func (s *server) handleRoot(w http.ResponseWriter, r *http.Request) {
 		s.page("index.html", viewerPolicy)(w, r)
 		return
 	}
+	s.query(s.handleAbout)(w, r)
+}
+
+func (s *server) handleAbout(w http.ResponseWriter, r *http.Request) error {
 	s.write(w, http.StatusOK, map[string]any{
 		"name": "session-replay", "version": version(),
 		"endpoints": map[string]string{"websocket": "/ws", "health": "/health", "stats": "/stats",
@@ -145,6 +149,7 @@ func (s *server) handleRoot(w http.ResponseWriter, r *http.Request) {
 			"sessionEvents":  "/sessions/:sessionId/events", "cleanup": "/sessions/cleanup"},
 		"documentation": "README.md", "signedIn": s.access.signedIn(r), "ingestKey": s.access.key,
 	})
+	return nil
 }
 
 func (s *server) handleAsset(w http.ResponseWriter, r *http.Request) {

@@ -88,11 +88,12 @@ func (st *store) find(ctx context.Context, f filter, limit, offset int64) (found
 	return found, total, err
 }
 
-// ofUser gives the ids of a user's sessions, the live ones first.
-func (st *store) ofUser(ctx context.Context, userID string) ([]string, error) {
+// ofUser gives the ids of a user's sessions, up to limit, the live ones first.
+func (st *store) ofUser(ctx context.Context, userID string, limit int64) ([]string, error) {
 	ctx, cancel := context.WithTimeout(ctx, queryTimeout)
 	defer cancel()
-	rows, err := st.pool.Query(ctx, "select session_id from sessions where user_id = $1 order by is_active desc, created_at", userID)
+	rows, err := st.pool.Query(ctx, `select session_id from sessions where user_id = $1
+		order by is_active desc, created_at limit $2`, userID, limit)
 	if err != nil {
 		return nil, err
 	}
@@ -239,22 +240,31 @@ func (s *server) handleExport(w http.ResponseWriter, r *http.Request) error {
 // handleExportUser sends all that there is of a user, for who asks what is known
 // of them: of each session its line, then its events, one a line.
 func (s *server) handleExportUser(w http.ResponseWriter, r *http.Request) error {
-	userID, ids, err := s.sessionsOfUser(r)
+	userID, err := userOf(r)
+	if err != nil {
+		return err
+	}
+	ids, err := s.store.ofUser(r.Context(), userID, maxIndex)
 	if err != nil {
 		return err
 	}
 	s.audit.note(s.access.address(r), "exported", "user", userID, "sessions", len(ids))
 	attachment(w, "application/x-ndjson", "sessions.ndjson")
 	for _, id := range ids {
-		if err := s.exportSession(r.Context(), w, id); err != nil && !errors.Is(err, errNotFound) {
+		if err := s.exportSession(r.Context(), w, id); err != nil {
 			panic(http.ErrAbortHandler)
 		}
 	}
 	return nil
 }
 
+// exportSession passes over a session that was deleted before its line; one that
+// is deleted after it is an error, otherwise its first half would look like all.
 func (s *server) exportSession(ctx context.Context, w http.ResponseWriter, id string) error {
 	row, err := s.store.session(ctx, id)
+	if errors.Is(err, errNotFound) {
+		return nil
+	}
 	if err != nil {
 		return err
 	}
@@ -294,36 +304,49 @@ func eventLines(events []byte) ([]byte, error) {
 
 // Deletion.
 
-// sessionsOfUser gives the user that a request names, and their sessions.
-func (s *server) sessionsOfUser(r *http.Request) (userID string, ids []string, err error) {
+// userOf gives the user that a request names.
+func userOf(r *http.Request) (string, error) {
 	f, err := parseFilter(r)
 	if err == nil && f.userID == "" {
 		err = badRequest("userId must say whose sessions")
 	}
-	if err == nil {
-		ids, err = s.store.ofUser(r.Context(), f.userID)
-	}
-	return f.userID, ids, err
+	return f.userID, err
 }
 
 func (s *server) handleDeleteUser(w http.ResponseWriter, r *http.Request) error {
-	userID, ids, err := s.sessionsOfUser(r)
-	deleted := 0
-	for _, id := range ids {
-		http.NewResponseController(w).SetWriteDeadline(time.Now().Add(time.Minute))
-		if err = s.deleteSession(r.Context(), id); err == nil {
-			deleted++
-		} else if !errors.Is(err, errNotFound) {
-			break
-		}
-		err = nil
-	}
+	userID, err := userOf(r)
 	if err != nil {
 		return err
 	}
-	s.audit.note(s.access.address(r), "deleted", "user", userID, "sessions", deleted)
+	ctx, cancel := context.WithTimeout(r.Context(), cleanupTimeout)
+	defer cancel()
+	http.NewResponseController(w).SetWriteDeadline(time.Now().Add(cleanupTimeout + time.Minute))
+	deleted, err := s.deleteUser(ctx, userID)
+	s.audit.note(s.access.address(r), "deleted", "user", userID, "sessions", deleted, "complete", err == nil)
+	if err != nil {
+		return err
+	}
 	s.write(w, http.StatusOK, map[string]any{"userId": userID, "deletedCount": deleted})
 	return nil
+}
+
+// deleteUser deletes a user's sessions until there are none, those too that begin
+// meanwhile, and says how many, also with an error.
+func (s *server) deleteUser(ctx context.Context, userID string) (deleted int, err error) {
+	for {
+		ids, err := s.store.ofUser(ctx, userID, deleteStep)
+		if err != nil || len(ids) == 0 {
+			return deleted, err
+		}
+		for _, id := range ids {
+			err := s.deleteSession(ctx, id)
+			if err == nil {
+				deleted++
+			} else if !errors.Is(err, errNotFound) {
+				return deleted, err
+			}
+		}
+	}
 }
 
 func (s *server) handleDelete(w http.ResponseWriter, r *http.Request) error {

@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"fmt"
+	"io"
 	"net/http"
 	"slices"
 	"strings"
@@ -119,7 +120,7 @@ func TestParameters(t *testing.T) {
 			t.Errorf("GET /sessions%s: got %d %s, want 400", query, status, body)
 		}
 	}
-	for _, request := range []string{"GET /health", "GET /stats", "GET /metrics", "GET /sessions/active", "GET /sessions/s1", "GET /sessions/s1/events", "GET /sessions/s1/errors",
+	for _, request := range []string{"GET /", "GET /health", "GET /stats", "GET /metrics", "GET /sessions/active", "GET /sessions/s1", "GET /sessions/s1/events", "GET /sessions/s1/errors",
 		"GET /sessions/s1/chunks/0", "GET /sessions/s1/export", "GET /sessions/export?userId=ann", "DELETE /sessions?userId=ann", "DELETE /sessions/cleanup", "DELETE /sessions/s1"} {
 		method, path, _ := strings.Cut(request, " ")
 		query := "?"
@@ -222,6 +223,30 @@ func TestExportInPages(t *testing.T) {
 	}
 }
 
+// An export of a session that is deleted meanwhile is cut, not a short whole.
+func TestExportCut(t *testing.T) {
+	t.Parallel()
+	for _, path := range []string{"/sessions/s1/export", "/sessions/export?userId=ann"} {
+		s := foundTest(t)
+		execSQL(t, s.database, "update sessions set user_id = 'ann', event_count = 24 where session_id = 's1'")
+		large := []byte(`[{"x":"` + strings.Repeat("x", 4<<20) + `"}]`)
+		execSQL(t, s.database, `insert into session_events (session_id, first_index, event_count, raw_bytes, events)
+			select 's1', n, 1, $2, $1 from generate_series(1, 23) n`, zip(large), len(large))
+		resp, err := http.Get(s.url + path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer resp.Body.Close()
+		if _, err := io.ReadFull(resp.Body, make([]byte, 4<<20)); err != nil {
+			t.Fatal(err)
+		}
+		s.request("DELETE", "/sessions/s1")
+		if n, err := io.Copy(io.Discard, resp.Body); err == nil {
+			t.Errorf("%s: got %d bytes and a clean end", path, n)
+		}
+	}
+}
+
 func TestDeleteUser(t *testing.T) {
 	t.Parallel()
 	s := foundTest(t)
@@ -242,6 +267,31 @@ func TestDeleteUser(t *testing.T) {
 	if _, body := s.request("DELETE", "/sessions?userId=ann"); !strings.Contains(string(body), `"deletedCount":0`) {
 		t.Errorf("once more: got %s, want 0", body)
 	}
+}
+
+// Sessions that begin while a user's are deleted are deleted too; what is done when
+// PostgreSQL refuses one is in the audit.
+func TestDeleteUserMeanwhile(t *testing.T) {
+	t.Parallel()
+	s := foundTest(t)
+	execSQL(t, s.database, `create function more() returns trigger language plpgsql as $$ begin
+			insert into sessions (session_id, user_id, url, metadata, is_active, created_at)
+				select 'meanwhile', 'ann', '', '{}', true, '2026-03-01' where old.session_id = 's0';
+			if old.session_id = 's4' then raise exception 'not this one'; end if;
+			return old;
+		end $$; create trigger more before delete on sessions for each row execute function more()`)
+	execSQL(t, s.database, "update sessions set created_at = '2026-03-01' where session_id = 's4'")
+	if status, body := s.request("DELETE", "/sessions?userId=ann"); !strings.Contains(string(body), `"deletedCount":5`) {
+		t.Errorf("got %d %s, want 5 deleted: ann's four, and one that began meanwhile", status, body)
+	}
+	if status, body := s.request("DELETE", "/sessions?userId=bob"); status != http.StatusServiceUnavailable {
+		t.Errorf("got %d %s, want 503 for a session that cannot be deleted", status, body)
+	}
+	waitUntil(t, "the audit has both", func() bool {
+		log := s.log("application")
+		return strings.Contains(log, `"user":"ann","sessions":5,"complete":true`) &&
+			strings.Contains(log, `"user":"bob","sessions":1,"complete":false`)
+	})
 }
 
 // A live session says whether its page is there, to lists and to who watches it.

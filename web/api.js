@@ -1,12 +1,7 @@
 // What both pages need: requests that wait for the server to come back, the
 // viewer's WebSocket, and a few words for times and addresses.
 
-export class HttpError extends Error {
-  constructor(status, message) {
-    super(message);
-    this.status = status;
-  }
-}
+export const $ = Object.fromEntries([...document.querySelectorAll('[id]')].map((node) => [node.id, node]));
 
 export async function request(path, options = {}) {
   const response = await fetch(path, { headers: { Accept: 'application/json' }, ...options });
@@ -14,7 +9,7 @@ export async function request(path, options = {}) {
     location.reload();
     return new Promise(() => {});
   }
-  if (!response.ok) throw new HttpError(response.status, response.statusText);
+  if (!response.ok) throw Object.assign(new Error(response.statusText), { status: response.status });
   return response;
 }
 
@@ -44,17 +39,17 @@ export async function patiently(work, onWait = () => {}) {
   }
 }
 
-// connect keeps a viewer's WebSocket open until close() is called. onOpen runs
-// after every (re)connection, onWait(ms) when one is lost (0: it is back).
+// connect keeps a viewer's WebSocket open as long as the page is. onOpen runs after
+// every (re)connection, onWait(ms) when one is lost (0: it is back).
 export function connect({ onOpen, onMessage, onWait }) {
-  let socket, attempt = 0, closed = false, heard = 0, timer;
+  let socket, attempt = 0, heard = 0;
   const open = () => {
     socket = new WebSocket(`${location.protocol.replace('http', 'ws')}//${location.host}/ws?type=viewer`);
     socket.onopen = () => {
       if (attempt > 0) onWait(0);
       attempt = 0;
       heard = Date.now();
-      onOpen(send);
+      onOpen();
     };
     socket.onmessage = ({ data }) => {
       heard = Date.now();
@@ -62,10 +57,9 @@ export function connect({ onOpen, onMessage, onWait }) {
       onMessage(type, body ?? {}, data.length);
     };
     socket.onclose = () => {
-      if (closed) return;
       const wait = backoff(attempt++);
       onWait(wait);
-      timer = setTimeout(open, wait);
+      setTimeout(open, wait);
       // A refused handshake does not say why; this turns a lapsed sign-in into the sign-in page.
       request('/stats').catch(() => {});
     };
@@ -74,22 +68,14 @@ export function connect({ onOpen, onMessage, onWait }) {
     if (socket.readyState === WebSocket.OPEN) socket.send(JSON.stringify({ type, data }));
   };
   // A half-open connection is silent for ever: ask for a sign of life, then give up on it.
-  const watch = setInterval(() => {
+  setInterval(() => {
     const silent = Date.now() - heard;
     if (socket.readyState !== WebSocket.OPEN || silent < 20000) return;
     if (silent > 40000) socket.close();
     else send('get_active_sessions');
   }, 5000);
   open();
-  return {
-    send,
-    close() {
-      closed = true;
-      clearInterval(watch);
-      clearTimeout(timer);
-      socket.close();
-    },
-  };
+  return { send };
 }
 
 // el makes an element. Text is only ever set as text: most of it comes from
@@ -100,11 +86,14 @@ export function el(tag, props = {}, ...children) {
   return node;
 }
 
+// write leaves text alone that is there already, and says whether it was not:
+// somebody may have selected it, or a screen reader be reading it.
+export const write = (node, text) => node.textContent !== text && ((node.textContent = text), true);
+
 // clock writes a duration in milliseconds as 1:05 or 2:01:05.
 export function clock(ms) {
   const s = Math.max(0, Math.floor((ms || 0) / 1000));
-  const two = (n) => String(n).padStart(2, '0');
-  const rest = `${Math.floor(s / 60) % 60}:${two(s % 60)}`;
+  const rest = `${Math.floor(s / 60) % 60}:${String(s % 60).padStart(2, '0')}`;
   return s < 3600 ? rest : `${Math.floor(s / 3600)}:${rest.padStart(5, '0')}`;
 }
 
@@ -147,16 +136,20 @@ export function person(userId) {
 }
 
 // browser says in words what a user agent string tells: "Chrome 142 · Windows".
-const BROWSERS = [['Edge', /Edg(?:e|A|iOS)?\/(\d+)/], ['Opera', /OPR\/(\d+)/], ['Samsung Internet', /SamsungBrowser\/(\d+)/],
-  ['Firefox', /(?:Firefox|FxiOS)\/(\d+)/], ['Chrome', /(?:Chrome|CriOS)\/(\d+)/], ['Safari', /Version\/(\d+).*Safari/]];
-const SYSTEMS = [['Windows', /Windows/], ['iPhone', /iPhone/], ['iPad', /iPad/], ['Android', /Android/],
-  ['ChromeOS', /CrOS/], ['macOS', /Macintosh|Mac OS X/], ['Linux', /Linux|X11/]];
+const BROWSERS = {
+  Edge: /Edg(?:e|A|iOS)?\/(\d+)/, Opera: /OPR\/(\d+)/, 'Samsung Internet': /SamsungBrowser\/(\d+)/,
+  Firefox: /(?:Firefox|FxiOS)\/(\d+)/, Chrome: /(?:Chrome|CriOS)\/(\d+)/, Safari: /Version\/(\d+).*Safari/,
+};
+const SYSTEMS = {
+  Windows: /Windows/, iPhone: /iPhone/, iPad: /iPad/, Android: /Android/, ChromeOS: /CrOS/, macOS: /Macintosh|Mac OS X/,
+  Linux: /Linux|X11/,
+};
 
 export function browser(userAgent) {
   const text = words(userAgent);
-  const [name, version] = BROWSERS.map(([known, pattern]) => [known, pattern.exec(text)?.[1]]).find(([, v]) => v) ?? [];
-  const [system] = SYSTEMS.find(([, pattern]) => pattern.test(text)) ?? [];
-  return [name && `${name} ${version}`, system].filter(Boolean).join(' · ') || text;
+  const find = (known) => Object.keys(known).find((name) => known[name].test(text));
+  const name = find(BROWSERS);
+  return [name && `${name} ${BROWSERS[name].exec(text)[1]}`, find(SYSTEMS)].filter(Boolean).join(' · ') || text;
 }
 
 export const count = (n) => Number(n ?? 0).toLocaleString();
@@ -165,10 +158,10 @@ export const inWaiting = (ms) => `Connection lost; trying again in ${Math.ceil(m
 
 // offerSignOut shows the button to who is signed in, and gives what else the
 // server says of itself.
-export async function offerSignOut(button) {
+export async function offerSignOut() {
   const server = await getJSON('/').catch(() => ({}));
-  button.hidden = !server.signedIn;
-  button.onclick = async () => {
+  $.signout.hidden = !server.signedIn;
+  $.signout.onclick = async () => {
     await request('/signout', { method: 'POST' }).catch(() => {});
     location.assign('/');
   };

@@ -3,32 +3,32 @@
 // the names that the API has.
 
 import {
-  ago, browser, clock, connect, copied, count, el, getJSON, inWaiting, offerSignOut, patiently, person, place, request, when, words,
+  $, ago, browser, clock, connect, copied, count, el, getJSON, inWaiting, offerSignOut, patiently, person, place,
+  request, when, words, write,
 } from './api.js';
 
 const PAGE = 50;
 const LIVE_SHOWN = 200; // a table longer than this is no overview
 const REFRESH = 5000; // of live sessions
 const TYPING = 300;
-const $ = Object.fromEntries([...document.querySelectorAll('[id]')].map((node) => [node.id, node]));
 const rows = { live: new Map(), past: new Map() };
 const { elements: fields } = $.form;
 let asked = new URLSearchParams(location.search);
 let turn = 0; // raised by each new search: answers to an older one are late
 
-const note = (text) => { $.note.textContent = text; };
+const note = (text) => write($.note, text);
 const onWait = (ms) => note(ms ? inWaiting(ms) : '');
 const failed = (err) => note(`The list cannot be loaded: ${err.message}`);
-const write = (node, text) => { if (node.textContent !== text) node.textContent = text; };
 
 // Rows.
 
 const STATES = { live: 'Live', hidden: 'In background', left: 'Left' };
 
 function makeRow({ sessionId }) {
-  const link = el('a', { href: `/view/${encodeURIComponent(sessionId)}` }, el('span'), el('span'));
-  return el('tr', {}, el('th', { scope: 'row' }, el('a')), el('td', {}, link), el('td'), el('td'), el('td', { className: 'pages' }),
-    el('td', { className: 'clicks' }), el('td', { className: 'errors' }, el('span')), el('td'));
+  const where = el('a', { href: `/view/${encodeURIComponent(sessionId)}` }, el('span'), el('span'));
+  const cell = (className, ...children) => el('td', { className }, ...children);
+  return el('tr', {}, el('th', { scope: 'row' }, el('a')), cell('', where), cell(''), cell(''),
+    cell('pages'), cell('clicks'), cell('errors', el('span')), cell(''));
 }
 
 // lastPage is where a visit went, without the host that it began on.
@@ -41,21 +41,21 @@ function lastPage({ url, lastUrl }) {
 const told = (n) => (Number.isFinite(n) ? count(n) : '');
 
 function fillRow(row, session) {
-  const { userId, errorCount, startTime, endTime, createdAt, isActive, state = 'live' } = session, meta = session.metadata ?? {};
-  const [who, where, started, duration, pages, clicks, errors, using] = row.cells;
-  const [first, last] = where.firstChild.children;
-  const texts = [
-    [who.firstChild, person(userId)], [first, place(meta.url)], [last, lastPage(meta)],
-    [started, isActive ? STATES[state] : ago(createdAt)], [duration, clock(endTime - startTime)],
-    [pages, told(meta.pages)], [clicks, told(meta.clicks)], [errors.firstChild, errorCount > 0 ? count(errorCount) : ''],
-    [using, browser(meta.userAgent)],
-  ];
-  for (const [node, text] of texts) write(node, text);
-  Object.assign(who.firstChild, { href: `/?userId=${encodeURIComponent(userId)}`, title: words(userId) });
+  const { userId, errorCount, startTime, endTime, createdAt, isActive, state = 'live' } = session;
+  const meta = session.metadata ?? {}, [who, where, started, ...others] = row.cells;
+  const [user] = who.children, [first, last] = where.firstChild.children;
+  write(user, person(userId));
+  write(first, place(meta.url));
+  write(last, lastPage(meta));
+  write(started, isActive ? STATES[state] : ago(createdAt));
+  const errors = errorCount > 0 ? count(errorCount) : '';
+  const texts = [clock(endTime - startTime), told(meta.pages), told(meta.clicks), errors, browser(meta.userAgent)];
+  others.forEach((cell, i) => write(cell.firstChild?.nodeType === 1 ? cell.firstChild : cell, texts[i]));
+  Object.assign(user, { href: `/?userId=${encodeURIComponent(userId)}`, title: words(userId) });
   where.title = [meta.url, meta.lastUrl].map(words).filter(Boolean).join(' → ');
   started.title = when(createdAt);
   started.className = isActive ? `state ${state}` : '';
-  using.title = words(meta.userAgent);
+  others.at(-1).title = words(meta.userAgent);
 }
 
 // show keeps the rows of sessions that stay, so that neither focus nor a
@@ -79,9 +79,8 @@ function query(active, limit, from) {
   const question = new URLSearchParams({ active, limit, offset: from });
   for (const name of FILTERS) {
     const value = asked.get(name);
-    const [day, midnight] = [/^\d{4}-\d\d-\d\d$/.test(value), new Date(`${value}T00:00`)];
-    if (day && name === 'to') midnight.setDate(midnight.getDate() + 1);
-    if (value && name !== 'active') question.set(name, day ? midnight.getTime() - (name === 'to') : value);
+    const day = /^\d{4}-\d\d-\d\d$/.test(value) && new Date(`${value}T${name === 'to' ? '23:59:59.999' : '00:00'}`);
+    if (value && name !== 'active') question.set(name, day ? day.getTime() : value);
   }
   return `/sessions?${question}`;
 }
@@ -101,7 +100,7 @@ async function refreshLive() {
   const n = known.live = answer.total ?? answer.sessions.length;
   show('live', offset() > 0 ? [] : answer.sessions);
   $['live-count'].hidden = n === 0;
-  $['live-count'].textContent = `${count(n)}${answer.totalIsMore ? '+' : ''} live`;
+  write($['live-count'], `${count(n)}${answer.totalIsMore ? '+' : ''} live`);
   document.title = n > 0 ? `● ${count(n)} · Sessions` : 'Sessions';
   showParts();
 }
@@ -113,7 +112,7 @@ async function refreshPast() {
   known.past = total;
   show('past', sessions);
   const shown = sessions.length > 0 ? `${count(offset() + 1)} – ${count(offset() + sessions.length)}` : 'No more';
-  $.range.textContent = `${shown} of ${count(total)}${totalIsMore ? '+' : ''}`;
+  write($.range, `${shown} of ${count(total)}${totalIsMore ? '+' : ''}`);
   $.newer.disabled = offset() === 0;
   $.older.disabled = !hasMore;
   $.pages.hidden = total === 0;
@@ -160,9 +159,11 @@ function showFilters() {
 
 async function removeUser() {
   const userId = asked.get('userId');
-  if (!confirm(`Delete all sessions of ${words(userId)}, also those that match no other filter? They cannot be brought back.`)) return;
+  const which = 'also those that match no other filter? They cannot be brought back.';
+  if (!confirm(`Delete all sessions of ${words(userId)}, ${which}`)) return;
   try {
-    const { deletedCount } = await (await request(`/sessions?userId=${encodeURIComponent(userId)}`, { method: 'DELETE' })).json();
+    const answer = await request(`/sessions?userId=${encodeURIComponent(userId)}`, { method: 'DELETE' });
+    const { deletedCount } = await answer.json();
     await search([]);
     note(`Sessions deleted: ${count(deletedCount)}.`);
   } catch (err) {
@@ -172,16 +173,13 @@ async function removeUser() {
 
 function controls() {
   let typing;
-  const now = () => {
+  const searchIn = (ms) => {
     clearTimeout(typing);
-    search(new FormData($.form));
+    typing = setTimeout(() => search(new FormData($.form)), ms);
   };
-  $.form.onsubmit = (e) => { e.preventDefault(); now(); };
-  $.form.onchange = now;
-  $.form.oninput = () => {
-    clearTimeout(typing);
-    typing = setTimeout(now, TYPING);
-  };
+  $.form.onsubmit = (e) => { e.preventDefault(); searchIn(0); };
+  $.form.onchange = () => searchIn(0);
+  $.form.oninput = () => searchIn(TYPING);
   $.clear.onclick = (e) => { e.preventDefault(); search([]); };
   const wide = matchMedia('(min-width: 52rem)'); // a narrow page folds the filters away
   const unfold = () => { $.filter.open ||= wide.matches || filtered(); };
@@ -217,19 +215,21 @@ function receive(type) {
 }
 
 // The server counts who fetched tracker.js, and what came of it.
-async function tellUnrecorded() {
-  const { trackerFetches = [] } = await getJSON('/stats').catch(() => ({}));
-  const silent = trackerFetches.filter(({ sessions }) => sessions === 0).slice(0, 5);
-  $.unrecorded.replaceChildren(...silent.map(({ origin, fetches, refusals }) => {
-    const reasons = Object.entries(refusals ?? {}).map(([reason, n]) => ` Refused ${count(n)} times: ${REFUSALS[reason] ?? reason}.`);
-    return el('li', { textContent: `Pages of ${origin} fetched tracker.js ${count(fetches)} times in the last hour; no session came.${reasons.join('')}` });
-  }));
-  $.unrecorded.hidden = silent.length === 0;
-}
-
 const REFUSALS = {
   ingest_key: 'data-key is missing or is not INGEST_KEY', origin: 'TRACKER_ORIGINS does not have this origin',
 };
+
+async function tellUnrecorded() {
+  const { trackerFetches = [] } = await getJSON('/stats').catch(() => ({}));
+  const silent = trackerFetches.filter(({ sessions }) => sessions === 0).slice(0, 5);
+  for (const { origin, fetches, refusals } of silent) {
+    const reasons = Object.entries(refusals ?? {})
+      .map(([why, n]) => ` Refused ${count(n)} times: ${REFUSALS[why] ?? why}.`);
+    const came = `Pages of ${origin} fetched tracker.js ${count(fetches)} times in the last hour; no session came.`;
+    $.unrecorded.append(el('li', { textContent: came + reasons.join('') }));
+  }
+  $.unrecorded.hidden = silent.length === 0;
+}
 
 async function start() {
   controls();
@@ -242,11 +242,11 @@ async function start() {
 }
 
 function sayTag({ ingestKey }) {
-  const key = ingestKey ? ` data-key="${ingestKey.replaceAll('&', '&amp;').replaceAll('"', '&quot;')}"` : '';
-  $.tag.textContent = `<script src="${location.origin}/tracker.js"${key} async></script>`;
-  $.csp.textContent = `script-src ${location.origin}; connect-src ${location.origin} ${location.origin.replace('http', 'ws')}`;
+  const { origin } = location, key = ingestKey?.replaceAll('&', '&amp;').replaceAll('"', '&quot;');
+  write($.tag, `<script src="${origin}/tracker.js"${key ? ` data-key="${key}"` : ''} async></script>`);
+  write($.csp, `script-src ${origin}; connect-src ${origin} ${origin.replace('http', 'ws')}`);
 }
 
 sayTag({});
-offerSignOut($.signout).then(sayTag);
+offerSignOut().then(sayTag);
 start();

@@ -5,47 +5,37 @@
 import { clock, count, el } from './api.js';
 
 const LINES = 5000, MARKS = 2000; // more than anyone reads, or can tell apart
-const NEAR_PX = 12; // this far from a mark the pointer means it
 const STACK_TIMES = 50;
-
-const GROUPS = { navigation: 'Pages', click: 'Clicks', input: 'Inputs', event: 'Events', error: 'Errors' };
-const VERBS = { navigation: 'Went to', click: 'Clicked', input: 'Typed in', event: '', error: '', gap: '', visibility: '' };
+const SAME_MS = 50;
+const VERBS = {
+  navigation: 'Went to ', click: 'Clicked ', input: 'Typed in ', event: '', error: '', gap: '', visibility: '',
+};
 const MARKED = ['navigation', 'click', 'event', 'error', 'gap', 'idle'];
 
-const sign = () => el('i', { className: 'sign', ariaHidden: 'true' });
 const look = (m) => `${m.kind}${m.rage ? ' rage' : ''}${m.dead ? ' dead' : ''}`;
+const tag = (text, title) => el('span', { className: 'tag', textContent: text, title });
 
 export class Panel {
-  // nodes: {lines, filters, nothing, marks, timeline, seek, tip}; go(time) is
-  // called for what is chosen.
-  constructor(nodes, go) {
-    Object.assign(this, nodes, { go });
+  // go(time) is called for what is chosen.
+  constructor({ lines, filters, nothing, marks }, go) {
+    Object.assign(this, { lines, filters, nothing, marks, go });
     this.moments = new Map(); // by key: {…, line, button, mark}
     this.order = []; // those that have a line, by time
-    this.buttons = new Map(); // filters, by kind
-    this.shown = 'all';
+    this.shown = 'all'; // the kind of line, if not of all kinds
     this.start = 0;
-    this.length = 1;
-    this.addFilter('all', 'All');
-    this.timeline.addEventListener('pointermove', (e) => this.point(e));
-    this.timeline.addEventListener('pointerleave', () => { this.tip.hidden = true; });
-    this.timeline.addEventListener('click', (e) => {
-      const mark = this.near(e);
-      if (mark) this.go(mark.time);
-    });
+    for (const button of filters.children) button.onclick = () => this.filter(button.value);
   }
 
   // add takes a moment, or what is new about one. The first page is where the
   // recording began, or where somebody began to watch it.
   add(moment) {
     const known = this.moments.get(moment.key);
-    if (!known && this.moments.size >= 2 * LINES) return null;
+    if (!known && this.moments.size >= 2 * LINES) return;
     const m = Object.assign(known ?? {}, moment);
     this.moments.set(m.key, m);
     const listed = m.kind in VERBS && !m.again && !(m.first && m.time > this.start + 1000);
     if (listed && (m.line || this.order.length < LINES)) this.write(m);
     if (MARKED.includes(m.kind) && !m.first && (m.mark || this.marks.childElementCount < MARKS)) this.place(m);
-    return m;
   }
 
   // The list.
@@ -60,7 +50,8 @@ export class Panel {
     }
     m.line.className = look(m);
     m.line.hidden = !this.shows(m);
-    m.button.replaceChildren(el('time', { textContent: clock(m.time - this.start) }), sign(), el('span', { className: 'words' }, ...this.words(m)));
+    m.button.replaceChildren(el('time', { textContent: clock(m.time - this.start) }),
+      el('i', { className: 'sign', ariaHidden: 'true' }), el('span', { className: 'words' }, ...this.words(m)));
     if (m.kind === 'error' && (m.detail || m.n > 1)) this.explain(m);
     this.changed = true;
   }
@@ -68,11 +59,9 @@ export class Panel {
   shows(m) { return this.shown === 'all' || this.shown === m.kind; }
 
   words(m) {
-    const verb = m.first ? 'Began on' : m.chosen ? 'Chose in' : VERBS[m.kind];
-    const tag = (text, title) => el('span', { className: 'tag', textContent: text, title });
     return [
-      verb && `${verb} `, el(m.kind === 'event' ? 'code' : 'b', { textContent: m.text }),
-      ' ',
+      m.first ? 'Began on ' : m.chosen ? 'Chose in ' : VERBS[m.kind],
+      el(m.kind === 'event' ? 'code' : 'b', { textContent: m.text }), ' ',
       m.n > 1 && tag(`×${m.n}`, `${m.n} times`),
       m.rage && tag('rage click', 'Three times and more within a second'),
       m.dead && tag('dead click', 'Nothing changed for three seconds'),
@@ -86,22 +75,13 @@ export class Panel {
     m.stack ??= m.line.appendChild(el('details'));
     m.stack.replaceChildren(el('summary', { textContent: m.n > 1 ? 'Stack and times' : 'Stack' }),
       el('pre', { textContent: m.detail || 'No stack was sent.' }),
-      ...again.map(({ time }) => el('button', { textContent: clock(time - this.start), onclick: () => this.go(time) })));
-  }
-
-  addFilter(kind, name) {
-    const button = el('button', { className: kind, onclick: () => this.filter(kind) }, sign(), name, el('span'));
-    button.setAttribute('aria-pressed', kind === this.shown);
-    this.buttons.set(kind, button);
-    this.filters.replaceChildren(...['all', ...Object.keys(GROUPS)].map((k) => this.buttons.get(k)).filter(Boolean));
-    return button;
+      ...again.map((m) => el('button', { textContent: clock(m.time - this.start), onclick: () => this.go(m.time) })));
   }
 
   filter(kind) {
     this.shown = kind;
-    for (const [name, button] of this.buttons) button.setAttribute('aria-pressed', name === kind);
+    for (const button of this.filters.children) button.setAttribute('aria-pressed', button.value === kind);
     for (const m of this.order) m.line.hidden = !this.shows(m);
-    this.now = undefined;
   }
 
   tally() {
@@ -109,8 +89,10 @@ export class Panel {
     this.nothing.hidden = this.order.length > 0;
     const sums = {};
     for (const m of this.order) sums[m.kind] = (sums[m.kind] ?? 0) + (m.n ?? 1);
-    for (const [kind, name] of Object.entries(GROUPS)) {
-      if (sums[kind]) (this.buttons.get(kind) ?? this.addFilter(kind, name)).lastChild.textContent = ` ${count(sums[kind])}`;
+    for (const button of this.filters.children) {
+      if (!sums[button.value]) continue;
+      button.hidden = false;
+      button.lastChild.textContent = count(sums[button.value]);
     }
   }
 
@@ -119,77 +101,46 @@ export class Panel {
   // head marks the line at the play head. The list does not move under a pointer
   // or the keyboard's focus.
   head(time) {
-    const { changed } = this;
+    const { changed, lines } = this;
     if (changed) this.tally();
     const now = this.order.findLast((m) => m.time <= time && this.shows(m));
     if (now === this.now && !changed) return;
     this.now?.button.removeAttribute('aria-current');
     now?.button.setAttribute('aria-current', 'true');
     this.now = now;
-    const { lines } = this;
-    if (now && !lines.matches(':hover') && !lines.contains(document.activeElement)) {
-      lines.scrollTop = now.line.offsetTop - lines.clientHeight / 3;
-    }
+    if (!now || lines.matches(':hover') || lines.contains(document.activeElement)) return;
+    lines.scrollTop = now.line.offsetTop - lines.clientHeight / 3;
   }
 
-  // step goes to the line after the play head, or to the one before.
+  // step goes to the line after the play head, or to the one before. Lines so close
+  // that the play head is at both are one step, or there would be no way back.
   step(by) {
-    const lines = this.order.filter((m) => this.shows(m));
-    const to = lines[Math.max(lines.indexOf(this.now) + by, 0)];
+    const lines = this.order.filter((m) => this.shows(m)), at = this.now?.time ?? -Infinity;
+    const to = by > 0 ? lines.find((m) => m.time > at) : lines.findLast((m) => m.time < at - SAME_MS);
     if (to) this.go(to.time);
   }
 
-  pageAt(time) {
-    let page;
-    for (const m of this.moments.values()) {
-      if (m.kind === 'navigation' && m.time <= time && m.time >= (page?.time ?? -Infinity)) page = m;
-    }
-    return page;
-  }
-
-  spanAt(kind, time) {
-    for (const m of this.moments.values()) if (m.kind === kind && m.time <= time && time < m.to) return m;
-    return undefined;
+  // at gives the newest moment of a kind that there is by a time.
+  at(kind, time) {
+    let found;
+    for (const m of this.moments.values()) if (m.kind === kind && m.time <= time && !(m.time < found?.time)) found = m;
+    return found;
   }
 
   // The time line.
 
   measure(start, length) {
-    this.length = length || 1;
-    this.marks.style.setProperty('--length', this.length);
+    this.marks.style.setProperty('--length', length || 1);
     if (start === this.start || start === null) return;
     this.start = start;
     for (const m of [...this.moments.values()]) this.add(m);
   }
 
   place(m) {
-    m.mark ??= this.marks.appendChild(el('span'));
+    m.mark ??= this.marks.appendChild(el('span', { onclick: () => this.go(m.time) }));
     m.mark.className = look(m);
+    m.mark.title = `${clock(m.time - this.start)}  ${VERBS[m.kind] ?? ''}${m.text}`;
     m.mark.style.setProperty('--at', m.time - this.start);
     if (m.to) m.mark.style.setProperty('--for', m.to - m.time);
-  }
-
-  // near is the mark that the pointer means, outside the slider.
-  near({ clientX, target }) {
-    if (target === this.seek) return undefined;
-    const { left, width } = this.marks.getBoundingClientRect();
-    const off = (m) => Math.abs(left + (width * (m.time - this.start)) / this.length - clientX);
-    let best, least = NEAR_PX;
-    for (const m of this.moments.values()) {
-      if (m.mark && m.kind !== 'idle' && off(m) < least) [best, least] = [m, off(m)];
-    }
-    return best;
-  }
-
-  // point tells what is under the pointer: a mark, or the time.
-  point(e) {
-    const { left, width } = this.marks.getBoundingClientRect();
-    const share = Math.min(Math.max((e.clientX - left) / width, 0), 1);
-    const mark = this.near(e), time = mark?.time ?? this.start + share * this.length;
-    const what = mark ?? this.spanAt('gap', time) ?? this.spanAt('idle', time);
-    this.tip.textContent = `${clock(time - this.start)}  ${what ? `${VERBS[what.kind] ?? ''} ${what.text}` : ''}`.trim();
-    this.tip.style.left = `${100 * share}%`;
-    this.tip.hidden = false;
-    this.timeline.classList.toggle('near', Boolean(mark));
   }
 }

@@ -5,10 +5,13 @@
 import { FULL, isOpen } from './events.js';
 import { Styles } from './styles.js';
 
-const INCREMENTAL = 3, MUTATION = 0, STYLE_RULE = 8, CANVAS = 9, STYLE_DECLARATION = 13, ADOPTED = 15;
+export const calm = matchMedia('(prefers-reduced-motion: reduce)'); // of who watches
+const INCREMENTAL = 3, MUTATION = 0, INPUT = 5, STYLE_RULE = 8, CANVAS = 9, STYLE_DECLARATION = 13, ADOPTED = 15;
 const MOTIONS = 50; // of an element; a page has no more
 const IMAGE = /^data:image\/(webp|png|jpeg);base64,[\w+/=]*$/;
+const LEFT_OUT = 'data:,left-out'; // stands for an address that was too large to be sent
 const REPLACED = /^(IMG|VIDEO|CANVAS|OBJECT|EMBED|IFRAME|INPUT)$/;
+const isLeftOut = (node) => node.getAttribute('src') === LEFT_OUT;
 const isSheet = (node) => node.nodeName === 'STYLE' || node.nodeName === 'LINK';
 
 // around gives an element and all that it is in, also out of shadow trees.
@@ -32,8 +35,10 @@ function words(node) {
     case 'VIDEO': return 'video is not recorded';
     case 'IFRAME': return 'a page of another origin is not recorded';
     case 'OBJECT': case 'EMBED': return 'not recorded';
-    default: return node.hasAttribute('replay-closed') ? 'a closed shadow root is not recorded' : node.getAttribute('alt') ?? '';
+    case 'FORM': return 'a form that cannot be recorded';
   }
+  if (node.hasAttribute('replay-closed')) return 'a closed shadow root is not recorded';
+  return node.getAttribute('alt') || (isLeftOut(node) ? 'too large to be recorded' : '');
 }
 
 const setAll = (node, styles) => { for (const [name, value] of Object.entries(styles)) node.style.setProperty(name, value, 'important'); };
@@ -60,7 +65,7 @@ function drawBox(node, width, height) {
 function drawImage(node, image) {
   const { src, srcset } = node.attributes;
   if (isOpen(src?.value) || isOpen(srcset?.value.trim().split(/[\s,]/)[0])) return; // it is loaded
-  if (src?.value.startsWith('data:') && !IMAGE.test(image)) return; // the recording holds it
+  if (src?.value.startsWith('data:') && !isLeftOut(node) && !IMAGE.test(image)) return; // the recording holds it
   node.removeAttribute('srcset');
   for (const source of node.closest('picture')?.querySelectorAll('source') ?? []) source.removeAttribute('srcset');
   node.setAttribute('src', image);
@@ -76,6 +81,14 @@ function frameOf({ commands }) {
   const bitmap = commands?.find((c) => c?.property === 'drawImage')?.args?.[0];
   const blob = bitmap?.args?.[0];
   return `data:${blob?.type};base64,${blob?.data?.[0]?.base64}`;
+}
+
+// choose shows in a select that something is chosen, where nobody may see what.
+function choose(select) {
+  const text = select.getAttribute('value') ?? '';
+  if (!/^\*+$/.test(text) || select.value === text || select.type !== 'select-one') return;
+  select.append(Object.assign(select.ownerDocument.createElement('option'), { text }));
+  select.value = text;
 }
 
 export class Picture {
@@ -117,6 +130,9 @@ export class Picture {
     } else if (data.source === STYLE_RULE || data.source === STYLE_DECLARATION) {
       const sheet = data.styleId ? replayer.styleMirror.getStyle(data.styleId) : mirror.getNode(data.id);
       if (sheet) this.dirty.add(sheet);
+    } else if (data.source === INPUT) {
+      const node = mirror.getNode(data.id);
+      if (node?.nodeName === 'SELECT') this.onBuild(node, node.setAttribute('value', data.text));
     } else if (data.source === CANVAS) {
       const node = mirror.getNode(data.id), image = frameOf(data);
       if (node?.nodeName === 'CANVAS' && IMAGE.test(image)) node.setAttribute('replay-image', image);
@@ -146,7 +162,7 @@ export class Picture {
     each(news, (node) => { if (node.hasAttribute('replay-media')) this.styles.setMedia(node.getAttribute('replay-media')); });
     each([...dirty, ...news], (owner) => this.styles.rewrite(owner));
     each(news, (node) => this.followNode(node));
-    if (this.leapt) this.settle();
+    if (this.leapt || calm.matches) this.settle();
     this.leapt = false;
     const missing = [...this.missing].filter((link) => link.isConnected).length;
     if (missing !== this.told) this.onMissing(this.told = missing);
@@ -155,6 +171,7 @@ export class Picture {
   followNode(node) {
     const states = (node.getAttribute('replay-state') ?? '').split(' ');
     if (isSheet(node)) this.followSheet(node, states);
+    if (node.nodeName === 'SELECT') choose(node);
     if (node.type === 'checkbox') node.indeterminate = states.includes('indeterminate');
     if (node.popover && states.includes('popover-open') !== node.matches(':popover-open')) {
       if (node.matches(':popover-open')) node.hidePopover();
@@ -163,8 +180,12 @@ export class Picture {
     if (states.includes('fullscreen')) setAll(node, { position: 'fixed', inset: '0', width: '100%', height: '100%', margin: '0', 'z-index': '2147483647' });
     if (states.includes('focus') !== (this.focused?.[0] === node)) this.focus(states.includes('focus') ? node : null);
     const size = /^(\d{1,5}) (\d{1,5})$/.exec(node.getAttribute('replay-size') ?? '');
+    const { offsetWidth, offsetHeight } = node;
     if (size) drawBox(node, Number(size[1]), Number(size[2]));
-    else if (node.nodeName === 'IFRAME' && node.hasAttribute('replay-foreign')) drawBehind(node, drawing(node.offsetWidth, node.offsetHeight, words(node)));
+    else if (isLeftOut(node)) drawBox(node, Math.max(offsetWidth, 180), Math.max(offsetHeight, 32)); // nobody knows it
+    else if (node.matches('iframe[replay-foreign], form[data-replay-left-out]')) {
+      drawBehind(node, drawing(offsetWidth, offsetHeight, words(node)));
+    }
     if (node.hasAttribute('replay-motion') || this.motions.has(node)) this.followMotion(node);
   }
 
@@ -201,11 +222,12 @@ export class Picture {
 
   get animations() { return [...this.roots].flatMap((root) => root.getAnimations()); }
 
-  // settle shows the end of what began before the moment that was sought.
+  // settle shows the end of what began before the moment that was sought, or of all
+  // for who wants no motion.
   settle() {
     for (const animation of this.animations) {
       if (animation.playState === 'paused' && !('animationName' in animation)) continue; // by the page
-      try { animation.finish(); } catch { /* it has no end */ }
+      try { animation.finish(); } catch { if (calm.matches) animation.pause(); } // it has no end
     }
   }
 }

@@ -17,7 +17,7 @@ const AHEAD_MS = 60000, AHEAD_BYTES = 8 << 20, WINDOW_BYTES = 24 << 20;
 const LIVE_DELAY = 1000;
 
 export class Player {
-  // on: {change(), mark(moment), piece(piece), gapAt(time), note(text), failed(err)}
+  // on: {change(), mark(moment), piece(piece), unseen(events), gapEnd(time), note(text), failed(err)}
   constructor(recording, stage, on) {
     Object.assign(this, { recording, stage, on });
     this.state = 'loading'; // loading, waiting (for a snapshot), paused, playing, ended
@@ -105,7 +105,7 @@ export class Player {
     const start = await this.recording.startBefore(time);
     if (turn !== this.turn) return null;
     if (!start) return this.setState(this.recording.isActive ? 'waiting' : 'empty');
-    const scene = new Scene(this.stage, this.recording.info.metadata?.viewport, () => this.broken(), (n) => this.missing(n));
+    const scene = new Scene(this.stage, this.recording.info.metadata?.viewport, this.on.note);
     try {
       this.add(scene, start);
       while (scene.end <= time) {
@@ -162,7 +162,7 @@ export class Player {
   }
 
   skipGap(now) {
-    const to = Math.min(this.on.gapAt(now)?.to ?? 0, this.scene.end);
+    const to = Math.min(this.on.gapEnd(now), this.scene.end);
     if (to > now) this.scene.play(to);
     return to > now;
   }
@@ -237,7 +237,7 @@ export class Player {
     recording.start ??= recording.end;
     if (snapshot >= 0) recording.newestSnapshot = from + snapshot;
     if (newest > -Infinity) this.lags = [...this.lags.slice(-19), performance.now() - recording.end];
-    if (this.state === 'waiting' && snapshot >= 0) return this.follow();
+    if (this.state === 'waiting') return snapshot >= 0 ? this.follow() : this.on.unseen(events);
     if (!scene || from > scene.next || end <= scene.next) return;
     if (document.hidden || (!this.following && !this.wantsAhead())) return;
     this.add(scene, { from: scene.next, events: events.slice(scene.next - from), next: end, bytes });
@@ -284,10 +284,4 @@ export class Player {
     for (const moment of scene.add(piece)) this.on.mark(moment);
     this.on.piece(piece);
   }
-
-  missing(n) {
-    if (n > 0) this.on.note(`${n === 1 ? 'A style sheet' : `${n} style sheets`} of this page could not be recorded.`);
-  }
-
-  broken() { this.on.note('A part of this recording is damaged and is not shown.'); }
 }

@@ -3,9 +3,7 @@
 
 import { el } from './api.js';
 import { Cleaner, FULL, mediaOrigins } from './events.js';
-import { Picture } from './picture.js';
-
-const calm = matchMedia('(prefers-reduced-motion: reduce)');
+import { calm, Picture } from './picture.js';
 
 // A Replayer that one bad event cannot stop: an exception in its timer would
 // end the replay without a word.
@@ -46,6 +44,8 @@ function tolerantReplayer(events, root, picture, onBroken) {
     useVirtualDom: false,
     triggerFocus: false, // the keyboard stays with the player
     showWarning: false,
+    // A browser adds them where no script may run.
+    insertStyleRules: ['video::-webkit-media-controls { display: none !important; }'],
     mouseTail: !calm.matches && { duration: 500, lineWidth: 2, strokeStyle: '#4950f6' },
   });
 }
@@ -65,13 +65,16 @@ function restrict(iframe) {
 }
 
 export class Scene {
-  // onMissing is told how many of the shown page's style sheets are missing.
-  constructor(stage, viewport, onBroken, onMissing) {
+  constructor(stage, viewport, note) {
     this.stage = stage;
     this.root = el('div', { className: 'scene' });
     stage.append(this.root);
-    this.onBroken = onBroken;
-    this.picture = new Picture(onMissing, onBroken);
+    this.onBroken = () => note('A part of this recording is damaged and is not shown.');
+    this.picture = new Picture((n) => {
+      const which = n === 1 ? 'A style sheet' : `${n} style sheets`;
+      this.lack = n > 0 ? `${which} of this page could not be recorded.` : ''; // what stays to be said
+      if (this.lack) note(this.lack);
+    }, this.onBroken);
     this.cleaner = new Cleaner(viewport);
     this.pieces = []; // {bytes, events, end}: what the window is made of
     this.next = null; // index of the first event behind the window

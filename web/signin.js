@@ -16,6 +16,7 @@ form.onsubmit = async (e) => {
     });
     if (response.ok) location.reload();
     else note.textContent = refusal(response);
+    token.ariaInvalid = response.status === 401;
   } catch {
     note.textContent = 'The server cannot be reached.';
   }
@@ -24,6 +25,7 @@ form.onsubmit = async (e) => {
 
 function refusal(response) {
   if (response.status === 401) return 'This is not the access token.';
-  if (response.status === 429) return `Too many attempts. Try again in ${response.headers.get('Retry-After') ?? 'a few'} seconds.`;
+  const seconds = response.headers.get('Retry-After') ?? 'a few';
+  if (response.status === 429) return `Too many attempts. Try again in ${seconds} seconds.`;
   return `The server answered ${response.status}.`;
 }

@@ -15,6 +15,7 @@ const RAGE_MS = 1000, RAGE_PX = 30, RAGE = 3;
 const DEAD_MS = 3000;
 const SYNTHETIC_MS = 30; // a label passes its click on to its control
 const LONGEST = 80; // characters of a name
+const LOST = 'From here on the page was too large to be recorded';
 
 const NAMING = ['id', 'for', 'name', 'type', 'role', 'alt', 'title', 'class', 'placeholder', 'aria-label', 'aria-labelledby'];
 const CLICKABLE = /^(a|button|label|summary|input|select|textarea|option|video|audio)$/;
@@ -27,6 +28,12 @@ const ANSWERING = /^(input|select|textarea|label|option|video|audio|iframe)$/; /
 const isObject = (v) => v !== null && typeof v === 'object';
 const list = (v) => (Array.isArray(v) ? v.filter(isObject) : []);
 const tidy = (text) => text.replace(/\s+/g, ' ').trim();
+
+// What the tracker notes of focus and the like is no answer of the page.
+const isNote = ({ adds, removes, texts, attributes }) => [adds, removes, texts].every((all) => list(all).length === 0)
+  && list(attributes).every((a) => Object.keys(a.attributes ?? {}).every((name) => name.startsWith('replay-')));
+const isAnswer = ({ type, data }) => type !== INCREMENTAL
+  || (data.source === MUTATION ? !isNote(data) : !MOVES.includes(data.source));
 
 // What rrweb's recorder calls user interaction: mouse, scroll, resize, input.
 export const isInteraction = (e) => e.type === INCREMENTAL && e.data.source > MUTATION && e.data.source <= INPUT;
@@ -63,7 +70,7 @@ export class Story {
     if (clicks && now > clicks.times.at(-1) + DEAD_MS) {
       if (clicks.unanswered) moments.push(Object.assign(clicks.moment, { dead: true }));
       clicks.unanswered = false;
-    } else if (clicks && !(e.type === INCREMENTAL && MOVES.includes(e.data.source))) {
+    } else if (clicks && isAnswer(e)) {
       clicks.unanswered = false;
     }
     this.active ??= now;
@@ -87,8 +94,8 @@ export class Story {
   custom({ tag, payload }, tell) {
     if (tag === 'navigation') return this.went(payload?.href, payload?.title, tell);
     if (tag === 'title') return this.call(payload?.title, tell);
-    if (tag === 'too-large') return tell('gap', 'A picture that was too large to be sent');
-    if (tag === 'visibility') return tell('visibility', payload?.hidden ? 'Tab hidden' : 'Tab shown again', { hidden: !!payload?.hidden });
+    if (tag === 'too-large') return tell('gap', LOST, { lost: `${LOST}.` });
+    if (tag === 'visibility') return tell('visibility', payload?.hidden ? 'Tab hidden' : 'Tab shown again');
     if (tag !== 'gap') return tell('event', words(tag) || 'Event', { detail: tidy(words(payload)).slice(0, 2000) });
     const ms = payload?.to - payload?.from;
     const gap = tell('gap', ms > 0 ? `A gap of ${clock(ms)}` : 'A gap');

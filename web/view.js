@@ -1,23 +1,23 @@
 // The page of one session: its player, what happened in it, what it is.
 
 import {
-  browser, clock, connect, copied, count, el, getJSON, HttpError, inWaiting, offerSignOut, patiently, person, place, request, when, words,
+  $, browser, clock, connect, copied, count, el, getJSON, inWaiting, offerSignOut, patiently, person, place, request,
+  when, words, write,
 } from './api.js';
 import { Cleaner } from './events.js';
 import { Panel } from './panel.js';
 import { Player } from './player.js';
 import { Recording } from './recording.js';
 
-const $ = Object.fromEntries([...document.querySelectorAll('[id]')].map((node) => [node.id, node]));
 const id = decodeURIComponent(location.pathname.split('/').at(-1));
+const asked = new URLSearchParams(location.search).get('t');
 const recording = new Recording(id, waiting);
 const SCAN_BYTES = 4 << 20, SCAN_CHUNKS = 300;
 const STEP = 5000, LONG_STEP = 30000;
 const LEAD = 1000; // while it plays, a line is shown and gone to this much early: one sees it happen
-const panel = new Panel({
-  lines: $.lines, filters: $.filters, nothing: $.nothing, marks: $.marks, timeline: $.timeline, seek: $.seek, tip: $.tip,
-}, (time) => jump(time - lead()));
-let player, feed, shownTime = 0;
+const PASSED = 2000; // so soon after a gap it is told
+const panel = new Panel($, (time) => jump(time - lead()));
+let player, feed, gap;
 
 // Words: the message stands in the stage instead of a picture, the note below it.
 
@@ -27,15 +27,12 @@ function message(text, ...more) {
   $.message.hidden = !text;
 }
 
-const write = (node, text) => { if (node.textContent !== text) node.textContent = text; };
-
-function note(text) { write($.note, text); }
-
+function note(text) { write($.note, text || player?.scene?.lack || ''); }
 function waiting(ms) { note(ms ? inWaiting(ms) : 'Connected again.'); }
 
 function failed(err) {
-  const gone = err instanceof HttpError && err.status === 404;
-  const text = gone ? 'There is no such session. It may have been deleted. ' : `This cannot be loaded: ${err.message}. `;
+  const gone = 'There is no such session. It may have been deleted. ';
+  const text = err.status === 404 ? gone : `This cannot be loaded: ${err.message}. `;
   if (player?.scene) return note(text);
   for (const part of [$.panel, document.querySelector('aside')]) part.hidden = !recording.info;
   return message(text, el('a', { href: '/', textContent: 'All sessions' }));
@@ -46,29 +43,41 @@ const WORDS = {
   waiting: 'Waiting for the page’s next snapshot: until it comes there is nothing to draw on.',
   empty: 'Nothing was recorded that can be shown: the session has no full snapshot.',
 };
+const LARGE = 'This page was too large to be recorded: its snapshot does not fit into one message.';
+
+function sayState({ state, scene }) {
+  const large = !scene && state !== 'loading' && panel.at('gap', Infinity)?.lost;
+  message(large ? LARGE : scene && state === 'loading' ? '' : WORDS[state] ?? '');
+  $.stage.classList.toggle('busy', state === 'loading');
+}
 
 // About.
 
+const TOLD = 'sessionId userId url entryUrl lastUrl referrer startTime viewport timeZone userAgent pages clicks'
+  .split(' ');
+
 function describe() {
-  const { info } = recording;
-  const meta = info.metadata ?? {};
-  write($.who, person(info.userId));
+  const { info } = recording, meta = info.metadata ?? {}, name = person(info.userId);
+  write($.who, name);
   $.who.title = `All sessions of ${words(info.userId)}`;
-  document.title = `${person(info.userId)} · ${place(meta.url)}`;
-  const size = meta.viewport ? `${words(meta.viewport.width)} × ${words(meta.viewport.height)}` : undefined;
   $.who.href = `/?userId=${encodeURIComponent(info.userId)}`;
+  document.title = `${name} · ${place(meta.url)}`;
+  const size = meta.viewport && `${words(meta.viewport.width)} × ${words(meta.viewport.height)}`;
   facts($.about, {
-    Browser: browser(meta.userAgent), Window: size, Started: when(recording.start ?? info.createdAt), Duration: clock(length()),
+    Browser: browser(meta.userAgent), Window: size, Started: when(recording.start ?? info.createdAt),
+    Duration: clock(length()),
   });
-  facts($.more, { ...traits(meta), 'First page': meta.url, 'Last page': meta.lastUrl, 'Came from': meta.referrer, 'Time zone': meta.timeZone,
-    'User id': info.userId, Events: count(recording.total), 'User agent': meta.userAgent, Session: id });
+  facts($.more, {
+    ...traits(meta), 'First page': meta.url, 'Last page': meta.lastUrl, 'Came from': meta.referrer,
+    'Time zone': meta.timeZone, 'User id': info.userId, Events: count(recording.total), 'User agent': meta.userAgent,
+    Session: id,
+  });
 }
 
 // traits are what the page says of its user, and whatever else it sent.
 function traits({ traits: given, ...meta }) {
-  const told = ['sessionId', 'userId', 'url', 'entryUrl', 'lastUrl', 'referrer', 'startTime', 'viewport', 'timeZone', 'userAgent', 'pages', 'clicks'];
-  const others = Object.entries(meta).filter(([name]) => !told.includes(name));
   const own = given !== null && typeof given === 'object' ? Object.entries(given) : [];
+  const others = Object.entries(meta).filter(([name]) => !TOLD.includes(name));
   return Object.fromEntries([...own, ...others].slice(0, 50));
 }
 
@@ -79,10 +88,7 @@ function facts(list, all) {
   for (const [name, value] of Object.entries(all)) {
     const key = `${list.id} ${name}`, text = words(value);
     if (!text || text === '{}') continue;
-    if (!known.has(key)) {
-      known.set(key, el('dd'));
-      list.append(el('dt', { textContent: name }), known.get(key));
-    }
+    if (!known.has(key)) list.append(el('dt', { textContent: name }), known.set(key, el('dd')).get(key));
     write(known.get(key), text);
   }
 }
@@ -98,9 +104,9 @@ function addError({ id: number, data, createdAt }) {
   const time = Math.min(Math.max(Number.isFinite(sent) ? sent : recording.end, recording.start), latest);
   const text = (words(data?.message ?? data?.reason ?? data?.error) || 'Error without a message').slice(0, 500);
   const detail = words(data?.stack).slice(0, 5000);
-  const group = `error ${text} ${detail}`, key = panel.moments.has(group) ? `${group} ${number ?? time}` : group;
-  if (key !== group && panel.moments.has(key)) return;
-  const first = panel.moments.get(group);
+  const group = `error ${text} ${detail}`, first = panel.moments.get(group);
+  const key = first ? `${group} ${number ?? time}` : group;
+  if (first && panel.moments.has(key)) return;
   panel.add({ key, kind: 'error', time, text, detail, n: 1, again: first && group });
   if (first) panel.add({ key: group, n: first.n + 1 });
 }
@@ -111,24 +117,26 @@ function addError({ id: number, data, createdAt }) {
 const read = new Set();
 
 function took({ from, next }) {
-  const size = read.size;
   for (const c of recording.chunks) if (from <= c.fromIndex && c.fromIndex + c.count <= next) read.add(c.fromIndex);
-  if (size !== read.size) sayPart();
+  if (!$.part.hidden) sayPart();
 }
 
 function sayPart() {
   const all = recording.chunks.length;
   $.part.hidden = read.size >= all;
-  write($['part-text'], `A long session: this list is filled as it is played, ${count(read.size)} of ${count(all)} parts so far.`);
+  const far = `${count(read.size)} of ${count(all)} parts so far`;
+  write($['part-text'], `A long session: this list is filled as it is played, ${far}.`);
 }
 
-const isLong = () => recording.chunks.length > SCAN_CHUNKS || recording.chunks.reduce((sum, c) => sum + c.bytes, 0) > SCAN_BYTES;
+const isLong = ({ chunks }) => chunks.length > SCAN_CHUNKS || chunks.reduce((sum, c) => sum + c.bytes, 0) > SCAN_BYTES;
+
+const tell = (cleaner, events) => cleaner.take(events).marks.forEach((moment) => panel.add(moment));
 
 async function scan() {
   const cleaner = new Cleaner();
   for (const chunk of recording.chunks) {
     const piece = await recording.readChunk(chunk, 0);
-    for (const moment of cleaner.take(piece.events).marks) panel.add(moment);
+    tell(cleaner, piece.events);
     took(piece);
   }
 }
@@ -139,69 +147,60 @@ const lead = () => (player.state === 'playing' && !player.following ? LEAD : 0);
 
 function change() {
   const { state, time } = player;
-  const shown = Math.min(Math.max(time - recording.start, 0), length()) || 0;
-  message(player.scene && state === 'loading' ? '' : WORDS[state] ?? '');
-  $.stage.classList.toggle('busy', state === 'loading');
-  write($.play, player.wantsPlay && state !== 'ended' ? 'Pause' : state === 'ended' ? 'Play again' : 'Play');
+  sayState(player);
+  write($.play, state === 'ended' ? 'Play again' : player.wantsPlay ? 'Pause' : 'Play');
   $.play.disabled = $.seek.disabled = $.copy.disabled = !player.scene;
-  if ($.length.textContent !== clock(length())) {
-    write($.length, clock(length()));
-    describe();
-  }
   panel.measure(recording.start, length()); // the line of a live session grows
   panel.head(time + lead());
-  if (!dragging) {
-    write($.now, clock(shown));
-    $.seek.value = Math.min(shown, $.seek.max = length());
-    $.timeline.style.setProperty('--played-share', shown / (length() || 1));
-  }
-  if (state !== 'playing' || document.activeElement !== $.seek) $.seek.setAttribute('aria-valuetext', `${clock(shown)} of ${clock(length())}`);
+  if (write($.length, clock(length()))) describe();
+  if (!dragging) sayTime(Math.min(Math.max(time - recording.start, 0), length()) || 0);
   $.live.hidden = !recording.isActive;
   $.live.setAttribute('aria-pressed', player.following);
-  sayWhere(time);
-  sayGap(time);
+  sayWhere(panel.at('navigation', time));
+  sayGap(panel.at('gap', time), time);
 }
 
-function sayWhere(time) {
-  const page = panel.pageAt(time);
+function sayTime(shown) {
+  $.seek.value = Math.min(shown, $.seek.max = length());
+  showTime(shown);
+  const quiet = player.state === 'playing' && document.activeElement === $.seek; // it would be read out all the time
+  if (!quiet) $.seek.setAttribute('aria-valuetext', `${clock(shown)} of ${clock(length())}`);
+}
+
+function showTime(shown) {
+  write($.now, clock(shown));
+  $.timeline.style.setProperty('--played-share', shown / (length() || 1));
+}
+
+function sayWhere(page) {
   const url = page?.href || words(recording.info.metadata?.url);
   write($.address, url);
   $.address.title = url;
   write($['page-title'], page?.title ?? '');
 }
 
+function sayGap(now, time) {
+  if (now && now !== gap && time - (now.to ?? now.time) < PASSED) {
+    const ms = now.to - now.time;
+    const long = ms > 0 ? ` of ${clock(ms)}` : '';
+    note(now.lost || `The recording has a gap here${long}: what happened in it was not kept.`);
+  }
+  gap = now;
+}
+
 // state: live, hidden (its tab is), left (nobody is there, it may come back).
-let state = 'live';
-const STATES = { live: 'Live', hidden: 'Live, in the background', left: 'Live, nobody there now', recorded: '' };
+const STATES = { live: 'Live', hidden: 'Live, in the background', left: 'Live, nobody there now' };
 
-function badge() {
-  const now = recording.isActive ? state : 'recorded';
-  $.badge.hidden = !STATES[now];
-  write($.badge, STATES[now]);
-  $.badge.className = `badge ${now}`;
-}
-
-function sayGap(time) {
-  const gap = [...panel.moments.values()].find((m) => m.kind === 'gap' && m.time > shownTime && m.time <= time);
-  if (gap && time - shownTime < 60000) gapNote(gap);
-  shownTime = time;
-}
-
-function gapNote(gap) {
-  const ms = gap.to - gap.time;
-  note(`The recording has a gap here${ms > 0 ? ` of ${clock(ms)}` : ''}: what happened in it was not kept.`);
-}
-
-function gapAt(time) {
-  const gap = panel.spanAt('gap', time);
-  if (gap) gapNote(gap);
-  return gap;
+function badge(state) {
+  $.badge.hidden = !recording.isActive;
+  if (state) Object.assign($.badge, { textContent: STATES[state], className: `badge ${state}` });
 }
 
 // What people do.
 
 function jump(time) {
   note('');
+  gap = panel.at('gap', time);
   const sought = player.seek(time);
   remember();
   return sought;
@@ -213,17 +212,16 @@ function toggle() {
   remember();
 }
 
-function here() {
-  const seconds = Math.max(0, Math.round((player.time - recording.start) / 1000)) || 0;
-  return player.following ? location.pathname : `${location.pathname}?t=${seconds}`;
-}
-
 // remember keeps the place in the address, to be sent on or reloaded.
-function remember() { history.replaceState(null, '', here()); }
+function remember() {
+  const seconds = Math.max(0, Math.round((player.time - recording.start) / 1000)) || 0;
+  history.replaceState(null, '', player.following ? location.pathname : `${location.pathname}?t=${seconds}`);
+}
 
 async function copy() {
   remember();
-  if (await copied(location.href)) note(`The link to ${player.following ? 'this live session' : clock(player.time - recording.start)} is copied.`);
+  const what = player.following ? 'this live session' : clock(player.time - recording.start);
+  if (await copied(location.href)) note(`The link to ${what} is copied.`);
 }
 
 function goLive() {
@@ -239,8 +237,7 @@ function controls() {
   $.live.onclick = goLive;
   $.seek.oninput = () => {
     dragging = true;
-    write($.now, clock(Number($.seek.value)));
-    $.timeline.style.setProperty('--played-share', $.seek.value / (length() || 1));
+    showTime(Number($.seek.value));
   };
   $.seek.onchange = () => {
     dragging = false;
@@ -276,16 +273,14 @@ const KEYS = {
   ArrowRight: (e) => jump(player.time + (e.shiftKey ? LONG_STEP : STEP)),
   Home: () => jump(recording.start), End: () => jump(recording.end),
 };
+for (let n = 0; n < 10; n++) KEYS[n] = () => jump(recording.start + (length() * n) / 10);
 
 function key(e) {
-  if (e.altKey || e.ctrlKey || e.metaKey || !player.scene || $.keys.open) return;
-  const { tagName } = e.target;
-  if (tagName === 'SELECT' || (e.key === ' ' && (['BUTTON', 'SUMMARY', 'A'].includes(tagName) || e.target === $.skip))) return;
-  const tenth = /^\d$/.test(e.key) ? () => jump(recording.start + (length() * e.key) / 10) : undefined;
-  const action = KEYS[e.key] ?? tenth;
-  if (!action) return;
+  if (e.altKey || e.ctrlKey || e.metaKey || !player.scene || $.keys.open || e.target.tagName === 'SELECT') return;
+  if (e.key === ' ' && e.target.matches('button, summary, a, input[type=checkbox]')) return;
+  if (!Object.hasOwn(KEYS, e.key)) return;
   e.preventDefault();
-  action(e);
+  KEYS[e.key](e);
 }
 
 async function remove() {
@@ -300,41 +295,34 @@ async function remove() {
 
 // Live.
 
-function watch() {
-  feed = connect({ onOpen: (send) => send('viewer_join_session', { sessionId: id }), onMessage: receive, onWait: waiting });
-}
+const join = () => feed.send('viewer_join_session', { sessionId: id });
 
 function receive(type, data, bytes) {
   if (data.sessionId !== id) return;
   if (type === 'session_joined') joined(data);
   else if (type === 'events_batch') player.batch(data.fromIndex, data.events, bytes);
   else if (type === 'javascript_error' || type === 'promise_rejection') addError({ data, createdAt: Date.now() });
-  else if (type === 'session_state') setState(data.state);
+  else if (type === 'session_state') badge(data.state);
   else if (type === 'session_lagged') player.missed(data.nextIndex);
   else if (type === 'session_ended') ended();
-  else if (type === 'session_started') feed.send('viewer_join_session', { sessionId: id });
+  else if (type === 'session_started') join();
 }
 
-function setState(now) {
-  state = now;
-  badge();
-}
-
-let first = true;
+let isFirst = true;
 
 // joined answers the first join and those after a lost connection or the
 // session's return: what was missed meanwhile is read as history.
-async function joined({ totalEvents, snapshotIndex, isActive, state: now = 'live' }) {
+async function joined({ totalEvents, snapshotIndex, isActive, state }) {
   player.missed(totalEvents);
   recording.newestSnapshot = snapshotIndex ?? recording.newestSnapshot;
   recording.isActive = isActive;
-  setState(now);
+  badge(state ?? 'live');
   if (!isActive) return ended();
-  if (player.returns || player.state === 'waiting' || (first && !new URLSearchParams(location.search).has('t'))) {
+  if (player.returns || player.state === 'waiting' || (isFirst && asked === null)) {
     note('');
     player.follow();
   }
-  first = false;
+  isFirst = false;
 }
 
 async function ended() {
@@ -346,25 +334,28 @@ async function ended() {
 
 async function open() {
   const info = await recording.load();
-  player = new Player(recording, $.stage, { change, mark: (moment) => panel.add(moment), piece: took, gapAt, note, failed });
+  const unseen = new Cleaner(); // reads what comes before there is a scene
+  player = new Player(recording, $.stage, {
+    change, note, failed, piece: took, mark: (moment) => panel.add(moment),
+    unseen: (events) => change(tell(unseen, events)), gapEnd: (time) => panel.at('gap', time)?.to ?? 0,
+  });
   window.player = player; // for the console, and for tests
   describe();
-  setState(info.state ?? 'live');
+  badge(info.state ?? 'live');
   controls();
   $.delete.disabled = false;
   $.export.href = `${recording.path}/export`;
-  const t = new URLSearchParams(location.search).get('t');
-  if (info.isActive) watch();
-  if (!info.isActive || t !== null) player.seek(recording.start + 1000 * (Number(t) || 0));
+  if (info.isActive) feed = connect({ onOpen: join, onMessage: receive, onWait: waiting });
+  if (!info.isActive || asked !== null) player.seek(recording.start + 1000 * (Number(asked) || 0));
   const { errors } = await patiently(() => getJSON(`${recording.path}/errors`));
   panel.measure(recording.start, length());
   errors.forEach(addError); // as they came in
-  if (isLong()) sayPart();
+  if (isLong(recording)) sayPart();
   else await scan().catch(() => {}); // what happened comes as the events do
   change();
 }
 
 $.help.onclick = () => $.keys.showModal();
-offerSignOut($.signout);
+offerSignOut();
 if (window.rrwebReplay) open().catch(failed);
 else message('This server was built without its player. Run “make web”, build it again, and reload this page.');

@@ -155,6 +155,7 @@ test("signing in and out", async (t) => {
   await page.fill("#token", "wrong horse");
   await page.keyboard.press("Enter");
   await says(page, "#note", /not the access token/);
+  assert.equal(await page.getAttribute("#token", "aria-invalid"), "true");
   await page.fill("#token", "correct horse battery");
   await page.click("form button");
   await page.waitForSelector("#stage");

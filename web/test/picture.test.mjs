@@ -74,6 +74,7 @@ async function watch(t, id, context) {
   await view.waitForFunction(() => ["playing", "ended"].includes(window.player?.state));
   await view.evaluate(async () => {
     player.pause();
+    await player.seek(player.recording.start); // it may be at its end already, and would not have leapt there
     await player.seek(player.recording.end);
     player.pause();
   });

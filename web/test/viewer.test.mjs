@@ -110,7 +110,7 @@ test("live replay shows what the recorded page shows", async (t) => {
     const gone = ["SCRIPT", "NOSCRIPT", "STYLE", "LINK", "META", "TITLE", "HEAD"];
     const walk = (node) => {
       if (node.nodeType === 3) return node.textContent.trim() ? [node.textContent.trim()] : [];
-      if (node.nodeType !== 1 || gone.includes(node.tagName)) return [];
+      if (node.nodeType !== 1 || gone.includes(node.tagName) || (node.tagName === "OPTION" && /^\*+$/.test(node.text))) return [];
       const state = node.tagName === "INPUT" && /checkbox|radio/.test(node.type) ? ` ${node.checked}` : "";
       return [`${node.tagName} ${node.id} ${node.hidden}${state}`, ...[...node.childNodes].flatMap(walk)];
     };
@@ -333,6 +333,91 @@ test("inactivity is skipped, gaps are told", async (t) => {
   assert.doesNotMatch((await again()).join("\n"), /Skipped/);
 });
 
+// A page of which much can be told: a button, a field with its label, and what the
+// tracker has left out.
+const node = (id, tagName, attributes, ...childNodes) => ({ type: 2, id, tagName, attributes, childNodes });
+const label = (id, textContent) => ({ type: 3, id, textContent });
+const shop = { type: 0, id: 1, childNodes: [node(2, "html", {}, node(3, "head", {}, node(4, "title", {}, label(5, "Shop"))),
+  node(6, "body", {}, node(7, "button", {}, label(8, "Add to cart")), node(9, "p", {}, label(10, "Read me")),
+    node(11, "label", { for: "mail" }, label(12, "E-mail")), node(13, "input", { id: "mail" }),
+    node(14, "img", { src: "data:,left-out" }), node(15, "form", { "data-replay-left-out": "form", rr_width: "200px", rr_height: "80px" }),
+    node(16, "select", { value: "********" }, node(17, "option", {}, label(18, "S")), node(19, "option", {}, label(20, "M")))))] };
+const start = Date.now() - 600_000;
+const shopEvent = (second, type, data) => ({ type, data, timestamp: start + second * 1000 });
+const click = (second, id) => shopEvent(second, 3, { source: 2, type: 2, id, x: 9, y: 9 });
+const noted = (second, attributes, text) => shopEvent(second, 3, { source: 0, adds: [], removes: [],
+  attributes: [{ id: 9, attributes }], texts: text ? [{ id: 10, value: text }] : [] });
+const visit = [
+  shopEvent(0, 4, { href: "https://shop.example/", width: 800, height: 600 }), shopEvent(0, 2, { node: shop, initialOffset: { left: 0, top: 0 } }),
+  click(1, 8), noted(1.1, {}, "Read me"), click(3, 7), click(3.3, 7), click(3.6, 7), noted(3.7, {}, "Read me"),
+  click(5, 9), noted(5.1, { "replay-state": "focus" }), click(9, 13), shopEvent(9.2, 3, { source: 5, id: 13, text: "****", isChecked: false }),
+  click(10.999, 7), custom(start, 11, "paid", { amount: 42 }), custom(start, 13, "navigation", { href: "https://shop.example/cart#top", title: "Cart" }),
+  custom(start, 14, "visibility", { hidden: true }), custom(start, 15, "too-large", {}),
+];
+
+test("what happened is told, in words", async (t) => {
+  const errors = [12, 12.5].map((second) => ({ message: "it broke", stack: "at shop.js:1", timestamp: start + second * 1000 }));
+  await store("told", [visit], { errors });
+  const page = await open(t, "/view/told");
+  await inState(page, "ended");
+  assert.deepEqual(await page.locator("#lines > li > button").evaluateAll((all) => all.map((b) => b.innerText.split(/\s+/).join(" "))), [
+    "0:00 Began on shop.example/ Shop", "0:01 Clicked “Add to cart”", "0:03 Clicked “Add to cart” ×3rage click",
+    "0:05 Clicked “Read me” dead click", "0:09 Typed in “E-mail”", "0:10 Clicked “Add to cart”", '0:11 paid {"amount":42}', "0:12 it broke ×2",
+    "0:13 Went to shop.example/cart#top Cart", "0:14 Tab hidden", "0:15 From here on the page was too large to be recorded",
+  ]);
+  assert.match(await text(page, "#note"), /too large to be recorded/);
+  assert.equal(await text(page, "#address"), "https://shop.example/cart#top");
+  await page.click("#lines summary");
+  assert.equal(await text(page, "#lines details"), "Stack and timesat shop.js:10:12");
+
+  const at = (want) => until(() => page.evaluate((second) => {
+    const { time, recording } = window.player; // a moment is shown by a millisecond more
+    return [0, 1].includes(time - recording.start - 1000 * second);
+  }, want), `the second ${want}`);
+  await page.keyboard.press("Home");
+  for (const second of [1, 3, 5]) {
+    await page.keyboard.press("n");
+    await at(second);
+  }
+  await page.keyboard.press("p");
+  await at(3);
+  await page.hover("#marks .event");
+  assert.match(await page.getAttribute("#marks .event", "title"), /^0:11 +paid$/);
+  await page.click("#marks .event");
+  await at(11);
+  await page.keyboard.press("p");
+  await at(9.2);
+  await page.click("#marks .event");
+  await at(11);
+  await page.click('#filters [value="click"]');
+  assert.equal(await page.locator("#lines li:visible").count(), 4);
+  assert.equal((await page.locator("#filters [value=click]").innerText()).replace(/\s+/, " "), "Clicks 6");
+  await page.keyboard.press("p");
+  await at(5);
+});
+
+test("what the tracker has left out is marked", async (t) => {
+  await store("left-out", [visit]);
+  const page = await open(t, "/view/left-out");
+  await inState(page, "playing");
+  await until(() => page.evaluate(() => {
+    const { contentDocument: doc } = document.querySelector(".scene.shown iframe");
+    const [image, form, select] = ["img", "form", "select"].map((name) => doc.querySelector(name));
+    return decodeURIComponent(image.src).includes("too large to be recorded") && image.offsetWidth > 100
+      && decodeURIComponent(form.style.backgroundImage).includes("a form that cannot be recorded") && form.offsetHeight === 80
+      && select.selectedOptions[0].text === "********";
+  }), "the marks");
+
+  const tracker = await track(t, "large-at-once");
+  const live = await open(t, "/view/large-at-once");
+  await says(live, "#message", /Waiting/);
+  await tracker.send([custom(start, 0, "too-large", {})]);
+  await says(live, "#message", /too large to be recorded/);
+  await tracker.end();
+  await live.reload();
+  await says(live, "#message", /too large to be recorded/);
+});
+
 test("a live session: back in time, back to live, and then it is history", async (t) => {
   const start = Date.now() - 30_000;
   const tracker = await track(t, "lives");
@@ -534,3 +619,104 @@ test("a session that is recorded anew under the id of a deleted one is not taken
   await shows(page, "#clock", "8");
 });
 
+test("who wants no motion sees none", async (t) => {
+  const css = "@keyframes turn { to { rotate: 1turn } } p { animation: turn 100s infinite }";
+  const page = clockPage(0);
+  page.childNodes[0].childNodes[0].childNodes.push({ type: 2, id: 20, tagName: "style", attributes: { _cssText: css }, childNodes: [] });
+  const [meta, full] = snapshot(start, 0);
+  await store("turns", [[meta, { ...full, data: { ...full.data, node: page } }, change(start, 1), change(start, 300)]]);
+  for (const [reducedMotion, want] of [["no-preference", "running"], ["reduce", "paused"]]) {
+    const view = await open(t, "/view/turns", { reducedMotion });
+    await inState(view, "playing");
+    await view.waitForFunction((state) => {
+      const animations = document.querySelector(".scene.shown iframe").contentDocument.getAnimations();
+      return window.player.state === "playing" && animations.length === 1 && animations[0].playState === state;
+    }, want);
+    const tail = await view.evaluate(() => window.player.scene.replayer.config.mouseTail);
+    assert.equal(Boolean(tail), want === "running");
+  }
+});
+
+// faint gives what cannot be seen well enough: text under 4.5:1, edges of fields and
+// marks under 3:1. What is under the pointer has grounds of its own.
+const faint = () => {
+  const context = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
+  const light = (colors) => { // of colours that lie one over the other
+    for (const color of colors) {
+      context.fillStyle = color;
+      context.fillRect(0, 0, 1, 1);
+    }
+    const [r, g, b] = [...context.getImageData(0, 0, 1, 1).data].map((v) => (v > 10 ? ((v / 255 + 0.055) / 1.055) ** 2.4 : v / 255 / 12.92));
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b + 0.05;
+  };
+  const found = [];
+  const check = (what, color, grounds, least) => {
+    const [a, b] = [light([...grounds, color]), light(grounds)];
+    const ratio = Math.max(a, b) / Math.min(a, b);
+    if (ratio < least) found.push(`${what}: ${color} on ${grounds.at(-1)} is ${ratio.toFixed(2)}`);
+    checked++;
+  };
+  let checked = 0;
+  const root = getComputedStyle(document.documentElement), named = (name) => root.getPropertyValue(`--${name}`);
+  if (named("now")) { // the demo has colours of its own, and nothing that changes under the pointer
+    for (const over of ["text", "quiet", "accent", "bad", "live", "warn", "event"]) {
+      for (const ground of ["card", "ground", "hover", "now"]) check(`--${over} on --${ground}`, named(over), [named(ground)], 4.5);
+    }
+    check("played", named("played"), [named("track")], 3);
+  }
+  const grounds = (el) => (el ? [...grounds(el.parentElement), getComputedStyle(el).backgroundColor] : ["white"]);
+  for (const el of document.querySelectorAll("body *:not(.scene *)")) {
+    const style = getComputedStyle(el), name = `${el.localName}#${el.id}.${el.className}`;
+    if (!el.checkVisibility({ visibilityProperty: true })) continue;
+    const hasText = [...el.childNodes].some((child) => child.nodeType === 3 && child.data.trim()) || el.matches("select, input");
+    if (hasText && !el.disabled && style.backgroundImage === "none") check(name, style.color, grounds(el), 4.5);
+    if (el.placeholder) check(`${name}::placeholder`, getComputedStyle(el, "::placeholder").color, grounds(el), 4.5);
+    if (el.matches("button, select, input:not([type=range], [type=checkbox])") && style.borderTopWidth !== "0px" && !el.matches(".danger")) {
+      check(`${name}'s edge`, style.borderTopColor, grounds(el.parentElement), 3);
+    }
+    if (el.matches(".sign, .marks span:not(.gap, .idle)")) {
+      const shape = el.matches(".sign") ? style : getComputedStyle(el, "::before");
+      check(name, shape.backgroundColor, grounds(el.parentElement), 3);
+    }
+  }
+  return { found, checked };
+};
+
+test("what is on the pages can be seen, in light and dark", async (t) => {
+  await store("seen", [visit], { errors: [{ message: "it broke", stack: "at shop.js:1", timestamp: start + 12_000 }] });
+  const tracker = await track(t, "seen-live");
+  await tracker.send(snapshot(start, 0));
+  const signIn = readFileSync(new URL("../signin.html", import.meta.url), "utf8");
+  for (const colorScheme of ["light", "dark"]) {
+    const page = await open(t, "/?userId=ann", { colorScheme });
+    const look = async (what, least) => {
+      const { found, checked } = await page.evaluate(`(${faint})()`);
+      assert.deepEqual(found, [], `${what}, ${colorScheme}`);
+      assert.ok(checked > least, `${what}: ${checked} were looked at`);
+    };
+    await page.waitForSelector("#past .errors span:not(:empty)");
+    await page.click("#record");
+    await look("the list of a user", 80);
+    await page.goto(`${s.h.url}/?userId=nobody`);
+    await page.waitForSelector("#nothing:visible");
+    await look("an empty list", 50);
+    await page.goto(`${s.h.url}/view/seen`);
+    await inState(page, "ended");
+    await page.click("#more-about summary");
+    await page.click("#lines summary");
+    await look("a session", 120);
+    await page.keyboard.press("?");
+    await look("the keys", 120);
+    await page.goto(`${s.h.url}/view/seen-live`);
+    await says(page, "#badge", /Live/);
+    await look("a live session", 60);
+    await page.route(`${s.h.url}/`, (route) => route.fulfill({ contentType: "text/html", body: signIn }));
+    await page.goto(`${s.h.url}/`);
+    await page.evaluate(() => { document.getElementById("note").textContent = "This is not the access token."; });
+    await look("signing in", 30);
+    await page.goto(`${s.h.url}/demo`);
+    await look("the demo", 40);
+    await page.goto(`${s.h.url}/demo/checkout`);
+    await look("its checkout", 20);
+  }
+});
