@@ -476,8 +476,9 @@ func (b *bench) idle(t *testing.T) {
 		t.Errorf("%d trackers are left of %d", got, idleTrackers)
 	}
 	each := (most - before) / idleTrackers
-	b.report("resident memory per idle tracker (10,000)", "≤ 24 KB", each <= 24<<10, "%.1f KB",
-		each/1024)
+	b.report("resident memory per idle tracker (10,000)", "≤ 24 KB", each <= 24<<10, "%.1f KB", each/1024)
+	b.ask(t, s, "lists with 10,000 live sessions", 50*time.Millisecond, "/sessions", "/sessions?active=true",
+		"/sessions?active=true&url=nowhere", "/sessions/active", "/stats")
 }
 
 // startIdle connects trackers that answer pings and do nothing else.
