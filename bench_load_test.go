@@ -98,17 +98,13 @@ func newShot(events []recorded) *shot {
 		text[i] = e.text
 	}
 	body := strings.Join(text, ",")
-	var out bytes.Buffer
-	z, _ := flate.NewWriter(&out, flate.DefaultCompression)
-	io.WriteString(z, body+"]}}")
-	z.Flush()
-	deflated := bytes.TrimSuffix(out.Bytes(), []byte(deflateTail))
-	return &shot{mask([]byte(body + "]}}")), mask(deflated), len(body), len(events), events[len(events)-1].at}
+	return &shot{mask([]byte(body + "]}}")), mask([]byte(deflated(body + "]}}"))), len(body), len(events), events[len(events)-1].at}
 }
 
-// deflateTail is the end of each deflated message, which does not go over the wire
-// (RFC 7692, section 7.2.1).
-const deflateTail = "\x00\x00\xff\xff"
+const (
+	offerDeflate = "Sec-WebSocket-Extensions: permessage-deflate\r\n"
+	deflateTail  = "\x00\x00\xff\xff" // of each message, does not go over the wire (RFC 7692, section 7.2.1)
+)
 
 // batches cuts a recording as the tracker in web/ does: a full snapshot goes out
 // at once, else 50 events, or those of half a second.
@@ -205,7 +201,7 @@ func (f *fleet) tracker(t *testing.T, i int, id string) *testTracker {
 	}
 	tr.frame = func(seq int64) net.Buffers { return shot(seq).frame(seq, f.mark) }
 	if f.deflated {
-		tr.offer = "Sec-WebSocket-Extensions: permessage-deflate\r\n"
+		tr.offer = offerDeflate
 		tr.frame = func(seq int64) net.Buffers { return shot(seq).deflatedFrame(seq) }
 	}
 	if f.workload.pace != nil {
