@@ -46,6 +46,8 @@ const (
 	idleTrackers = 5_000
 	longSession  = 1_000_000 // events
 	oldSessions  = 100_000
+
+	ticks = 100 // of a CPU a second; the kernel's USER_HZ
 )
 
 func TestBench(t *testing.T) {
@@ -124,7 +126,6 @@ func (b *bench) print(t *testing.T) {
 // others says how many cores were busy, since it was last asked, with programs
 // that have nothing to do with this: what is measured beside them is too little.
 func (b *bench) others(t *testing.T) float64 {
-	const ticks = 100
 	content, _ := os.ReadFile("/proc/stat")
 	var user, nice, system, idle, wait, irq, soft float64
 	fmt.Sscanf(string(content), "cpu %f %f %f %f %f %f %f", &user, &nice, &system, &idle, &wait, &irq, &soft)
@@ -138,6 +139,9 @@ func (b *bench) others(t *testing.T) float64 {
 func (b *bench) server(t *testing.T, env ...string) *testServer {
 	all := []string{"DATABASE_URL=" + databaseIn(t, b.cluster.url), "BATCH_INTERVAL=5000", "DB_MAX_CONNECTIONS=20",
 		"LOG_LEVEL=warn"}
+	if os.Getenv("BENCH_PROFILE") != "" {
+		all = append(all, "SR_PPROF=127.0.0.1:16060")
+	}
 	return startServer(t, append(all, env...)...)
 }
 
@@ -175,7 +179,6 @@ func (b *bench) measure(t *testing.T, f *fleet, pid int, d time.Duration) sample
 
 // cpuSeconds is what a process has used, perhaps with its children that ended.
 func cpuSeconds(pid int, children bool) (seconds float64) {
-	const ticks = 100 // a second; the kernel's USER_HZ
 	content, _ := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 	fields := strings.Fields(string(content[strings.LastIndex(string(content), ")")+1:]))
 	last := map[bool]int{false: 13, true: 15}[children]
@@ -221,7 +224,7 @@ func (b *bench) parse(t *testing.T) {
 }
 
 func (b *bench) ingest(t *testing.T) {
-	s := b.server(t, b.profiled()...)
+	s := b.server(t)
 	plain := workload{trackers: 50, window: window, shots: rotated(b.mixed), loop: true}
 	deflated := plain
 	deflated.deflated = true
@@ -279,7 +282,7 @@ func (b *bench) round(t *testing.T, c *contender) {
 	f := b.launch(t, c.address, c.workload)
 	time.Sleep(warmUp)
 	if !c.bare && c.sent == 0 {
-		b.profile(t, map[bool]string{false: "plain", true: "deflated"}[c.deflated])
+		b.profile(t, fmt.Sprintf("%d-deflated-%v", c.trackers, c.deflated))
 	}
 	c.sample.add(b.measure(t, f, c.pid, roundTime), 1)
 	if c.bare {
@@ -296,61 +299,45 @@ func (b *bench) reportCPU(figure string, s sample) {
 		s.postgres*per, s.generator*per, (s.server+s.postgres+s.generator)/s.seconds)
 }
 
-// profiled are settings that make the server show its profiles, if asked.
-func (b *bench) profiled() []string {
-	if os.Getenv("BENCH_PROFILE") == "" {
-		return nil
-	}
-	return []string{"SR_PPROF=127.0.0.1:16060"}
-}
-
 // profile keeps the server's CPU profile of the next seconds, and its heap.
 func (b *bench) profile(t *testing.T, name string) {
 	dir := os.Getenv("BENCH_PROFILE")
-	if dir == "" {
-		return
-	}
 	for _, kind := range []string{"profile?seconds=5", "heap", "goroutine", "allocs"} {
+		if dir == "" {
+			return
+		}
 		resp, err := http.Get("http://127.0.0.1:16060/debug/pprof/" + kind)
 		if err != nil {
 			t.Fatal(err)
 		}
 		content, _ := io.ReadAll(resp.Body)
 		resp.Body.Close()
-		file, _, _ := strings.Cut(kind, "?")
-		os.WriteFile(filepath.Join(dir, name+"."+file), content, 0o644)
+		os.WriteFile(filepath.Join(dir, name+"."+strings.TrimSuffix(kind, "?seconds=5")), content, 0o644)
 	}
 }
 
 // latency is measured here alone: a batch carries the time of its sending, and
 // the viewers are in this process too.
 func (b *bench) latency(t *testing.T) {
-	s := b.server(t, b.profiled()...)
-	b.best = cmp.Or(b.best, 100e6) // if the ingest part did not run
-	const ms = time.Millisecond
-	for _, share := range []float64{0, 0.5} {
-		var others *fleet
-		beside, targets := "", []time.Duration{ms, 5 * ms, 15 * ms, 15 * ms}
-		if share > 0 {
-			beside, targets = ", ingest at half its maximum", []time.Duration{50 * ms, 50 * ms, 50 * ms, 50 * ms}
-			rate := b.best * share / 50
-			others = b.launch(t, s.ws("tracker"), workload{trackers: 50, window: window, shots: rotated(b.mixed), loop: true,
-				pace: func(_ int, _, bytes int64, _ *shot) time.Duration {
-					return time.Duration(float64(bytes) / rate * float64(time.Second))
-				}})
-			time.Sleep(warmUp)
-		}
-		b.live(t, s, 20, 2, "live latency, 20 trackers × 2 viewers"+beside, targets[0], targets[1])
-		b.live(t, s, 1, 500, "live latency, 1 tracker × 500 viewers"+beside, targets[2], targets[3])
-		if others != nil {
-			others.stop(t)
-		}
-	}
+	const ms, beside = time.Millisecond, ", ingest at half its maximum"
+	s := b.server(t)
+	b.live(t, s, 20, 2, "", ms, 5*ms)
+	b.live(t, s, 1, 500, "", 15*ms, 15*ms)
+	rate := cmp.Or(b.best, 100e6) / 2 / 50 // bytes a second of each
+	others := b.launch(t, s.ws("tracker"), workload{trackers: 50, window: window, shots: rotated(b.mixed), loop: true,
+		pace: func(_ int, _, bytes int64, _ *shot) time.Duration {
+			return time.Duration(float64(bytes) / rate * float64(time.Second))
+		}})
+	time.Sleep(warmUp)
+	b.live(t, s, 20, 2, beside, 50*ms, 50*ms)
+	b.live(t, s, 1, 500, beside, 50*ms, 50*ms)
+	others.stop(t)
 }
 
 // live measures from before a tracker's write until a viewer has the whole
 // message; each tracker sends 20 batches a second.
-func (b *bench) live(t *testing.T, s *testServer, trackers, viewers int, figure string, p50, p99 time.Duration) {
+func (b *bench) live(t *testing.T, s *testServer, trackers, viewers int, beside string, p50, p99 time.Duration) {
+	figure := fmt.Sprintf("live latency, trackers × viewers of each: %d × %d%s", trackers, viewers, beside)
 	f := b.launch(t, s.ws("tracker"), workload{trackers: trackers, window: window, shots: rotated(b.small), loop: true,
 		mark: true,
 		pace: func(i int, n, _ int64, _ *shot) time.Duration {
@@ -446,7 +433,7 @@ func (b *bench) idle(t *testing.T) {
 // so that a round of them is in the figure.
 func (b *bench) idleTrackers(t *testing.T, kind string, pack func([]byte) []byte) *testServer {
 	const interval = 10 * time.Second
-	s := b.server(t, append(b.profiled(), fmt.Sprintf("HEARTBEAT_INTERVAL=%d", interval.Milliseconds()))...)
+	s := b.server(t, "HEARTBEAT_INTERVAL="+interval.String())
 	pid := s.cmd.Process.Pid
 	before := memoryOf(t, pid, "VmRSS")
 	b.startIdle(t, s, idleTrackers, pack)
@@ -506,7 +493,7 @@ func (b *bench) disk(t *testing.T) {
 
 // long asks a session of a million events, which is live, for pages.
 func (b *bench) long(t *testing.T) {
-	s := b.server(t, b.profiled()...)
+	s := b.server(t)
 	per := 0
 	for _, shot := range b.small {
 		per += shot.events
@@ -587,8 +574,8 @@ func (b *bench) chunks(t *testing.T, s *testServer) {
 	parallel(t, 4, func(i int) error {
 		for n := i; time.Since(begin) < roundTime; n++ {
 			c := session.Chunks[n%len(session.Chunks)]
-			req, _ := http.NewRequest("GET", fmt.Sprintf("%s/sessions/%s/chunks/%d", s.url, f.trackers[0].session, c.FromIndex),
-				nil)
+			address := fmt.Sprintf("%s/sessions/%s/chunks/%d", s.url, f.trackers[0].session, c.FromIndex)
+			req, _ := http.NewRequest("GET", address, nil)
 			req.Header.Set("Accept-Encoding", "gzip") // as set by hand the client does not unpack
 			resp, err := http.DefaultClient.Do(req)
 			if err != nil {
@@ -611,15 +598,15 @@ func (b *bench) chunks(t *testing.T, s *testServer) {
 
 // lists asks for lists, and searches, beside many sessions, old and live.
 func (b *bench) lists(t *testing.T) {
-	s := b.server(t, b.profiled()...)
+	s := b.server(t)
+	about := `{"url":"https://example.com/shop","userAgent":"` + strings.Repeat("Mozilla ", 15) + `","referrer":"",` +
+		`"viewport":{"width":1280,"height":800,"devicePixelRatio":1},"startTime":1700000000000,"timeZone":"UTC"}`
 	execSQL(t, s.database, `insert into sessions (session_id, user_id, url, metadata, is_active, created_at, updated_at,
-			ended_at, event_count, error_count, raw_bytes, stored_bytes, first_event_time, last_event_time, snapshot_index, last_seq)
-		select 'old-' || n, 'user_' || n % 5000, 'https://example.com/Shop/' || n % 1000, $1, false, made, made,
-			made, 3000, greatest(0, n % 50 - 48), 3000000, 500000, 1, n::bigint * 7919 % 1800000, 1, 60
+			ended_at, event_count, error_count, raw_bytes, stored_bytes, first_event_time, last_event_time)
+		select 'old-' || n, 'user_' || n % 5000, 'https://example.com/Shop/' || n % 1000, $1, false, made, made, made, 3000,
+			 greatest(0, n % 50 - 48), 3000000, 500000, 1, n::bigint * 7919 % 1800000
 		from (select n, now() - n * interval '1 minute' as made from generate_series(1, $2::integer) n) n`,
-		`{"url":"https://example.com/shop","userAgent":"`+strings.Repeat("Mozilla ",
-			15)+`","viewport":{"width":1280,"height":800,"devicePixelRatio":1},`+
-			`"startTime":1700000000000,"referrer":"","timeZone":"UTC"}`, oldSessions)
+		about, oldSessions)
 	execSQL(t, s.database, "vacuum analyze sessions")
 	b.startIdle(t, s, 1000, maskedText)
 	b.ask(t, s, "lists with 100,000 sessions, 1,000 live", 20*time.Millisecond, "/sessions",
@@ -658,19 +645,16 @@ func (b *bench) ask(t *testing.T, s *testServer, figure string, limit time.Durat
 // batches of 50 events; the sessions have the same number of bytes on the way.
 func (b *bench) growth(t *testing.T) {
 	const inFlight = 128 << 20
-	var shown []string
 	var costs []float64
 	for _, n := range []int{10, 100, 1000} {
 		s := b.server(t)
-		f := b.launch(t, s.ws("tracker"), workload{trackers: n, window: min(window, inFlight/n), shots: rotated(b.medium),
-			loop: true})
-		time.Sleep(warmUp)
-		got := b.measure(t, f, s.cmd.Process.Pid, 2*roundTime)
-		f.stop(t)
-		costs = append(costs, got.server/got.bytes*100e6)
-		shown = append(shown, fmt.Sprintf("%.2f", costs[len(costs)-1]))
+		c := &contender{address: s.ws("tracker"), pid: s.cmd.Process.Pid,
+			workload: workload{trackers: n, window: min(window, inFlight/n), shots: rotated(b.medium), loop: true}}
+		b.round(t, c)
+		b.round(t, c)
+		costs = append(costs, c.server/c.bytes*100e6)
 	}
 	spread := slices.Max(costs)/slices.Min(costs) - 1
-	b.report("server's CPU seconds per 100 MB from 10, 100, 1,000 sessions", "within 20 %", spread <= 0.2, "%s: within %.0f %%",
-		strings.Join(shown, ", "), spread*100)
+	b.report("server's CPU seconds per 100 MB from 10, 100, 1,000 sessions", "within 20 %", spread <= 0.2,
+		"%.2f: within %.0f %%", costs, spread*100)
 }
