@@ -66,9 +66,13 @@ test-faults: go web
 breakages: go web
 	go test -tags breakages -run TestBreakages -count=1 -timeout 40m -v .
 
-# Measures the server on this machine; prints a table, writes bench.json.
+# Measures the server on this machine, and what recording costs a visitor; prints
+# the tables of doc/measured.md. RECORDINGS may name a directory of *.json.gz, each
+# an array of rrweb's events, to be the load.
 bench: go web
 	go test -tags bench -run TestBench -count 1 -timeout 15m -v .
+	@scripts/chromium
+	node web/test/cost.mjs
 
 # Each fuzz target for FUZZTIME.
 fuzz: go
@@ -94,5 +98,5 @@ uninstall:
 
 # What was built and fetched; .postgres/ and logs/ stay.
 clean:
-	rm -rf session-replay bench.json web/node_modules scripts/node_modules
+	rm -rf session-replay web/node_modules scripts/node_modules
 	find web/dist -type f ! -name README.txt -delete

@@ -8,8 +8,11 @@ package main
 
 import (
 	"bufio"
+	"bytes"
 	"cmp"
+	"compress/flate"
 	"context"
+	"encoding/binary"
 	"fmt"
 	"io"
 	"net"
@@ -35,10 +38,10 @@ type recorded struct {
 	at   time.Duration // since the recording began
 }
 
-// loadRecordings reads the recordings beside the checkout, or makes one of the
-// demo's: as long as those, by repetition.
+// loadRecordings reads the recordings in the directory that RECORDINGS names, each
+// a gzipped JSON array of rrweb's events, or makes one of the demo's, by repetition.
 func loadRecordings(t testing.TB) (all [][]recorded) {
-	files, _ := filepath.Glob("../shared/recordings/*.json.gz")
+	files, _ := filepath.Glob(filepath.Join(cmp.Or(os.Getenv("RECORDINGS"), "none"), "*.json.gz"))
 	for _, file := range files {
 		packed, err := os.ReadFile(file)
 		if err != nil {
@@ -81,11 +84,12 @@ func parseRecording(t testing.TB, text []byte) (r []recorded) {
 }
 
 // shot is a batch, ready to be sent by any tracker: the end of the message from
-// its first event on, masked, because the number before it differs.
+// its first event on, masked, because the number before it differs. deflated is
+// the same as browsers send it.
 type shot struct {
-	masked       []byte
-	json, events int // bytes between the brackets; events
-	at           time.Duration
+	masked, deflated []byte
+	json, events     int // bytes between the brackets; events
+	at               time.Duration
 }
 
 func newShot(events []recorded) *shot {
@@ -93,9 +97,14 @@ func newShot(events []recorded) *shot {
 	for i, e := range events {
 		text[i] = e.text
 	}
-	body := strings.Join(text, ",")
-	return &shot{mask([]byte(body + "]}}")), len(body), len(events), events[len(events)-1].at}
+	body := strings.Join(text, ",") + "]}}"
+	return &shot{mask([]byte(body)), mask([]byte(deflated(body))), len(body) - 3, len(events), events[len(events)-1].at}
 }
+
+const (
+	offerDeflate = "Sec-WebSocket-Extensions: permessage-deflate\r\n"
+	deflateTail  = "\x00\x00\xff\xff" // of each message, does not go over the wire (RFC 7692, section 7.2.1)
+)
 
 // batches cuts a recording as the tracker in web/ does: a full snapshot goes out
 // at once, else 50 events, or those of half a second.
@@ -140,8 +149,9 @@ type workload struct {
 	loop     bool                // over and over, until stop
 	// pace says when, since the start, tracker i sends its batch n (from 0 on),
 	// with so many bytes sent before; nil: as fast as acks allow.
-	pace func(i int, n, bytes int64, s *shot) time.Duration
-	mark bool // each batch begins with an event that says when it was sent
+	pace     func(i int, n, bytes int64, s *shot) time.Duration
+	mark     bool // each batch begins with an event that says when it was sent
+	deflated bool
 }
 
 // rotated lets trackers send the same batches, each from another one on.
@@ -155,10 +165,10 @@ func rotated(shots []*shot) func(int) []*shot {
 // fleet is trackers that run, and the sum of what was acked.
 type fleet struct {
 	workload
-	trackers               []*testTracker
-	begin                  time.Time
-	bytes, events, batches atomic.Int64 // acked
-	sent                   atomic.Int64 // events
+	trackers      []*testTracker
+	begin         time.Time
+	bytes, events atomic.Int64 // acked
+	sent          atomic.Int64 // events
 }
 
 // launch connects trackers, starts their sessions, and lets them go.
@@ -187,9 +197,12 @@ func (f *fleet) tracker(t *testing.T, i int, id string) *testTracker {
 	tr.confirmed = func(seq int64) {
 		f.bytes.Add(int64(shot(seq).json))
 		f.events.Add(int64(shot(seq).events))
-		f.batches.Add(1)
 	}
 	tr.frame = func(seq int64) net.Buffers { return shot(seq).frame(seq, f.mark) }
+	if f.deflated {
+		tr.offer = offerDeflate
+		tr.frame = func(seq int64) net.Buffers { return shot(seq).deflatedFrame(seq) }
+	}
 	if f.workload.pace != nil {
 		tr.pace = func(seq int64) time.Duration {
 			bytes += int64(shot(seq).json)
@@ -199,10 +212,12 @@ func (f *fleet) tracker(t *testing.T, i int, id string) *testTracker {
 	return tr
 }
 
+const shotHead = `{"type":"events_batch","data":{"seq":%d,"events":[`
+
 // frame is the batch's message: its number and, if asked, a first event, before
 // the events that are masked already.
 func (s *shot) frame(seq int64, marked bool) net.Buffers {
-	prefix := fmt.Appendf(make([]byte, 0, 256), `{"type":"events_batch","data":{"seq":%d,"events":[`, seq)
+	prefix := fmt.Appendf(make([]byte, 0, 256), shotHead, seq)
 	if marked {
 		now := time.Now()
 		prefix = fmt.Appendf(prefix, `{"type":5,"timestamp":%d,"data":{"tag":"bench","payload":%d}},`, now.UnixMilli(),
@@ -212,6 +227,19 @@ func (s *shot) frame(seq int64, marked bool) net.Buffers {
 		prefix = append(prefix, ' ')
 	}
 	return net.Buffers{append(frameHeader(0x81, uint64(len(prefix)+len(s.masked))), mask(prefix)...), s.masked}
+}
+
+// deflatedFrame has what differs in a block of its own, which deflate stores as it
+// is (RFC 1951, section 3.2.4), before the events that are deflated already.
+func (s *shot) deflatedFrame(seq int64) net.Buffers {
+	block := fmt.Appendf(make([]byte, 5, 128), shotHead, seq)
+	for len(block)%len(maskKey) != 0 {
+		block = append(block, ' ')
+	}
+	size := uint16(len(block) - 5)
+	binary.LittleEndian.PutUint16(block[1:], size)
+	binary.LittleEndian.PutUint16(block[3:], ^size)
+	return net.Buffers{append(frameHeader(0xc1, uint64(len(block)+len(s.deflated))), mask(block)...), s.deflated}
 }
 
 // stop sends no more and waits until everything is acked, over the connections
@@ -269,13 +297,13 @@ func parallel(t *testing.T, n int, do func(int) error) {
 // A bare program does nothing but commit chunks, in a process of its own: chunks
 // that are ready, or, to do the same work as the server, that it compresses as
 // the server does. To be fair it also receives, from the same trackers and as
-// fast, the bytes that the chunks are made of, without looking at them: it pays
-// for the sockets and shares the two cores with the trackers as the server does.
+// fast, the bytes that the chunks are made of, and inflates them, without looking
+// at them: it pays for the sockets and shares the cores with the trackers.
 // It has the server's table, number of connections and size of transactions, and
 // acks what is committed.
 func init() {
 	if database := os.Getenv("BENCH_BARE"); database != "" {
-		if err := bare(database, os.Getenv("BENCH_BARE_GZIP") != ""); err != nil {
+		if err := bare(database, os.Getenv("BENCH_BARE_WORK") == "gzip"); err != nil {
 			fmt.Fprintln(os.Stderr, "bare:", err)
 		}
 		os.Exit(1)
@@ -349,10 +377,20 @@ func bareReader(conn net.Conn, id string, pool *pgxpool.Pool, chunks []flush, wo
 	io.WriteString(conn, "HTTP/1.1 101 Switching Protocols\r\n\r\n")
 	received, first := 0, int64(0)
 	var message []byte
+	var inflated bytes.Buffer
+	z := flate.NewReader(nil)
 	for seq := int64(0); ; seq++ {
-		var err error
-		if _, message, err = readFrame(r, message[:0]); err != nil {
+		head, all, err := readFrame(r, message[:0])
+		if err != nil {
 			return
+		}
+		message = all
+		size := len(message)
+		if head&0x40 != 0 {
+			z.(flate.Resetter).Reset(io.MultiReader(bytes.NewReader(mask(message)), strings.NewReader(deflateTail)), nil)
+			inflated.Reset()
+			inflated.ReadFrom(z) // its error: the stream has no end
+			size = inflated.Len()
 		}
 		if seq == 0 {
 			pool.Exec(context.Background(),
@@ -360,7 +398,7 @@ func bareReader(conn net.Conn, id string, pool *pgxpool.Pool, chunks []flush, wo
 			io.WriteString(conn, "\x81\x18{\"type\":\"session_ready\"}")
 			continue
 		}
-		received += len(message)
+		received += size
 		for c := chunks[first%int64(len(chunks))]; received >= c.chunks[0].raw; c = chunks[first%int64(len(chunks))] {
 			received -= c.chunks[0].raw
 			c.session, c.chunks = id, slices.Clone(c.chunks)
@@ -406,12 +444,12 @@ func bareWriter(pool *pgxpool.Pool, work <-chan bareChunk, compress bool) {
 	}
 }
 
-// startBare starts a bare program; it ends with the part.
-func (b *bench) startBare(t *testing.T, env ...string) (address string, pid int) {
+// bare starts a bare program; it ends with the part.
+func (b *bench) bare(t *testing.T, work string, w workload) *contender {
 	database := databaseIn(t, b.cluster.url)
 	execSQL(t, database, schema)
 	cmd := exec.Command(os.Args[0])
-	cmd.Env = append(append(os.Environ(), "BENCH_BARE="+database), env...)
+	cmd.Env = append(os.Environ(), "BENCH_BARE="+database, "BENCH_BARE_WORK="+work)
 	cmd.Stderr = os.Stderr
 	stdin, err := cmd.StdinPipe()
 	if err != nil {
@@ -432,5 +470,5 @@ func (b *bench) startBare(t *testing.T, env ...string) (address string, pid int)
 	if err != nil {
 		t.Fatalf("bare program: %v", err)
 	}
-	return "ws://" + strings.TrimSpace(line) + "/ws", cmd.Process.Pid
+	return &contender{workload: w, address: "ws://" + strings.TrimSpace(line) + "/ws", pid: cmd.Process.Pid, bare: true}
 }

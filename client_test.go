@@ -174,9 +174,10 @@ var narrow = &net.Dialer{Control: func(_, _ string, raw syscall.RawConn) error {
 const upgradeHeaders = "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n" +
 	"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
 
-// openWebSocket connects and shakes hands; buffer is the size of what it reads at
-// once. Its error is a handshakeStatus when the server refuses.
-func openWebSocket(dialer *net.Dialer, address string, buffer int) (*testConn, error) {
+// openWebSocket connects and shakes hands, perhaps with more headers; buffer is the
+// size of what it reads at once. Its error is a handshakeStatus when the server
+// refuses.
+func openWebSocket(dialer *net.Dialer, address string, buffer int, headers ...string) (*testConn, error) {
 	u, err := url.Parse(address)
 	if err != nil {
 		return nil, err
@@ -190,7 +191,7 @@ func openWebSocket(dialer *net.Dialer, address string, buffer int) (*testConn, e
 	}
 	c := &testConn{Conn: conn, in: bufio.NewReaderSize(conn, buffer)}
 	conn.SetDeadline(time.Now().Add(patience))
-	c.write("GET " + u.RequestURI() + " HTTP/1.1\r\nHost: " + u.Host + "\r\n" + upgradeHeaders)
+	c.write("GET " + u.RequestURI() + " HTTP/1.1\r\nHost: " + u.Host + "\r\n" + strings.Join(headers, "") + upgradeHeaders)
 	if status := c.status(); status != http.StatusSwitchingProtocols {
 		conn.Close()
 		return nil, handshakeStatus(status)

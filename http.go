@@ -329,7 +329,7 @@ func (h *hijacker) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 	if err == nil && h.tracker {
 		conn = countedConn{conn, h.wire}
 		if rw.Reader.Buffered() == 0 {
-			rw = bufio.NewReadWriter(bufio.NewReaderSize(conn, 1<<10), bufio.NewWriterSize(conn, 512))
+			rw = bufio.NewReadWriter(bufio.NewReaderSize(conn, 512), bufio.NewWriterSize(conn, 512))
 		}
 	}
 	h.conn = conn

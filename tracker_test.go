@@ -31,6 +31,7 @@ type testTracker struct {
 	weigh            func(seq int64) int // the part of the window that a batch takes
 	pace             func(seq int64) time.Duration
 	frame            func(seq int64) net.Buffers // a batch as it goes out
+	offer            string                      // a header of the handshake
 
 	mu         sync.Mutex
 	address    string
@@ -107,7 +108,7 @@ func (tr *testTracker) connection(ctx context.Context) (over bool) {
 	tr.mu.Lock()
 	address, resume := tr.address, tr.resume
 	tr.mu.Unlock()
-	c, err := openWebSocket(&net.Dialer{}, address, 4096)
+	c, err := openWebSocket(&net.Dialer{}, address, 4096, tr.offer)
 	if err != nil {
 		return false
 	}
