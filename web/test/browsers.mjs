@@ -192,8 +192,8 @@ async function visit(browser, user, way) {
   }
   await click(tab, "field");
   await type(tab, SECRET);
-  await click(tab, LEAVING[way]);
-  if (way === "closed") await tab.close();
+  const clicked = click(tab, LEAVING[way]).catch(() => {}); // a page that is being left may not answer
+  if (way === "closed") await clicked.then(tab.close);
   const before = await stored(session, `click ${LEAVING[way]}`);
   assert.equal(before.findLast((what) => what.startsWith("typed")), `typed ${MASK}`);
   if (way === "closed") return session;
@@ -219,7 +219,7 @@ async function replay(browser, session) {
 }
 
 for (const [user, launched] of Object.entries({ firefox, webkit })) {
-  test(user, async (t) => {
+  test(user, { timeout: 600_000 }, async (t) => { // a browser that never answers
     const browser = await launched();
     t.after(browser.end);
     t.diagnostic(browser.version);
