@@ -14,7 +14,7 @@ export GOTOOLCHAIN = auto
 VERSION := $(shell git describe --tags --always --dirty 2>/dev/null)
 STAMP    = $(if $(VERSION),-ldflags '-X main.stamped=$(VERSION)',-buildvcs=false)
 
-.PHONY: build go web audit-web run test test-postgres test-faults breakages bench fuzz install uninstall clean
+.PHONY: build go web audit-web run test test-browsers test-postgres test-faults breakages bench fuzz install uninstall clean
 
 # The server, one static binary. Needs Go alone; without npm it has no recorder.
 build: go web
@@ -48,6 +48,12 @@ test: build
 	go test -race -shuffle=on -parallel 4 -timeout 8m ./...
 	@scripts/chromium
 	node --test --test-concurrency=2 --test-reporter=spec scripts/*.test.mjs web/test/*.test.mjs
+
+# Recording and replay in Firefox and WebKitGTK, as Debian packages them.
+test-browsers: go web
+	@for program in firefox-esr WebKitWebDriver xvfb-run dbus-run-session; do command -v $$program >/dev/null || { \
+		echo "$$program is missing: apt-get install firefox-esr webkit2gtk-driver xvfb dbus" >&2; exit 1; }; done
+	xvfb-run -a dbus-run-session -- node --experimental-websocket web/test/browsers.mjs
 
 # The Go tests against each major that the server is for, which npm brings
 # (170 MB). Linux on x86-64 only.

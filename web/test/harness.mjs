@@ -41,7 +41,7 @@ export async function until(check, what = "a condition", timeout = 60_000) {
   }
 }
 
-async function freePort() {
+export async function freePort() {
   const socket = createSocket();
   await new Promise((done) => socket.listen(0, "127.0.0.1", done));
   const { port } = socket.address();
