@@ -106,7 +106,7 @@ func checkDatabase(ctx context.Context, cfg config, report func(what, found stri
 		defer second.Close(ctx)
 		err = second.QueryRow(ctx, "select pg_backend_pid()", pgx.QueryExecModeExec).Scan(&other)
 	}
-	if prepares := c.DefaultQueryExecMode < pgx.QueryExecModeExec; err == nil && other == process && prepares {
+	if err == nil && other == process && preparesStatements(c) {
 		err = errors.New("in transaction mode: add default_query_exec_mode=exec to DATABASE_URL")
 	}
 	report("pooler", "none that needs a setting", err)

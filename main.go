@@ -96,7 +96,7 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 }
 
 func assemble(cfg config, logs *logs) (*server, error) {
-	st, err := openStore(context.Background(), cfg.database)
+	st, err := openStore(context.Background(), cfg.database, logs.rejected)
 	if err != nil {
 		return nil, err
 	}

@@ -22,7 +22,8 @@ import (
 
 const (
 	writers       = 3                // one compresses while others wait for their commits
-	commitTimeout = 30 * time.Second // of one transaction
+	commitTimeout = 30 * time.Second // of one transaction, at most
+	commitAtLeast = 5 * time.Second  // and a second more for each MB
 	lockTimeout   = "1s"             // in it, for a row that somebody else holds
 	chunkBytes    = 1 << 20          // JSON in a chunk, unless one event is larger
 
@@ -111,7 +112,7 @@ func (w *writer) keep(work []*flush, err error) {
 const (
 	updateRow = `update sessions set event_count = $3, error_count = $4, raw_bytes = $5, stored_bytes = $6,
 		first_event_time = nullif($7::bigint, 0), last_event_time = nullif($8::bigint, 0), snapshot_index = nullif($9::bigint, -1),
-		last_seq = $10, is_active = $11, ended_at = case when not $11 then now() end, updated_at = now()
+		last_seq = $10, is_active = $11, ended_at = now() + case when $11 then null else interval '0' end, updated_at = now()
 		where session_id = $1 and epoch = $2 and event_count <= $3 and error_count <= $4 and last_seq <= $10`
 	insertChunk = `insert into session_events (session_id, first_index, event_count, start_time, end_time, snapshot_index, raw_bytes, events)
 		select session_id, $3::bigint, $4::integer, nullif($5::bigint, 0), nullif($6::bigint, 0), nullif($7::bigint, -1), $8::integer, $9::bytea
@@ -127,7 +128,7 @@ const (
 // twice changes nothing, be it because a commit's answer was lost, or because
 // PostgreSQL had been given up and carries out an old batch after a newer one.
 func (w *writer) commit(ctx context.Context, work []*flush) error {
-	ctx, cancel := context.WithTimeout(ctx, commitTimeout)
+	ctx, cancel := context.WithTimeout(ctx, timeToCommit(work))
 	defer cancel()
 	batch := &pgx.Batch{}
 	batch.Queue("select set_config('lock_timeout', $1, true)", lockTimeout)
@@ -141,6 +142,20 @@ func (w *writer) commit(ctx context.Context, work []*flush) error {
 	w.store.last.Store(nil)
 	w.markDeleted(ctx, work)
 	return nil
+}
+
+// timeToCommit is short where little is written: a primary whose standby was
+// promoted answers, and never commits. A slow database gets more time with each
+// attempt.
+func timeToCommit(work []*flush) time.Duration {
+	size, attempts := 0, 0
+	for _, f := range work {
+		attempts = max(attempts, f.attempts)
+		for _, c := range f.chunks {
+			size += len(c.events)
+		}
+	}
+	return min(commitTimeout, commitAtLeast<<min(attempts, 3)+time.Duration(size>>20)*time.Second)
 }
 
 func queue(batch *pgx.Batch, f *flush) {

@@ -1,0 +1,121 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"net"
+	"sync/atomic"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgxpool"
+)
+
+// silence is how long a connection may say nothing to a question that waits for
+// no lock, no disk and no standby.
+const silence = 2 * time.Second
+
+var errSilent = errors.New("it did not answer: another host is tried first")
+
+// uplink is what connections are made by until their server is given up. Cutting
+// it ends them all, also what they still wait for, and the attempts to make more.
+type uplink struct {
+	open   context.Context // until the cut
+	cut    context.CancelFunc
+	silent string // address of the server that the last one was given up for
+
+	// avoided lets the next attempt pass the silent server by. One that has done so
+	// finds another, or else the attempt after it asks the silent one again.
+	avoided atomic.Bool
+}
+
+func newUplink(silent string) *uplink {
+	u := &uplink{silent: silent}
+	u.open, u.cut = context.WithCancel(context.Background())
+	u.avoided.Store(true)
+	return u
+}
+
+// dialer makes connections that end with the uplink. pgx would otherwise wait up
+// to 15 s for a server that hangs to cancel what it was asked, and give no place
+// in the pool back before.
+func (u *uplink) dialer(dial pgconn.DialFunc) pgconn.DialFunc {
+	return func(ctx context.Context, network, address string) (net.Conn, error) {
+		if address == u.silent && u.avoided.CompareAndSwap(true, false) {
+			return nil, errSilent
+		}
+		ctx, cancel := context.WithCancel(ctx)
+		defer cancel()
+		defer context.AfterFunc(u.open, cancel)()
+		conn, err := dial(ctx, network, address)
+		if err != nil {
+			return nil, err
+		}
+		return &upConn{conn, context.AfterFunc(u.open, func() { conn.Close() })}, nil
+	}
+}
+
+// upConn is a connection that an uplink ends.
+type upConn struct {
+	net.Conn
+	forget func() bool
+}
+
+func (c *upConn) Close() error {
+	c.forget()
+	return c.Conn.Close()
+}
+
+// leaveServer makes new connections pass by the server that one leads to.
+func (st *store) leaveServer(c *pgxpool.Conn) (old *uplink) {
+	old = st.uplink.Swap(newUplink(c.Conn().PgConn().Conn().RemoteAddr().String()))
+	st.reset()
+	return old
+}
+
+// reset has connections made anew, those in use when they are given back.
+func (st *store) reset() {
+	st.pool.Reset()
+	st.beats.Reset()
+}
+
+// beforeConnect has a connection made by the uplink, and hears what it is refused.
+func (st *store) beforeConnect(_ context.Context, c *pgx.ConnConfig) error {
+	c.DialFunc = st.uplink.Load().dialer(c.DialFunc)
+	if st.pooled.Load() {
+		c.DefaultQueryExecMode = pgx.QueryExecModeExec
+	}
+	onError, prepares := c.OnPgError, preparesStatements(c)
+	c.OnPgError = func(conn *pgconn.PgConn, err *pgconn.PgError) bool {
+		switch {
+		case err.Code == "25006": // a server that takes no writes: new connections may lead to another
+			st.reset()
+		case prepares && (err.Code == "42P05" || err.Code == "26000"): // PostgreSQL has statements of other clients
+			if st.pooled.CompareAndSwap(false, true) {
+				st.log.Error("a pooler lends connections for a transaction at a time: "+
+					"add default_query_exec_mode=exec to DATABASE_URL; until the next start it is as if it were there", "err", err)
+			}
+			st.reset()
+		}
+		return onError(conn, err)
+	}
+	return nil
+}
+
+// preparesStatements tells a way to send statements that a pooler in transaction
+// mode breaks.
+func preparesStatements(c *pgx.ConnConfig) bool {
+	return c.DefaultQueryExecMode < pgx.QueryExecModeExec
+}
+
+// afterConnect bounds waiting for locks, also for what is parsed before a
+// transaction. Behind a pooler the setting would be some other client's.
+func (st *store) afterConnect(ctx context.Context, conn *pgx.Conn) error {
+	st.uplink.Load().avoided.Store(true)
+	if !preparesStatements(conn.Config()) {
+		return nil
+	}
+	_, err := conn.Exec(ctx, "set lock_timeout = '"+lockTimeout+"'")
+	return err
+}
