@@ -372,7 +372,7 @@ func TestBoundsIllnessLogged(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer st.pool.Close()
-		defer st.beats.Close()
+		defer st.pulses.Close()
 		var out bytes.Buffer
 		log := slog.New(slog.NewTextHandler(&out, nil))
 		h := newHub(config{batchInterval: time.Second}, newBudget(1), newMetrics())

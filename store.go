@@ -29,9 +29,10 @@ const schemaLock = 0x5e55104e
 const (
 	queryTimeout = 15 * time.Second // of a question
 	beatTimeout  = 5 * time.Second
-	deadAfter    = time.Minute // a server that has not said for so long that it is there
-	deleteStep   = 50          // sessions that are looked up at once to be deleted
-	maxActive    = 10_000      // sessions in one list
+	writeTimeout = 3 * time.Second // of a beat's row
+	deadAfter    = time.Minute     // a server that has not said for so long that it is there
+	deleteStep   = 50              // sessions that are looked up at once to be deleted
+	maxActive    = 10_000          // sessions in one list
 	maxClockSkew = time.Hour
 
 	cleanupTimeout = 10 * time.Minute
@@ -46,7 +47,7 @@ var (
 // store speaks SQL. Its methods are safe for concurrent use.
 type store struct {
 	pool   *pgxpool.Pool
-	beats  *pgxpool.Pool // of one connection: a beat waits for nobody else's statement
+	pulses *pgxpool.Pool // of one connection: a pulse waits for nobody else's statement
 	log    *slog.Logger
 	uplink atomic.Pointer[uplink]
 	pooled atomic.Bool // a pooler was met that needs a setting
@@ -70,9 +71,9 @@ func openStore(ctx context.Context, cfg *pgxpool.Config, log *slog.Logger) (st *
 	cfg.BeforeConnect, cfg.AfterConnect = st.beforeConnect, st.afterConnect
 	one := cfg.Copy()
 	cfg.MaxConns, one.MaxConns = cfg.MaxConns-1, 1
-	one.ShouldPing = func(context.Context, pgxpool.ShouldPingParams) bool { return false } // a beat does
+	one.ShouldPing = func(context.Context, pgxpool.ShouldPingParams) bool { return false } // a pulse does
 	if st.pool, err = pgxpool.NewWithConfig(ctx, cfg); err == nil {
-		st.beats, err = pgxpool.NewWithConfig(ctx, one)
+		st.pulses, err = pgxpool.NewWithConfig(ctx, one)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("make the pool: %w", err)
@@ -83,7 +84,7 @@ func openStore(ctx context.Context, cfg *pgxpool.Config, log *slog.Logger) (st *
 // close ends the pools. It does not wait for connections that do not answer.
 func (st *store) close() {
 	go st.pool.Close() // ends when PostgreSQL answers or pgx gives it up, half a minute at most
-	go st.beats.Close()
+	go st.pulses.Close()
 }
 
 // applySchema brings the database's tables into being, or finds them there.
@@ -447,33 +448,13 @@ func (st *store) removeOld(ctx context.Context, age time.Duration, limit int64) 
 }
 
 // beat says that this server is there, which shows that the database takes
-// writes, and ends what others have abandoned. A database that does not even
-// answer hangs, and is given up with all that waits for it: what was under way is
-// tried again, by the first host that takes writes. One that answers and does not
-// write in time may wait for a standby that was promoted: its connections stay,
-// new ones lead elsewhere if they can.
+// writes, and ends what others have abandoned. A database that does not write in
+// time may wait for a standby that was promoted: its connections stay, new ones
+// lead elsewhere if they can.
 func (st *store) beat(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, beatTimeout)
 	defer cancel()
-	c, err := st.beats.Acquire(ctx)
-	if err != nil {
-		return err
-	}
-	defer c.Release()
-	ping, cancel := context.WithTimeout(ctx, silence)
-	defer cancel()
-	if err = c.Ping(ping); ping.Err() == context.DeadlineExceeded {
-		st.log.Warn("the database does not answer: its connections are given up", "after", silence)
-		st.leaveServer(c).cut()
-	}
-	if err != nil {
-		return err
-	}
-	if err = st.sayHere(ctx, c); ctx.Err() == context.DeadlineExceeded {
-		st.log.Warn("the database does not write: new connections try another host first", "after", beatTimeout)
-		st.leaveServer(c)
-	}
-	if err != nil {
+	if err := st.sayHere(ctx); err != nil {
 		return err
 	}
 	if err := st.endAbandoned(ctx); err != nil {
@@ -482,15 +463,25 @@ func (st *store) beat(ctx context.Context) error {
 	return nil
 }
 
-func (st *store) sayHere(ctx context.Context, c *pgxpool.Conn) error {
+func (st *store) sayHere(ctx context.Context) error {
+	c, err := st.pool.Acquire(ctx)
+	if err != nil {
+		return err
+	}
+	defer c.Release()
+	write, cancel := context.WithTimeout(ctx, writeTimeout)
+	defer cancel()
 	var now time.Time
-	err := c.QueryRow(ctx, "update servers set seen_at = now() where server = $1 returning clock_timestamp()", st.server).Scan(&now)
+	err = c.QueryRow(write, "update servers set seen_at = now() where server = $1 returning clock_timestamp()", st.server).Scan(&now)
 	if errors.Is(err, pgx.ErrNoRows) {
-		c.Exec(ctx, "delete from servers where seen_at < now() - interval '1 day'") // long gone
-		err = c.QueryRow(ctx, "insert into servers (server) values ($1) returning clock_timestamp()", st.server).Scan(&now)
+		c.Exec(write, "delete from servers where seen_at < now() - interval '1 day'") // long gone
+		err = c.QueryRow(write, "insert into servers (server) values ($1) returning clock_timestamp()", st.server).Scan(&now)
 	}
 	if err == nil {
 		st.skew.Store(int64(time.Since(now)))
+	} else if write.Err() == context.DeadlineExceeded {
+		st.log.Warn("the database does not write: new connections try another host first", "after", writeTimeout)
+		st.leaveServer(c)
 	}
 	return err
 }

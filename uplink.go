@@ -67,6 +67,22 @@ func (c *upConn) Close() error {
 	return c.Conn.Close()
 }
 
+// pulse gives a database up that hangs, with all that waits for it: what was under
+// way is tried again, by the first host that takes writes.
+func (st *store) pulse(ctx context.Context) {
+	c, err := st.pulses.Acquire(ctx)
+	if err != nil {
+		return // there is nothing to give up
+	}
+	defer c.Release()
+	ctx, cancel := context.WithTimeout(ctx, silence)
+	defer cancel()
+	if c.Ping(ctx); ctx.Err() == context.DeadlineExceeded {
+		st.log.Warn("the database does not answer: its connections are given up", "after", silence)
+		st.leaveServer(c).cut()
+	}
+}
+
 // leaveServer makes new connections pass by the server that one leads to.
 func (st *store) leaveServer(c *pgxpool.Conn) (old *uplink) {
 	old = st.uplink.Swap(newUplink(c.Conn().PgConn().Conn().RemoteAddr().String()))
@@ -77,7 +93,7 @@ func (st *store) leaveServer(c *pgxpool.Conn) (old *uplink) {
 // reset has connections made anew, those in use when they are given back.
 func (st *store) reset() {
 	st.pool.Reset()
-	st.beats.Reset()
+	st.pulses.Reset()
 }
 
 // beforeConnect has a connection made by the uplink, and hears what it is refused.
