@@ -119,13 +119,15 @@ func TestFaultFailover(t *testing.T) {
 			p.pg.freeze(p.t)
 		}, "its connections are given up", 5 * time.Second},
 		{"the primary is killed", true, func(p *pair) { p.pg.kill(p.t, syscall.SIGKILL) }, "", 5 * time.Second},
-		{"the network to the primary is a black hole", true, func(p *pair) { p.toDB.freeze() }, "its connections are given up", 5 * time.Second},
+		{"the network to the primary is a black hole", true, func(p *pair) { p.toDB.freeze() },
+			"its connections are given up", 5 * time.Second},
 		{"the primary hangs for long before the standby is promoted", true, func(p *pair) {
 			p.t.Cleanup(func() { p.pg.thaw(p.t) })
 			p.pg.freeze(p.t)
 			p.pending(20)
 		}, "its connections are given up", 5 * time.Second},
-		{"the primary lives on without the standby", true, func(*pair) {}, "new connections try another host", 10 * time.Second},
+		{"the primary lives on without the standby", true, func(*pair) {},
+			"new connections lead to another host", 10 * time.Second},
 	} {
 		if way.full && !fullFaults {
 			continue
@@ -184,16 +186,13 @@ func TestStoreHung(t *testing.T) {
 	proxy.thaw()
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
-	waitUntil(t, "the pool has all its places", func() bool {
-		for range all {
-			c, err := st.pool.Acquire(ctx)
-			if err != nil {
-				return false // passed by once
-			}
-			defer c.Release()
+	for range all {
+		c, err := st.pool.Acquire(ctx)
+		if err != nil {
+			t.Fatal(err)
 		}
-		return true
-	})
+		defer c.Release()
+	}
 }
 
 // A database that lives is left alone, though all wait for locks and nobody can
@@ -239,7 +238,8 @@ func pgBouncer(t *testing.T, database string) (through string) {
 	host, port := cmp.Or(u.Query().Get("host"), u.Hostname()), cmp.Or(u.Query().Get("port"), u.Port(), "5432")
 	file, own := filepath.Join(t.TempDir(), "ini"), freePort(t)
 	settings := fmt.Sprintf("[databases]\n* = host=%s port=%s user=postgres\n[pgbouncer]\nlisten_addr = 127.0.0.1\n"+
-		"listen_port = %s\nunix_socket_dir =\nauth_type = any\npool_mode = transaction\ndefault_pool_size = 4\n", host, port, own)
+		"listen_port = %s\nunix_socket_dir =\nauth_type = any\npool_mode = transaction\ndefault_pool_size = 4\n",
+		host, port, own)
 	if err := os.WriteFile(file, []byte(settings), 0o644); err != nil {
 		t.Fatal(err)
 	}
@@ -391,7 +391,7 @@ func refusedByCitus(sql string, mutable *regexp.Regexp) string {
 		return "a function in CASE or COALESCE is not immutable"
 	case mutable.MatchString(find(`\breturning\b.*`)):
 		return "a function in RETURNING is not immutable"
-	case find(`^insert`) != "" && find(`^insert into \w+ \(session_id,`) == "",
+	case find(`^insert`) != "" && find(`^insert into \w+ \(session_id\b`) == "",
 		find(`^insert`) == "" && find(`\bwhere\b.*\bsession_id = \$\d`) == "":
 		return "it does not name the session"
 	}
@@ -408,8 +408,8 @@ func TestCitusRules(t *testing.T) {
 	st := newStoreTest(t)
 	mutable := mutableFunctions(st)
 	for sql, refused := range map[string]bool{
-		"insert into sessions (session_id, url) values ($1, $2) on conflict (session_id) do update set updated_at = now()": true,
-		"insert into sessions (session_id, url) values ($1, $2) on conflict (session_id) do update set url = excluded.url": false,
+		"insert into sessions (session_id) values ($1) on conflict (session_id) do update set updated_at = now()": true,
+		"insert into sessions (session_id) values ($1) on conflict (session_id) do update set url = excluded.url": false,
 		"insert into sessions (url) values ($1)":                                             true,
 		"update sessions set ended_at = case when $2 then now() end where session_id = $1":   true,
 		"update sessions set ended_at = coalesce(ended_at, now()) where session_id = $1":     true,
@@ -457,7 +457,7 @@ func keysWithoutSession(t *storeTest) (wrong []string) {
 	return wrong
 }
 
-// Every statement that the source has is sent once, and none is one that Citus
+// Every statement that the source has is sent, also as a pooler needs it, and none is one that Citus
 // refuses when the tables are distributed by session_id (doc/citus.sql). There is
 // no Citus here: these are its rules, not it.
 func TestCitusStatements(t *testing.T) {
@@ -466,15 +466,17 @@ func TestCitusStatements(t *testing.T) {
 		t.Errorf("these keys lack session_id: %q", wrong)
 	}
 	tracer := &sqlTracer{seen: map[string]bool{}}
-	cfg, _ := pgxpool.ParseConfig(st.database)
-	cfg.ConnConfig.Tracer = tracer
-	traced, err := openStore(t.Context(), cfg, slog.New(slog.DiscardHandler))
-	if err != nil {
-		t.Fatal(err)
+	for _, mode := range []pgx.QueryExecMode{pgx.QueryExecModeCacheStatement, pgx.QueryExecModeExec} {
+		cfg, _ := pgxpool.ParseConfig(st.database)
+		cfg.ConnConfig.Tracer, cfg.ConnConfig.DefaultQueryExecMode = tracer, mode
+		traced, err := openStore(t.Context(), cfg, slog.New(slog.DiscardHandler))
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(traced.close)
+		st.store, st.w.store = traced, traced
+		sendAll(st)
 	}
-	t.Cleanup(traced.close)
-	st.store, st.w.store = traced, traced
-	sendAll(st)
 	mutable := mutableFunctions(st)
 	for _, pieces := range statementsInSource(t) {
 		quoted := regexp.QuoteMeta(strings.Join(pieces, "\x00"))
@@ -529,6 +531,7 @@ func sendAll(st *storeTest) {
 	must(err)
 	_, err = st.ofUser(ctx, "u")
 	must(err)
+	must(st.remove(ctx, "paged"))
 	execSQL(st, st.database, "insert into sessions (session_id, user_id, url, metadata, is_active, updated_at, ended_at) "+
 		"values ('abandoned', '', '', '{}', true, now() - interval '1 day', null), "+
 		"('empty', '', '', '{}', false, now(), now() - interval '2 day'), ('old', '', '', '{}', false, now(), now() - interval '2 day')")
@@ -539,4 +542,27 @@ func sendAll(st *storeTest) {
 		st.Errorf("removeOld: got %d, %v, want the three that are over", n, err)
 	}
 	must(st.remove(ctx, "s"))
+}
+
+// A statement that is refused until somebody mends the database is told at once,
+// though its tracker only waits.
+func TestHealthRefusedClaim(t *testing.T) {
+	t.Parallel()
+	s := startInside(t)
+	for _, code := range []string{"0A000", "42501"} {
+		execSQL(t, s.database, `create or replace function refuse() returns trigger language plpgsql as
+			$$ begin raise exception 'refused by the test' using errcode = '`+code+`'; end $$`)
+		execSQL(t, s.database, "create trigger refuse before insert on sessions for each row execute function refuse()")
+		tr := newTracker(t, sessionName(t, 0)+code).start(s.ws("tracker"))
+		waitUntil(t, "/health tells "+code, func() bool {
+			status, body := s.get("/health")
+			return status == http.StatusServiceUnavailable && bytes.Contains(body, []byte("the database refuses a statement")) &&
+				bytes.Contains(body, []byte(code))
+		})
+		execSQL(t, s.database, "drop trigger refuse on sessions")
+		waitUntil(t, "it records", func() bool { return tr.ackedEvents() > 0 })
+		s.waitHealthy()
+		tr.stop()
+		tr.finish()
+	}
 }

@@ -480,7 +480,7 @@ func (st *store) sayHere(ctx context.Context) error {
 	if err == nil {
 		st.skew.Store(int64(time.Since(now)))
 	} else if write.Err() == context.DeadlineExceeded {
-		st.log.Warn("the database does not write: new connections try another host first", "after", writeTimeout)
+		st.log.Warn("the database does not write: new connections lead to another host if they can", "after", writeTimeout)
 		st.leaveServer(c)
 	}
 	return err

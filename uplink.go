@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"net"
+	"slices"
 	"sync/atomic"
 	"time"
 
@@ -16,33 +17,36 @@ import (
 // no lock, no disk and no standby.
 const silence = 2 * time.Second
 
-var errSilent = errors.New("it did not answer: another host is tried first")
+// avoidance is how long a server that was silent is not asked again while the URL
+// names others: each connection would wait for it first.
+const avoidance = 5 * time.Second
+
+var errSilent = errors.New("it did not answer, others are asked")
 
 // uplink is what connections are made by until their server is given up. Cutting
 // it ends them all, also what they still wait for, and the attempts to make more.
 type uplink struct {
 	open   context.Context // until the cut
 	cut    context.CancelFunc
-	silent string // address of the server that the last one was given up for
-
-	// avoided lets the next attempt pass the silent server by. One that has done so
-	// finds another, or else the attempt after it asks the silent one again.
-	avoided atomic.Bool
+	silent string       // address of the server that the last one was given up for, "" if no other is known
+	avoid  atomic.Int64 // until when, in Unix nanoseconds
 }
 
 func newUplink(silent string) *uplink {
 	u := &uplink{silent: silent}
 	u.open, u.cut = context.WithCancel(context.Background())
-	u.avoided.Store(true)
+	u.passBy()
 	return u
 }
+
+func (u *uplink) passBy() { u.avoid.Store(time.Now().Add(avoidance).UnixNano()) }
 
 // dialer makes connections that end with the uplink. pgx would otherwise wait up
 // to 15 s for a server that hangs to cancel what it was asked, and give no place
 // in the pool back before.
 func (u *uplink) dialer(dial pgconn.DialFunc) pgconn.DialFunc {
 	return func(ctx context.Context, network, address string) (net.Conn, error) {
-		if address == u.silent && u.avoided.CompareAndSwap(true, false) {
+		if address == u.silent && time.Now().UnixNano() < u.avoid.Load() {
 			return nil, errSilent
 		}
 		ctx, cancel := context.WithCancel(ctx)
@@ -85,7 +89,11 @@ func (st *store) pulse(ctx context.Context) {
 
 // leaveServer makes new connections pass by the server that one leads to.
 func (st *store) leaveServer(c *pgxpool.Conn) (old *uplink) {
-	old = st.uplink.Swap(newUplink(c.Conn().PgConn().Conn().RemoteAddr().String()))
+	silent, cfg := c.Conn().PgConn().Conn().RemoteAddr().String(), c.Conn().Config()
+	if !slices.ContainsFunc(cfg.Fallbacks, func(f *pgconn.FallbackConfig) bool { return f.Host != cfg.Host || f.Port != cfg.Port }) {
+		silent = ""
+	}
+	old = st.uplink.Swap(newUplink(silent))
 	st.reset()
 	return old
 }
@@ -128,7 +136,9 @@ func preparesStatements(c *pgx.ConnConfig) bool {
 // afterConnect bounds waiting for locks, also for what is parsed before a
 // transaction. Behind a pooler the setting would be some other client's.
 func (st *store) afterConnect(ctx context.Context, conn *pgx.Conn) error {
-	st.uplink.Load().avoided.Store(true)
+	if u := st.uplink.Load(); conn.PgConn().Conn().RemoteAddr().String() != u.silent {
+		u.passBy()
+	}
 	if !preparesStatements(conn.Config()) {
 		return nil
 	}
