@@ -85,7 +85,11 @@ func checkDatabase(ctx context.Context, cfg config, report func(what, found stri
 	defer cancel()
 	c := cfg.database.ConnConfig
 	conn, err := pgx.ConnectConfig(ctx, c)
-	report("database", fmt.Sprintf("%s at %s, port %d, as %s", c.Database, c.Host, c.Port, c.User), err)
+	at := fmt.Sprintf("%s, port %d", c.Host, c.Port)
+	if err == nil && len(c.Fallbacks) > 0 {
+		at = conn.PgConn().Conn().RemoteAddr().String() // of several hosts the one that takes writes
+	}
+	report("database", fmt.Sprintf("%s at %s, as %s", c.Database, at, c.User), err)
 	if err != nil {
 		return
 	}
