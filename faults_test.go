@@ -143,17 +143,8 @@ func linger(ctx context.Context, milliseconds int) {
 }
 
 // progress waits until every tracker has been acked something that it had not
-// sent before: with large numbers, five seconds at most.
+// sent before.
 func (l *load) progress(after string) {
-	l.t.Helper()
-	took := l.goOn(after)
-	if fullFaults && took > 5*time.Second && len(l.trackers) < 100 {
-		l.t.Errorf("%s: recording went on after %v, the limit is 5 s", after, took)
-	}
-}
-
-// goOn is progress without a limit.
-func (l *load) goOn(after string) time.Duration {
 	l.t.Helper()
 	began := time.Now()
 	goals := make([]int64, len(l.trackers))
@@ -167,7 +158,9 @@ func (l *load) goOn(after string) time.Duration {
 	}
 	took := time.Since(began)
 	l.t.Logf("%s: recording goes on after %v", after, took.Round(time.Millisecond))
-	return took
+	if fullFaults && took > 5*time.Second && len(l.trackers) < 100 {
+		l.t.Errorf("%s: recording went on after %v, the limit is 5 s", after, took)
+	}
 }
 
 // failing waits until PostgreSQL has failed the server once more.

@@ -29,10 +29,9 @@ const schemaLock = 0x5e55104e
 const (
 	queryTimeout = 15 * time.Second // of a question
 	beatTimeout  = 5 * time.Second
-	writeTimeout = 3 * time.Second // of a beat's row
-	deadAfter    = time.Minute     // a server that has not said for so long that it is there
-	deleteStep   = 50              // sessions that are looked up at once to be deleted
-	maxActive    = 10_000          // sessions in one list
+	deadAfter    = time.Minute // a server that has not said for so long that it is there
+	deleteStep   = 50          // sessions that are looked up at once to be deleted
+	maxActive    = 10_000      // sessions in one list
 	maxClockSkew = time.Hour
 
 	cleanupTimeout = 10 * time.Minute
@@ -448,42 +447,24 @@ func (st *store) removeOld(ctx context.Context, age time.Duration, limit int64) 
 }
 
 // beat says that this server is there, which shows that the database takes
-// writes, and ends what others have abandoned. A database that does not write in
-// time may wait for a standby that was promoted: its connections stay, new ones
-// lead elsewhere if they can.
+// writes, and ends what others have abandoned.
 func (st *store) beat(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, beatTimeout)
 	defer cancel()
-	if err := st.sayHere(ctx); err != nil {
-		return err
+	var now time.Time
+	err := st.pool.QueryRow(ctx, "update servers set seen_at = now() where server = $1 returning clock_timestamp()", st.server).Scan(&now)
+	if errors.Is(err, pgx.ErrNoRows) {
+		st.pool.Exec(ctx, "delete from servers where seen_at < now() - interval '1 day'") // long gone
+		err = st.pool.QueryRow(ctx, "insert into servers (server) values ($1) returning clock_timestamp()", st.server).Scan(&now)
 	}
-	if err := st.endAbandoned(ctx); err != nil {
-		st.failed(err)
-	}
-	return nil
-}
-
-func (st *store) sayHere(ctx context.Context) error {
-	c, err := st.pool.Acquire(ctx)
 	if err != nil {
 		return err
 	}
-	defer c.Release()
-	write, cancel := context.WithTimeout(ctx, writeTimeout)
-	defer cancel()
-	var now time.Time
-	err = c.QueryRow(write, "update servers set seen_at = now() where server = $1 returning clock_timestamp()", st.server).Scan(&now)
-	if errors.Is(err, pgx.ErrNoRows) {
-		c.Exec(write, "delete from servers where seen_at < now() - interval '1 day'") // long gone
-		err = c.QueryRow(write, "insert into servers (server) values ($1) returning clock_timestamp()", st.server).Scan(&now)
+	st.skew.Store(int64(time.Since(now)))
+	if err := st.endAbandoned(ctx); err != nil {
+		st.failed(err) // the database takes writes all the same
 	}
-	if err == nil {
-		st.skew.Store(int64(time.Since(now)))
-	} else if write.Err() == context.DeadlineExceeded {
-		st.log.Warn("the database does not write: new connections lead to another host if they can", "after", writeTimeout)
-		st.leaveServer(c)
-	}
-	return err
+	return nil
 }
 
 // endAbandoned ends the active sessions of servers that have not said for long

@@ -4,50 +4,42 @@ import (
 	"context"
 	"errors"
 	"net"
-	"slices"
-	"sync/atomic"
 	"time"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
-	"github.com/jackc/pgx/v5/pgxpool"
 )
 
-// silence is how long a connection may say nothing to a question that waits for
-// no lock, no disk and no standby.
-const silence = 2 * time.Second
-
-// avoidance is how long a server that was silent is not asked again while the URL
-// names others: each connection would wait for it first.
-const avoidance = 5 * time.Second
-
-var errSilent = errors.New("it did not answer, others are asked")
+const (
+	// silence is how long PostgreSQL may say nothing to a question that waits for
+	// no lock, no disk and no standby.
+	silence = 2 * time.Second
+	// avoidance is how long a server that was silent is not asked again: each new
+	// connection would wait for it before it tried the next.
+	avoidance = 3 * time.Second
+)
 
 // uplink is what connections are made by until their server is given up. Cutting
 // it ends them all, also what they still wait for, and the attempts to make more.
 type uplink struct {
 	open   context.Context // until the cut
 	cut    context.CancelFunc
-	silent string       // address of the server that the last one was given up for, "" if no other is known
-	avoid  atomic.Int64 // until when, in Unix nanoseconds
+	silent string // address of the server that the last one was given up for
+	since  time.Time
 }
 
 func newUplink(silent string) *uplink {
-	u := &uplink{silent: silent}
-	u.open, u.cut = context.WithCancel(context.Background())
-	u.passBy()
-	return u
+	open, cut := context.WithCancel(context.Background())
+	return &uplink{open, cut, silent, time.Now()}
 }
-
-func (u *uplink) passBy() { u.avoid.Store(time.Now().Add(avoidance).UnixNano()) }
 
 // dialer makes connections that end with the uplink. pgx would otherwise wait up
 // to 15 s for a server that hangs to cancel what it was asked, and give no place
 // in the pool back before.
 func (u *uplink) dialer(dial pgconn.DialFunc) pgconn.DialFunc {
 	return func(ctx context.Context, network, address string) (net.Conn, error) {
-		if address == u.silent && time.Now().UnixNano() < u.avoid.Load() {
-			return nil, errSilent
+		if address == u.silent && time.Since(u.since) < avoidance {
+			return nil, errors.New("it did not answer")
 		}
 		ctx, cancel := context.WithCancel(ctx)
 		defer cancel()
@@ -63,7 +55,7 @@ func (u *uplink) dialer(dial pgconn.DialFunc) pgconn.DialFunc {
 // upConn is a connection that an uplink ends.
 type upConn struct {
 	net.Conn
-	forget func() bool
+	forget func() bool // that it is to be ended
 }
 
 func (c *upConn) Close() error {
@@ -83,19 +75,9 @@ func (st *store) pulse(ctx context.Context) {
 	defer cancel()
 	if c.Ping(ctx); ctx.Err() == context.DeadlineExceeded {
 		st.log.Warn("the database does not answer: its connections are given up", "after", silence)
-		st.leaveServer(c).cut()
+		st.uplink.Swap(newUplink(c.Conn().PgConn().Conn().RemoteAddr().String())).cut()
+		st.reset()
 	}
-}
-
-// leaveServer makes new connections pass by the server that one leads to.
-func (st *store) leaveServer(c *pgxpool.Conn) (old *uplink) {
-	silent, cfg := c.Conn().PgConn().Conn().RemoteAddr().String(), c.Conn().Config()
-	if !slices.ContainsFunc(cfg.Fallbacks, func(f *pgconn.FallbackConfig) bool { return f.Host != cfg.Host || f.Port != cfg.Port }) {
-		silent = ""
-	}
-	old = st.uplink.Swap(newUplink(silent))
-	st.reset()
-	return old
 }
 
 // reset has connections made anew, those in use when they are given back.
@@ -116,7 +98,7 @@ func (st *store) beforeConnect(_ context.Context, c *pgx.ConnConfig) error {
 		case err.Code == "25006": // a server that takes no writes: new connections may lead to another
 			st.reset()
 		case prepares && (err.Code == "42P05" || err.Code == "26000"): // PostgreSQL has statements of other clients
-			if st.pooled.CompareAndSwap(false, true) {
+			if !st.pooled.Swap(true) {
 				st.log.Error("a pooler lends connections for a transaction at a time: "+
 					"add default_query_exec_mode=exec to DATABASE_URL; until the next start it is as if it were there", "err", err)
 			}
@@ -135,13 +117,9 @@ func preparesStatements(c *pgx.ConnConfig) bool {
 
 // afterConnect bounds waiting for locks, also for what is parsed before a
 // transaction. Behind a pooler the setting would be some other client's.
-func (st *store) afterConnect(ctx context.Context, conn *pgx.Conn) error {
-	if u := st.uplink.Load(); conn.PgConn().Conn().RemoteAddr().String() != u.silent {
-		u.passBy()
+func (st *store) afterConnect(ctx context.Context, conn *pgx.Conn) (err error) {
+	if preparesStatements(conn.Config()) {
+		_, err = conn.Exec(ctx, "set lock_timeout = '"+lockTimeout+"'")
 	}
-	if !preparesStatements(conn.Config()) {
-		return nil
-	}
-	_, err := conn.Exec(ctx, "set lock_timeout = '"+lockTimeout+"'")
 	return err
 }

@@ -22,8 +22,7 @@ import (
 
 const (
 	writers       = 3                // one compresses while others wait for their commits
-	commitTimeout = 30 * time.Second // of one transaction, at most
-	commitAtLeast = 5 * time.Second  // and a second more for each MB
+	commitTimeout = 30 * time.Second // of one transaction
 	lockTimeout   = "1s"             // in it, for a row that somebody else holds
 	chunkBytes    = 1 << 20          // JSON in a chunk, unless one event is larger
 
@@ -128,7 +127,7 @@ const (
 // twice changes nothing, be it because a commit's answer was lost, or because
 // PostgreSQL had been given up and carries out an old batch after a newer one.
 func (w *writer) commit(ctx context.Context, work []*flush) error {
-	ctx, cancel := context.WithTimeout(ctx, timeToCommit(work))
+	ctx, cancel := context.WithTimeout(ctx, commitTimeout)
 	defer cancel()
 	batch := &pgx.Batch{}
 	batch.Queue("select set_config('lock_timeout', $1, true)", lockTimeout)
@@ -142,20 +141,6 @@ func (w *writer) commit(ctx context.Context, work []*flush) error {
 	w.store.last.Store(nil)
 	w.markDeleted(ctx, work)
 	return nil
-}
-
-// timeToCommit is short where little is written: a primary whose standby was
-// promoted answers, and never commits. A slow database gets more time with each
-// attempt.
-func timeToCommit(work []*flush) time.Duration {
-	size, attempts := 0, 0
-	for _, f := range work {
-		attempts = max(attempts, f.attempts)
-		for _, c := range f.chunks {
-			size += len(c.events)
-		}
-	}
-	return min(commitTimeout, commitAtLeast<<min(attempts, 3)+time.Duration(size>>20)*time.Second)
 }
 
 func queue(batch *pgx.Batch, f *flush) {
