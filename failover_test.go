@@ -299,8 +299,8 @@ func TestFaultPooler(t *testing.T) {
 			if more == "" {
 				waitUntil(t, "the log names the setting", func() bool { return strings.Contains(l.server.output.String(), named) })
 			}
-			if failed := l.reads(scale(5, 100)); failed > 0 {
-				t.Errorf("%d of %d reads failed", failed, 8*4*scale(5, 100))
+			if failed := l.reads(scale(5, 20)); failed > 0 {
+				t.Errorf("%d of %d reads failed", failed, 8*4*scale(5, 20))
 			}
 			l.finish()
 			if n := strings.Count(l.server.output.String(), named); n != lines {
