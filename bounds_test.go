@@ -19,7 +19,6 @@ import (
 	"testing/synctest"
 	"time"
 
-	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
@@ -335,14 +334,15 @@ func TestBoundsIllness(t *testing.T) {
 // The log says it once a minute, however often it is found.
 func TestBoundsIllnessLogged(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		cfg, _ := pgxpool.ParseConfig("postgres://127.0.0.1/none")
+		cfg, _ := pgxpool.ParseConfig("postgres:///none?host=/nowhere")
 		away := errors.New("away")
-		cfg.BeforeConnect = func(context.Context, *pgx.ConnConfig) error { return away }
-		st, err := openStore(t.Context(), cfg)
+		cfg.ConnConfig.DialFunc = func(context.Context, string, string) (net.Conn, error) { return nil, away }
+		st, err := openStore(t.Context(), cfg, slog.New(slog.DiscardHandler))
 		if err != nil {
 			t.Fatal(err)
 		}
 		defer st.pool.Close()
+		defer st.pulses.Close()
 		var out bytes.Buffer
 		log := slog.New(slog.NewTextHandler(&out, nil))
 		h := newHub(config{batchInterval: time.Second}, newBudget(1), newMetrics())

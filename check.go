@@ -85,7 +85,11 @@ func checkDatabase(ctx context.Context, cfg config, report func(what, found stri
 	defer cancel()
 	c := cfg.database.ConnConfig
 	conn, err := pgx.ConnectConfig(ctx, c)
-	report("database", fmt.Sprintf("%s at %s, port %d, as %s", c.Database, c.Host, c.Port, c.User), err)
+	at := fmt.Sprintf("%s, port %d", c.Host, c.Port)
+	if err == nil && len(c.Fallbacks) > 0 {
+		at = conn.PgConn().Conn().RemoteAddr().String() // of several hosts the one that takes writes
+	}
+	report("database", fmt.Sprintf("%s at %s, as %s", c.Database, at, c.User), err)
 	if err != nil {
 		return
 	}
@@ -106,7 +110,7 @@ func checkDatabase(ctx context.Context, cfg config, report func(what, found stri
 		defer second.Close(ctx)
 		err = second.QueryRow(ctx, "select pg_backend_pid()", pgx.QueryExecModeExec).Scan(&other)
 	}
-	if prepares := c.DefaultQueryExecMode < pgx.QueryExecModeExec; err == nil && other == process && prepares {
+	if err == nil && other == process && preparesStatements(c) {
 		err = errors.New("in transaction mode: add default_query_exec_mode=exec to DATABASE_URL")
 	}
 	report("pooler", "none that needs a setting", err)

@@ -204,9 +204,10 @@ type testPostgres struct {
 	guard    *exec.Cmd
 }
 
-// launchPostgres starts a cluster, and a guard that stops and removes it when
-// its standard input ends: at end(), or when this process dies, however it dies.
-func launchPostgres() (*testPostgres, error) {
+// launchPostgres starts a cluster, in a directory that prepare may fill, and a
+// guard that stops and removes it when its standard input ends: at end(), or when
+// this process dies, however it dies.
+func launchPostgres(prepare ...func(dir string) error) (*testPostgres, error) {
 	dir, err := os.MkdirTemp("", "session-replay-pg-")
 	if err != nil {
 		return nil, err
@@ -220,17 +221,19 @@ func launchPostgres() (*testPostgres, error) {
 	if err := p.guard.Start(); err != nil {
 		return nil, err
 	}
-	if err := p.start(); err != nil {
-		p.end()
-		return nil, err
+	for _, do := range append(prepare, func(string) error { return p.start() }) {
+		if err := do(dir); err != nil {
+			p.end()
+			return nil, err
+		}
 	}
 	return p, nil
 }
 
 // ownPostgres is a cluster for this test alone, which may break it.
-func ownPostgres(t testing.TB) *testPostgres {
+func ownPostgres(t testing.TB, prepare ...func(dir string) error) *testPostgres {
 	t.Helper()
-	p, err := launchPostgres()
+	p, err := launchPostgres(prepare...)
 	if err != nil {
 		t.Fatalf("the tests need PostgreSQL: %v", err)
 	}

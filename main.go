@@ -35,6 +35,7 @@ import (
 
 const (
 	beatEvery    = 2 * time.Second  // that this server is there
+	pulseEvery   = time.Second      // whether the database is
 	maxWaiting   = time.Minute      // of an event for its commit, in health
 	shutdownTime = 18 * time.Second // for everything; systemd and others wait about 20
 )
@@ -96,7 +97,7 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 }
 
 func assemble(cfg config, logs *logs) (*server, error) {
-	st, err := openStore(context.Background(), cfg.database)
+	st, err := openStore(context.Background(), cfg.database, logs.rejected)
 	if err != nil {
 		return nil, err
 	}
@@ -281,7 +282,8 @@ func (s *server) housekeep(ctx context.Context) {
 		}
 	}
 	s.log.Info("database ready")
-	go s.every(ctx, beatEvery, s.beat) // ends with ctx; a long cleanup does not keep it waiting
+	go s.every(ctx, beatEvery, s.beat) // both end with ctx; a long cleanup does not keep them waiting
+	go s.every(ctx, pulseEvery, s.store.pulse)
 	s.every(ctx, s.cfg.cleanupInterval, s.cleanUp)
 }
 

@@ -8,6 +8,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"log/slog"
 	"math/rand/v2"
 	"slices"
 	"sync/atomic"
@@ -45,7 +46,11 @@ var (
 // store speaks SQL. Its methods are safe for concurrent use.
 type store struct {
 	pool   *pgxpool.Pool
-	server string // this process among those that share the database
+	pulses *pgxpool.Pool // of one connection: a pulse waits for nobody else's statement
+	log    *slog.Logger
+	uplink atomic.Pointer[uplink]
+	pooled atomic.Bool // a pooler was met that needs a setting
+	server string      // this process among those that share the database
 	last   atomic.Pointer[failure]
 	skew   atomic.Int64 // how far this machine's clock is ahead of the database's, in nanoseconds
 }
@@ -56,23 +61,29 @@ type failure struct {
 	at  time.Time
 }
 
-// openStore makes the pool; it connects when it is first used.
-func openStore(ctx context.Context, cfg *pgxpool.Config) (*store, error) {
+// openStore makes the pools, of cfg.MaxConns connections together; they connect
+// when they are first used.
+func openStore(ctx context.Context, cfg *pgxpool.Config, log *slog.Logger) (st *store, err error) {
+	st = &store{server: crand.Text(), log: log}
+	st.uplink.Store(newUplink(""))
 	cfg = cfg.Copy()
-	cfg.AfterConnect = func(ctx context.Context, conn *pgx.Conn) error {
-		_, err := conn.Exec(ctx, "set lock_timeout = '"+lockTimeout+"'") // also for what is parsed before a transaction
-		return err
+	cfg.BeforeConnect, cfg.AfterConnect = st.beforeConnect, st.afterConnect
+	one := cfg.Copy()
+	cfg.MaxConns, one.MaxConns = cfg.MaxConns-1, 1
+	one.ShouldPing = func(context.Context, pgxpool.ShouldPingParams) bool { return false } // a pulse does
+	if st.pool, err = pgxpool.NewWithConfig(ctx, cfg); err == nil {
+		st.pulses, err = pgxpool.NewWithConfig(ctx, one)
 	}
-	pool, err := pgxpool.NewWithConfig(ctx, cfg)
 	if err != nil {
 		return nil, fmt.Errorf("make the pool: %w", err)
 	}
-	return &store{pool: pool, server: crand.Text()}, nil
+	return st, nil
 }
 
-// close ends the pool. It does not wait for connections that do not answer.
+// close ends the pools. It does not wait for connections that do not answer.
 func (st *store) close() {
 	go st.pool.Close() // ends when PostgreSQL answers or pgx gives it up, half a minute at most
+	go st.pulses.Close()
 }
 
 // applySchema brings the database's tables into being, or finds them there.
@@ -159,18 +170,7 @@ func hashToken(token string) []byte {
 }
 
 // failed takes notice of an error.
-func (st *store) failed(err error) {
-	st.last.Store(&failure{err, time.Now()})
-	st.leaveReadOnly(err)
-}
-
-// leaveReadOnly gives the connections up when an error says that they lead to a
-// server which does not take writes: new ones may lead to another.
-func (st *store) leaveReadOnly(err error) {
-	if sqlState(err) == "25006" {
-		st.pool.Reset()
-	}
-}
+func (st *store) failed(err error) { st.last.Store(&failure{err, time.Now()}) }
 
 // sqlState gives the code of an error that PostgreSQL has answered with, "" for
 // any other error.
@@ -391,23 +391,20 @@ func (st *store) remove(ctx context.Context, id string) error {
 // that ended longer ago than age by the database's clock, or a day ago without an
 // event, and, with a limit, as many more as it takes for limit bytes. While this
 // machine's clock and the database's differ, one of them is wrong, and nothing is
-// deleted for its age: errClocks. Each but those without events has a transaction
-// of its own, so that servers which clean up at the same time do not wait for each
-// other.
+// deleted for its age: errClocks.
 func (st *store) removeOld(ctx context.Context, age time.Duration, limit int64) (deleted int64, err error) {
 	ctx, cancel := context.WithTimeout(ctx, cleanupTimeout)
 	defer cancel()
-	tag, err := st.pool.Exec(ctx, `delete from sessions
-		where not is_active and event_count = 0 and ended_at < now() - interval '1 day'`)
+	deleted, err = st.each(ctx, "delete from sessions",
+		"not is_active and event_count = 0 and ended_at < now() - interval '1 day'")
 	if err != nil {
-		return 0, err
+		return deleted, err
 	}
-	deleted = tag.RowsAffected()
 	excess := int64(0)
 	if limit > 0 {
 		t, err := st.totals(ctx)
 		if err != nil {
-			return 0, err
+			return deleted, err
 		}
 		excess = t.bytes - limit
 	}
@@ -450,9 +447,7 @@ func (st *store) removeOld(ctx context.Context, age time.Duration, limit int64) 
 }
 
 // beat says that this server is there, which shows that the database takes
-// writes, and ends the active sessions of servers that have not said so for long:
-// they were killed, or cannot reach the database. What they store later makes
-// their sessions active again.
+// writes, and ends what others have abandoned.
 func (st *store) beat(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, beatTimeout)
 	defer cancel()
@@ -463,21 +458,50 @@ func (st *store) beat(ctx context.Context) error {
 		err = st.pool.QueryRow(ctx, "insert into servers (server) values ($1) returning clock_timestamp()", st.server).Scan(&now)
 	}
 	if err != nil {
-		st.leaveReadOnly(err)
 		return err
 	}
 	st.skew.Store(int64(time.Since(now)))
+	if err := st.endAbandoned(ctx); err != nil {
+		st.failed(err) // the database takes writes all the same
+	}
+	return nil
+}
+
+// endAbandoned ends the active sessions of servers that have not said for long
+// that they are there: they were killed, or cannot reach the database. What they
+// store later makes their sessions active again.
+func (st *store) endAbandoned(ctx context.Context) error {
 	rows, err := st.pool.Query(ctx, "select server from servers where seen_at > now() - $1::interval", deadAfter)
 	if err != nil {
 		return err
 	}
 	alive, err := pgx.CollectRows(rows, pgx.RowTo[string])
-	if err != nil {
-		return err
+	if err == nil {
+		_, err = st.each(ctx, "update sessions set is_active = false, ended_at = updated_at",
+			"is_active and server <> all($1) and updated_at < now() - $2::interval", alive, deadAfter)
 	}
-	_, err = st.pool.Exec(ctx, `update sessions set is_active = false, ended_at = updated_at
-		where is_active and server <> all($1) and updated_at < now() - $2::interval`, alive, deadAfter)
 	return err
+}
+
+// each changes the sessions that a condition holds for, and says how many. Each
+// has a transaction of its own and is named in it: servers that do the same at
+// the same time do not wait for each other, and where the database is distributed
+// no session depends on where another is.
+func (st *store) each(ctx context.Context, change, condition string, args ...any) (changed int64, err error) {
+	rows, err := st.pool.Query(ctx, "select session_id from sessions where "+condition, args...)
+	if err != nil {
+		return 0, err
+	}
+	ids, err := pgx.CollectRows(rows, pgx.RowTo[string])
+	change = fmt.Sprintf("%s where %s and session_id = $%d", change, condition, len(args)+1)
+	for _, id := range ids {
+		tag, err := st.pool.Exec(ctx, change, append(slices.Clip(args), id)...)
+		if err != nil {
+			return changed, err
+		}
+		changed += tag.RowsAffected()
+	}
+	return changed, err
 }
 
 // pause waits before something is tried again, longer with each attempt up to

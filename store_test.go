@@ -47,7 +47,7 @@ func openTestStore(t testing.TB, database string) *store {
 		t.Fatal(err)
 	}
 	cfg.MaxConns = 4
-	st, err := openStore(t.Context(), cfg)
+	st, err := openStore(t.Context(), cfg, slog.New(slog.DiscardHandler))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -443,7 +443,8 @@ func TestStoreRemoveToFit(t *testing.T) {
 func TestStoreBeat(t *testing.T) {
 	st := newStoreTest(t)
 	st.begin("here")
-	other := &store{pool: st.pool, server: "other"}
+	other := openTestStore(t, st.database)
+	other.server = "other"
 	c, err := other.claim(t.Context(), "there", aboutNobody, false, "", false, 0)
 	if err != nil {
 		t.Fatal(err)

@@ -111,7 +111,7 @@ func (w *writer) keep(work []*flush, err error) {
 const (
 	updateRow = `update sessions set event_count = $3, error_count = $4, raw_bytes = $5, stored_bytes = $6,
 		first_event_time = nullif($7::bigint, 0), last_event_time = nullif($8::bigint, 0), snapshot_index = nullif($9::bigint, -1),
-		last_seq = $10, is_active = $11, ended_at = case when not $11 then now() end, updated_at = now()
+		last_seq = $10, is_active = $11, ended_at = now() + case when $11 then null else interval '0' end, updated_at = now()
 		where session_id = $1 and epoch = $2 and event_count <= $3 and error_count <= $4 and last_seq <= $10`
 	insertChunk = `insert into session_events (session_id, first_index, event_count, start_time, end_time, snapshot_index, raw_bytes, events)
 		select session_id, $3::bigint, $4::integer, nullif($5::bigint, 0), nullif($6::bigint, 0), nullif($7::bigint, -1), $8::integer, $9::bytea
