@@ -525,7 +525,7 @@ func sendAll(st *storeTest) {
 	_, _, err = st.find(ctx, filter{active: &yes, errors: true, userID: "u", url: "x", from: time.Now(), to: time.Now(),
 		minDuration: 1}, 1, 1)
 	must(err)
-	_, err = st.ofUser(ctx, "u")
+	_, err = st.ofUser(ctx, "u", 1)
 	must(err)
 	must(st.remove(ctx, "paged"))
 	execSQL(st, st.database, "insert into sessions (session_id, user_id, url, metadata, is_active, updated_at, ended_at) "+

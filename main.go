@@ -283,7 +283,9 @@ func (s *server) housekeep(ctx context.Context) {
 	}
 	s.log.Info("database ready")
 	go s.every(ctx, beatEvery, s.beat) // both end with ctx; a long cleanup does not keep them waiting
-	go s.every(ctx, pulseEvery, s.store.pulse)
+	if otherHosts(s.cfg.database.ConnConfig) {
+		go s.every(ctx, pulseEvery, s.store.pulse)
+	}
 	s.every(ctx, s.cfg.cleanupInterval, s.cleanUp)
 }
 

@@ -69,7 +69,9 @@ func openStore(ctx context.Context, cfg *pgxpool.Config, log *slog.Logger) (st *
 	cfg = cfg.Copy()
 	cfg.BeforeConnect, cfg.AfterConnect = st.beforeConnect, st.afterConnect
 	one := cfg.Copy()
-	cfg.MaxConns, one.MaxConns = cfg.MaxConns-1, 1
+	if one.MaxConns = 1; otherHosts(cfg.ConnConfig) {
+		cfg.MaxConns--
+	}
 	one.ShouldPing = func(context.Context, pgxpool.ShouldPingParams) bool { return false } // a pulse does
 	if st.pool, err = pgxpool.NewWithConfig(ctx, cfg); err == nil {
 		st.pulses, err = pgxpool.NewWithConfig(ctx, one)

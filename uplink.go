@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"net"
+	"slices"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -61,6 +62,11 @@ type upConn struct {
 func (c *upConn) Close() error {
 	c.forget()
 	return c.Conn.Close()
+}
+
+// otherHosts reports whether a URL names more than one.
+func otherHosts(c *pgx.ConnConfig) bool {
+	return slices.ContainsFunc(c.Fallbacks, func(f *pgconn.FallbackConfig) bool { return f.Host != c.Host || f.Port != c.Port })
 }
 
 // pulse gives a database up that hangs, with all that waits for it: what was under
