@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"crypto/hmac"
 	"crypto/rand"
 	"crypto/sha256"
@@ -24,7 +25,7 @@ const (
 	viewers  audience = iota // may list, watch, read and delete recordings
 	browsers                 // viewers, also by a link that has the token
 	scrapers                 // viewers, or anyone with METRICS_OPEN
-	sockets                  // trackers or viewers, as their type parameter says
+	sockets                  // trackers or viewers: see isTracker
 	visitors                 // pages of this server before the sign-in
 	anyone                   // there is nothing here to protect
 )
@@ -90,8 +91,8 @@ func (a *access) admit(who audience, r *http.Request) *denial {
 	switch {
 	case who == anyone, who == scrapers && a.metricsOpen:
 		return nil
-	case who == sockets && r.URL.Query().Get("type") != "viewer":
-		return a.admitTracker(r, r.URL.Query().Get("key"))
+	case who == sockets && isTracker(r):
+		return a.admitTracker(r)
 	case a.open && !a.isKnownHost(strings.ToLower(r.Host)):
 		return &denial{http.StatusMisdirectedRequest, "host",
 			"unknown host: name it in PUBLIC_HOSTS or set ACCESS_TOKEN", 0}
@@ -103,17 +104,31 @@ func (a *access) admit(who audience, r *http.Request) *denial {
 	return a.checkToken(r, who == browsers || who == sockets)
 }
 
+// isTracker says whether a request is of a page that records.
+func isTracker(r *http.Request) bool {
+	return r.URL.Path == "/ws" && r.URL.Query().Get("type") != "viewer" || isRecording(r)
+}
+
+// isRecording says whether a request is of rrweb's own client.
+func isRecording(r *http.Request) bool { return strings.HasPrefix(r.URL.Path, "/recordings/") }
+
 // admitTracker asks for the key, and for an origin that may record. The token
 // does not stand for the key.
-func (a *access) admitTracker(r *http.Request, key string) *denial {
+func (a *access) admitTracker(r *http.Request) *denial {
+	key := r.URL.Query().Get("key")
+	if isRecording(r) {
+		key = cmp.Or(r.URL.Query().Get("token"), strings.TrimPrefix(r.Header.Get("Authorization"), "Bearer "))
+	}
 	switch {
 	case a.key != "" && !equalSecret(key, a.key):
 		return &denial{http.StatusUnauthorized, "ingest_key", "this needs the ingest key", 0}
 	case !a.mayRecord(r):
-		return &denial{http.StatusForbidden, "origin", "pages of this origin may not record: see TRACKER_ORIGINS", 0}
+		return deniedOrigin
 	}
 	return nil
 }
+
+var deniedOrigin = &denial{http.StatusForbidden, "origin", "pages of this origin may not record: see TRACKER_ORIGINS", 0}
 
 // mayRecord says whether a request comes from a page of TRACKER_ORIGINS or of this
 // server, or from a program, which has no origin.

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"math"
 	"net"
 	"net/http"
@@ -52,11 +53,9 @@ func (s *server) table() []route {
 	return []route{
 		{"GET /{$}", browsers, s.handleRoot},
 		{"GET /ws", sockets, s.handleWebSocket},
-		{"POST /ws", anyone, s.handlePost}, // trackers', as the next four are: they look at the key themselves
-		{"OPTIONS /ws", anyone, s.handlePreflight},
-		{"GET /recordings/{id}/events/ws", anyone, s.handleRecordingSocket},
-		{"POST /recordings/{id}/events", anyone, s.handleRecordingPost},
-		{"OPTIONS /recordings/{id}/events", anyone, s.handlePreflight},
+		{"POST /ws", sockets, s.handlePost},
+		{"GET /recordings/{id}/events/ws", sockets, s.handleWebSocket}, // of rrweb's own client, as the next
+		{"POST /recordings/{id}/events", sockets, s.handlePost},
 		{"GET /health", anyone, s.query(s.handleHealth)},
 		{"GET /stats", viewers, s.query(s.handleStats)},
 		{"GET /metrics", scrapers, s.query(s.handleMetrics)},
@@ -90,8 +89,7 @@ func (s *server) routes() http.Handler {
 	}
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		defer s.recoverHandler(w, r)
-		if s.allowOrigin(w.Header(), r) {
-			w.WriteHeader(http.StatusNoContent)
+		if s.allowOrigin(w, r) {
 			return
 		}
 		if builtIn, pattern := mux.Handler(r); pattern == "" {
@@ -125,23 +123,33 @@ func (s *server) recoverHandler(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// allowOrigin lets the pages of VIEWER_ORIGINS read the answer. With preflight the
-// request asks for no more than that.
-func (s *server) allowOrigin(h http.Header, r *http.Request) (preflight bool) {
+// allowOrigin lets pages of other sites read the answer: pages that may record,
+// what a tracker is told, and those of VIEWER_ORIGINS the rest. It answers a
+// browser that asks beforehand, and says so.
+func (s *server) allowOrigin(w http.ResponseWriter, r *http.Request) (answered bool) {
+	h, origin, asks := w.Header(), r.Header.Get("Origin"), r.Method == http.MethodOptions
 	h.Set("X-Content-Type-Options", "nosniff")
 	h.Set("Vary", "Origin")
-	origin := r.Header.Get("Origin")
-	if !slices.Contains(s.access.viewerOrigins, origin) {
+	methods, headers, allowed := "GET, DELETE", "Authorization", slices.Contains(s.access.viewerOrigins, origin)
+	if isTracker(r) {
+		methods, headers = "POST", "Authorization, Content-Encoding, Content-Type"
+		allowed = s.access.mayRecord(r)
+		if asks && !allowed {
+			s.deny(w, r, false, deniedOrigin)
+			return true
+		}
+	}
+	if !allowed || origin == "" {
 		return false
 	}
 	h.Set("Access-Control-Allow-Origin", origin)
-	if r.Method != http.MethodOptions || isTracker(r) {
-		return false
+	if asks {
+		h.Set("Access-Control-Allow-Methods", methods)
+		h.Set("Access-Control-Allow-Headers", headers)
+		h.Set("Access-Control-Max-Age", "600")
+		w.WriteHeader(http.StatusNoContent)
 	}
-	h.Set("Access-Control-Allow-Methods", "GET, DELETE")
-	h.Set("Access-Control-Allow-Headers", "Authorization")
-	h.Set("Access-Control-Max-Age", "600")
-	return true
+	return asks
 }
 
 // guard lets in whom the route is for. A browser that comes to a page by a link
@@ -307,27 +315,14 @@ func queryNumber(r *http.Request, name string, preset, least, most int64) (int64
 // it lasts; smaller ones serve a tracker, which is sent little, as well.
 type hijacker struct {
 	http.ResponseWriter
-	tracker bool
-	wire    *atomic.Int64 // counts what a tracker sends
-	conn    net.Conn
-}
-
-// countedConn counts the bytes that are read from it.
-type countedConn struct {
-	net.Conn
-	wire *atomic.Int64
-}
-
-func (c countedConn) Read(p []byte) (int, error) {
-	n, err := c.Conn.Read(p)
-	c.wire.Add(int64(n))
-	return n, err
+	wire *atomic.Int64 // counts what a tracker sends; nil for a viewer
+	conn net.Conn
 }
 
 func (h *hijacker) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 	conn, rw, err := http.NewResponseController(h.ResponseWriter).Hijack()
-	if err == nil && h.tracker {
-		conn = countedConn{conn, h.wire}
+	if err == nil && h.wire != nil {
+		conn = counted{conn, conn, h.wire}
 		if rw.Reader.Buffered() == 0 {
 			rw = bufio.NewReadWriter(bufio.NewReaderSize(conn, 1<<10), bufio.NewWriterSize(conn, 512))
 		}
@@ -336,60 +331,83 @@ func (h *hijacker) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 	return conn, rw, err
 }
 
+// counted counts the bytes that are read from a connection, or from a body.
+type counted struct {
+	net.Conn
+	from io.Reader
+	wire *atomic.Int64
+}
+
+func (c counted) Read(p []byte) (int, error) {
+	n, err := c.from.Read(p)
+	c.wire.Add(int64(n))
+	return n, err
+}
+
+// enter counts a tracker's or a viewer's request, which then leaves; otherwise it
+// answers why not. A path with an id is that of rrweb's own client.
+func (s *server) enter(w http.ResponseWriter, r *http.Request) (addr netip.Addr, ok bool) {
+	if strings.Contains(r.Pattern, "{id}") && !validID(r.PathValue("id")) {
+		s.fail(w, r, http.StatusBadRequest, "this is no id of a recording", nil)
+		return addr, false
+	}
+	addr = s.access.address(r)
+	d := s.access.enter(addr)
+	if d != nil {
+		s.deny(w, r, false, d)
+	}
+	return addr, d == nil
+}
+
+// handleWebSocket makes a WebSocket of a request. Browsers compress what a tracker
+// sends; the server compresses nothing, which would take 1.2 MB for each that it
+// writes to.
 func (s *server) handleWebSocket(w http.ResponseWriter, r *http.Request) {
 	kind := r.URL.Query().Get("type")
 	if kind != "" && kind != "tracker" && kind != "viewer" {
 		s.fail(w, r, http.StatusBadRequest, `type must be "tracker" or "viewer"`, nil)
 		return
 	}
-	s.upgrade(w, r, kind == "viewer")
-}
-
-// upgrade makes a WebSocket of a request. Browsers compress what a tracker sends;
-// the server compresses nothing, which would take 1.2 MB for each that it writes to.
-func (s *server) upgrade(w http.ResponseWriter, r *http.Request, isViewer bool) {
-	addr := s.access.address(r)
-	if d := s.access.enter(addr); d != nil {
-		s.deny(w, r, false, d)
+	addr, ok := s.enter(w, r)
+	if !ok {
 		return
 	}
+	isViewer := !isTracker(r)
+	h := &hijacker{ResponseWriter: w}
 	options := websocket.AcceptOptions{InsecureSkipVerify: true}
 	if !isViewer {
+		h.wire = &s.metrics.wireBytes
 		options.CompressionMode, options.CompressionThreshold = websocket.CompressionNoContextTakeover, math.MaxInt
 	}
-	h := &hijacker{ResponseWriter: w, tracker: !isViewer, wire: &s.metrics.wireBytes}
 	ws, err := websocket.Accept(h, r, &options)
 	if err != nil {
 		s.access.leave(addr) // Accept has answered
 		return
 	}
 	ws.SetReadLimit(-1) // conn.read has its own
-	c := &conn{core: &s.core, ws: ws, net: h.conn, urgent: isViewer}
+	c := &conn{core: &s.core, ws: ws, net: h.conn, out: newOutbox(), urgent: isViewer}
 	if w.Header().Get("Sec-WebSocket-Extensions") != "" {
 		c.inflater = inflater
 	}
 	c.ctx, c.cancel = context.WithCancel(s.ctx)
 	if isViewer {
-		c.maxMessage, c.out = maxViewerMessage, newOutbox()
+		c.maxMessage = maxViewerMessage
 		c.handle = (&viewer{&s.core, c.ctx, c.out, func(id string) { s.audit.open(addr, id) }}).handle
 	} else {
-		c.maxMessage, c.out = s.cfg.maxMessageBytes, newOutbox()
 		s.newTracker(c, r, addr)
 	}
 	go s.serveWebSocket(c, addr, isViewer) // ends with the connection
 }
 
-// newTracker makes a page the one that a connection hears. A path with an id is
-// that of rrweb's own client.
+// newTracker makes a page the one that a connection hears.
 func (s *server) newTracker(c *conn, r *http.Request, addr netip.Addr) *tracker {
-	origin := originOf(r)
-	t := &tracker{core: &s.core, ctx: c.ctx, out: c.out}
+	origin, recording := originOf(r), r.PathValue("id")
+	t := &tracker{core: &s.core, ctx: c.ctx, out: c.out, share: recording != ""}
 	t.mayStart = func() bool { return s.access.mayStart(addr, s.cfg.maxSessionsPerMinute) }
 	t.started = func() { s.origins.started(origin) }
-	c.handle = t.handle
-	if id := r.PathValue("id"); id != "" {
-		t.share = true
-		c.handle = (&rrwebClient{tracker: t, recording: id}).handle
+	c.maxMessage, c.handle = s.cfg.maxMessageBytes, t.handle
+	if recording != "" {
+		c.handle = (&rrwebClient{tracker: t, recording: recording}).handle
 	}
 	return t
 }

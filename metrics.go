@@ -168,8 +168,3 @@ func originOf(r *http.Request) string {
 	}
 	return u.Scheme + "://" + u.Host
 }
-
-// isTracker says whether a request is of a page that records.
-func isTracker(r *http.Request) bool {
-	return r.URL.Path == "/ws" && r.URL.Query().Get("type") != "viewer" || strings.HasPrefix(r.URL.Path, "/recordings/")
-}
