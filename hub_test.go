@@ -35,7 +35,7 @@ func inHub(t *testing.T, change func(*config), test func(*hubTest)) {
 			change(&cfg)
 		}
 		ctx, stop := context.WithCancel(context.Background())
-		ht := &hubTest{T: t, hub: newHub(cfg, newBudget(testBudget), newMetrics()), stop: stop}
+		ht := &hubTest{T: t, hub: newHub(cfg, newBudget(testBudget), &metrics{}), stop: stop}
 		go ht.run(ctx) // ends with ctx, or when it is drained
 		defer func() {
 			stop()
@@ -336,8 +336,8 @@ func TestHubSequence(t *testing.T) {
 		t.heard(c, "ack s 2")
 		t.publish(c, "s", 2, 2)
 		t.heard(c, "ack s 2")
-		if now := t.find("s", 0, 0).session.now; now.events != 4 || t.metrics.refusals["sequence_gap"] != 2 {
-			t.Errorf("got %d events, refusals %v, want 4 and 2 gaps", now.events, t.metrics.refusals)
+		if now := t.find("s", 0, 0).session.now; now.events != 4 || t.metrics.refusals.String() != `{"sequence_gap": 2}` {
+			t.Errorf("got %d events, refusals %v, want 4 and 2 gaps", now.events, &t.metrics.refusals)
 		}
 	})
 }

@@ -636,7 +636,7 @@ func TestWatchdog(t *testing.T) {
 	socket, told := systemd(t)
 	logs := openLogs(logConfig{dir: t.TempDir()}, io.Discard, io.Discard, false)
 	defer logs.Close()
-	s := &server{core: core{logs: logs, hub: newHub(config{batchInterval: time.Second}, newBudget(1<<20), newMetrics())}}
+	s := &server{core: core{logs: logs, hub: newHub(config{batchInterval: time.Second}, newBudget(1<<20), &metrics{})}}
 	s.cfg.notifySocket, s.cfg.watchdog = socket, 2*time.Millisecond
 	ctx, stop := context.WithCancel(t.Context())
 	defer stop()
