@@ -86,6 +86,12 @@ type denial struct {
 	retryAfter      int    // seconds before another attempt can succeed; 0: none will
 }
 
+var (
+	deniedToken  = &denial{http.StatusUnauthorized, "wrong_token", "this is not the access token", 0}
+	deniedOrigin = &denial{http.StatusForbidden, "origin",
+		"pages of this origin may not record: see TRACKER_ORIGINS", 0}
+)
+
 // admit decides about a request; nil lets it in.
 func (a *access) admit(who audience, r *http.Request) *denial {
 	switch {
@@ -128,8 +134,6 @@ func (a *access) admitTracker(r *http.Request) *denial {
 	return nil
 }
 
-var deniedOrigin = &denial{http.StatusForbidden, "origin", "pages of this origin may not record: see TRACKER_ORIGINS", 0}
-
 // mayRecord says whether a request comes from a page of TRACKER_ORIGINS or of this
 // server, or from a program, which has no origin.
 func (a *access) mayRecord(r *http.Request) bool {
@@ -153,12 +157,8 @@ func (a *access) checkToken(r *http.Request, byLink bool) *denial {
 	if _, err := r.Cookie(a.cookieName); token == "" && err != nil {
 		return &denial{http.StatusUnauthorized, "no_token", "this needs the access token", 0}
 	}
-	return a.compareToken(token)
-}
-
-func (a *access) compareToken(token string) *denial {
 	if !equalSecret(token, a.token) {
-		return &denial{http.StatusUnauthorized, "wrong_token", "this is not the access token", 0}
+		return deniedToken
 	}
 	return nil
 }

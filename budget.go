@@ -12,7 +12,6 @@ import (
 type budget struct {
 	mu        sync.Mutex
 	changed   *sync.Cond
-	waiting   int
 	free      int64 // below 0 while one message goes beyond the bound
 	growing   int64 // taken by messages of which only a part is read
 	half      int64
@@ -71,8 +70,6 @@ func (b *budget) wait(ctx context.Context, try func() bool) error {
 		b.changed.Broadcast()
 	})
 	defer stop()
-	b.waiting++
-	defer func() { b.waiting-- }()
 	for !try() {
 		if err := ctx.Err(); err != nil {
 			return err
@@ -92,9 +89,7 @@ func (b *budget) finish(n, grown int64) {
 	defer b.mu.Unlock()
 	b.free += n
 	b.growing -= grown
-	if b.waiting > 0 {
-		b.changed.Broadcast()
-	}
+	b.changed.Broadcast()
 }
 
 // left is the room that is free.

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"maps"
-	"math"
 	"net"
 	"net/netip"
 	"net/url"
@@ -342,18 +341,13 @@ func unquoteValue(v string) string {
 
 // nearest gives the known name that shares most pairs of letters with a mistaken
 // one: typing errors and forgotten words leave them.
-func nearest(name string, known map[string]bool) (best string) {
-	most := math.MinInt
-	for _, other := range slices.Sorted(maps.Keys(known)) {
-		shared := -len(other)
+func nearest(name string, known map[string]bool) string {
+	shared := func(other string) int {
+		n := -len(other)
 		for i := range len(name) - 1 {
-			if strings.Contains(other, strings.ToUpper(name[i:i+2])) {
-				shared += 2
-			}
+			n += 2 * min(1, strings.Count(other, strings.ToUpper(name[i:i+2])))
 		}
-		if shared > most {
-			most, best = shared, other
-		}
+		return n
 	}
-	return best
+	return slices.MaxFunc(slices.Sorted(maps.Keys(known)), func(a, b string) int { return shared(a) - shared(b) })
 }

@@ -84,13 +84,11 @@ func (c *conn) serve() {
 			err = c.handleInGoroutine(msg)
 		}
 		c.release(msg)
-		var wrong *protocolError
-		switch {
-		case errors.As(err, &wrong):
+		if wrong, ok := errors.AsType[*protocolError](err); ok {
 			c.replyError(wrong)
-		case err != nil:
+		} else if err != nil {
 			return
-		default:
+		} else {
 			c.errors = 0
 		}
 	}

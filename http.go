@@ -89,6 +89,10 @@ func (s *server) routes() http.Handler {
 	}
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		defer s.recoverHandler(w, r)
+		h := w.Header()
+		h.Set("X-Content-Type-Options", "nosniff")
+		h.Set("Vary", "Origin")
+		h.Set("Cache-Control", "no-store") // unless a handler knows better
 		if s.allowOrigin(w, r) {
 			return
 		}
@@ -128,8 +132,6 @@ func (s *server) recoverHandler(w http.ResponseWriter, r *http.Request) {
 // browser that asks beforehand, and says so.
 func (s *server) allowOrigin(w http.ResponseWriter, r *http.Request) (answered bool) {
 	h, origin, asks := w.Header(), r.Header.Get("Origin"), r.Method == http.MethodOptions
-	h.Set("X-Content-Type-Options", "nosniff")
-	h.Set("Vary", "Origin")
 	methods, headers, allowed := "GET, DELETE", "Authorization", slices.Contains(s.access.viewerOrigins, origin)
 	if isTracker(r) {
 		methods, headers = "POST", "Authorization, Content-Encoding, Content-Type"
@@ -209,7 +211,6 @@ func (s *server) deny(w http.ResponseWriter, r *http.Request, page bool, d *deni
 	}
 	h.Set("Content-Security-Policy", viewerPolicy)
 	h.Set("Content-Type", file.contentType)
-	h.Set("Cache-Control", "no-store")
 	w.WriteHeader(d.status)
 	w.Write(file.body)
 }
@@ -222,8 +223,8 @@ func (s *server) handleSignIn(w http.ResponseWriter, r *http.Request) {
 		s.fail(w, r, http.StatusBadRequest, `the body must be {"token": …}`, nil)
 		return
 	}
-	if d := s.access.compareToken(body.Token); d != nil && !s.access.open {
-		s.deny(w, r, false, d)
+	if !s.access.open && !equalSecret(body.Token, s.access.token) {
+		s.deny(w, r, false, deniedToken)
 		return
 	}
 	s.access.signIn(w, r, signInAge)
@@ -249,7 +250,6 @@ func (s *server) fail(w http.ResponseWriter, r *http.Request, status int, reason
 
 func (s *server) write(w http.ResponseWriter, status int, v any) {
 	w.Header().Set("Content-Type", "application/json; charset=utf-8")
-	w.Header().Set("Cache-Control", "no-store")
 	w.WriteHeader(status)
 	w.Write(encodeJSON(v))
 }
@@ -272,10 +272,10 @@ func (s *server) query(handle func(http.ResponseWriter, *http.Request) error, na
 		if err == nil {
 			err = handle(w, r)
 		}
-		var bad badRequest
+		bad, isBad := errors.AsType[badRequest](err)
 		switch {
 		case err == nil:
-		case errors.As(err, &bad):
+		case isBad:
 			s.fail(w, r, http.StatusBadRequest, bad.Error(), nil)
 		case errors.Is(err, errNotFound):
 			s.fail(w, r, http.StatusNotFound, "no such session", nil)
@@ -457,7 +457,6 @@ func (s *server) handleEvents(w http.ResponseWriter, r *http.Request) error {
 	}
 	s.audit.open(s.access.address(r), id)
 	w.Header().Set("Content-Type", "application/json; charset=utf-8")
-	w.Header().Set("Cache-Control", "no-store")
 	s.writeSlowly(w, fmt.Appendf(p.text, `],"fromIndex":%d,"count":%d}`, from, p.count))
 	return nil
 }
@@ -493,13 +492,11 @@ func (s *server) handleChunk(w http.ResponseWriter, r *http.Request) error {
 	h.Set("Content-Type", "application/json; charset=utf-8")
 	h.Set("Cache-Control", "private, max-age=31536000, immutable")
 	h.Add("Vary", "Accept-Encoding")
-	if !strings.Contains(r.Header.Get("Accept-Encoding"), "gzip") {
-		if data, err = unzip(data, c.raw); err != nil {
-			s.fail(w, r, http.StatusInternalServerError, "the chunk is damaged", err)
-			return nil
-		}
-	} else {
+	if takesGzip(r) {
 		h.Set("Content-Encoding", "gzip")
+	} else if data, err = unzip(data, c.raw); err != nil {
+		s.fail(w, r, http.StatusInternalServerError, "the chunk is damaged", err)
+		return nil
 	}
 	h.Set("Content-Length", strconv.Itoa(len(data)))
 	s.writeSlowly(w, data)
@@ -527,22 +524,23 @@ type sessionJSON struct {
 	State         string          `json:"state,omitempty"` // of a live session: see session.state
 }
 
-// nullableMillis gives a timestamp as JSON has it: null for none.
-func nullableMillis(t int64) *int64 {
-	if t == 0 {
+// nullable gives a number as JSON has it: null for the one that stands for none.
+func nullable(n, none int64) *int64 {
+	if n == none {
 		return nil
 	}
-	return &t
+	return &n
 }
 
 // toJSON gives a row as lists show it.
 func toJSON(row storedSession) sessionJSON {
-	s := row.summary
+	now := row.now
 	return sessionJSON{
-		sessionID: sessionID{s.id}, UserID: s.about.userID, Metadata: s.about.brief, EventCount: s.now.events, ErrorCount: s.now.errors,
-		IsActive: s.isActive, CreatedAt: row.createdAt.UTC(), UpdatedAt: row.updatedAt.UTC(), EndedAt: row.endedAt,
-		StartTime: nullableMillis(s.now.firstTime), EndTime: nullableMillis(s.now.endTime), StoredBytes: s.now.stored, RawBytes: s.now.raw,
-		SnapshotIndex: nullableIndex(s.now.snapshot),
+		sessionID: sessionID{row.id}, UserID: row.about.userID, Metadata: row.about.brief,
+		EventCount: now.events, ErrorCount: now.errors, StoredBytes: now.stored, RawBytes: now.raw,
+		IsActive: row.isActive, CreatedAt: row.createdAt.UTC(), UpdatedAt: row.updatedAt.UTC(), EndedAt: row.endedAt,
+		StartTime: nullable(now.firstTime, 0), EndTime: nullable(now.endTime, 0),
+		SnapshotIndex: nullable(now.snapshot, -1),
 	}
 }
 
@@ -596,7 +594,8 @@ func (s *server) handleSession(w http.ResponseWriter, r *http.Request) error {
 	}
 	seek := make([]chunkJSON, len(chunks))
 	for i, c := range chunks {
-		seek[i] = chunkJSON{c.first, c.count, nullableMillis(c.startTime), nullableMillis(c.endTime), nullableIndex(c.snapshot), c.raw}
+		seek[i] = chunkJSON{c.first, c.count, nullable(c.startTime, 0), nullable(c.endTime, 0),
+			nullable(c.snapshot, -1), c.raw}
 	}
 	s.audit.open(s.access.address(r), id)
 	one := toJSON(row)
@@ -630,6 +629,7 @@ func (s *server) handleCleanup(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	s.write(w, http.StatusOK, map[string]any{"message": fmt.Sprintf("deleted %d sessions that ended more than %d hours ago", n, hours), "deletedCount": n})
+	message := fmt.Sprintf("deleted %d sessions that ended more than %d hours ago", n, hours)
+	s.write(w, http.StatusOK, map[string]any{"message": message, "deletedCount": n})
 	return nil
 }

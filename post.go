@@ -74,28 +74,25 @@ func (p *post) receive(r io.Reader) error {
 // handleLines handles a body's messages, as conn.serve does those of a WebSocket.
 // What is wrong before a session has started refuses all of them.
 func (p *post) handleLines(body []byte) error {
-	for len(body) > 0 {
-		var line []byte
-		line, body, _ = bytes.Cut(body, []byte("\n"))
+	left := int64(len(body))
+	for line := range bytes.Lines(body) {
+		left -= int64(len(line))
 		if len(bytes.TrimSpace(line)) == 0 {
 			continue
 		}
 		err := p.take(line)
-		var wrong *protocolError
-		switch {
-		case len(p.sessions) == 0 && err != nil:
-			return err
-		case len(p.sessions) == 0:
-			return errNotStarted
-		case errors.As(err, &wrong):
+		if len(p.sessions) == 0 {
+			return cmp.Or[error](err, errNotStarted)
+		}
+		if wrong, ok := errors.AsType[*protocolError](err); ok {
 			p.replyError(wrong)
-		case err != nil:
+		} else if err != nil {
 			return err
 		}
 		if p.errors >= maxErrors {
 			return nil // the outbox has the reason
 		}
-		if err := p.keepRoom(int64(len(body))); err != nil {
+		if err := p.keepRoom(left); err != nil {
 			return err
 		}
 	}
@@ -165,7 +162,6 @@ func (p *post) answer(w http.ResponseWriter, err error) {
 		out = append(append(out, errorMessage(wrong.code, wrong.reason)...), '\n')
 	}
 	w.Header().Set("Content-Type", "application/x-ndjson; charset=utf-8")
-	w.Header().Set("Cache-Control", "no-store")
 	w.WriteHeader(status)
 	w.Write(out)
 }

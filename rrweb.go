@@ -81,7 +81,8 @@ func (c *rrwebClient) told(f frame) (metadata []byte, closed bool) {
 		switch tag := unquote(d["tag"]); {
 		case e.kind == metaEvent && !c.located && d["href"] != nil && d["width"] != nil && d["height"] != nil:
 			c.located = true
-			page := fmt.Appendf(nil, `{"url":%s,"viewport":{"width":%s,"height":%s}}`, d["href"], d["width"], d["height"])
+			page := fmt.Appendf(nil, `{"url":%s,"viewport":{"width":%s,"height":%s}}`,
+				d["href"], d["width"], d["height"])
 			metadata = rewrite(page, nil, 0, membersOf(metadata))
 		case e.kind == customEvent && (tag == "recording-meta" || tag == "pageview-meta"):
 			metadata = rewrite(d["payload"], nil, 0, membersOf(metadata))
