@@ -186,9 +186,9 @@ func equalSecret(a, b string) bool {
 
 // Where a request comes from.
 
-// isKnownHost is asked where viewing is open, on a loopback HOST. Otherwise a
-// page could point its own name at this machine and read recordings (DNS
-// rebinding).
+// isKnownHost protects a server on a loopback HOST, where viewing is open:
+// otherwise a page could point its own name at this machine and read recordings
+// (DNS rebinding).
 func (a *access) isKnownHost(host string) bool {
 	name := (&url.URL{Host: host}).Hostname()
 	addr, _ := netip.ParseAddr(name)
@@ -222,7 +222,7 @@ func (a *access) secure(r *http.Request) bool {
 	return r.TLS != nil || a.trustProxy && lastElement(r, "X-Forwarded-Proto") == "https"
 }
 
-// address is whom a limit counts: the peer or, with TRUST_PROXY, the address that
+// address is what limits count by: the peer's or, with TRUST_PROXY, the one that
 // the nearest proxy names. Of IPv6 it is the network: one client has all of it.
 func (a *access) address(r *http.Request) netip.Addr {
 	addr, _ := parseAddress(r.RemoteAddr)
@@ -280,9 +280,9 @@ func parseHost(s string) (string, error) {
 
 // Connections.
 
-// enter counts a WebSocket, or says why it may not be. Without TRUST_PROXY all
-// clients of a proxy on this machine have a loopback address: that has no limit
-// of its own.
+// enter counts a connection, or says why there may not be another. Without
+// TRUST_PROXY all clients of a proxy on this machine have a loopback address:
+// that one has no limit of its own.
 func (a *access) enter(addr netip.Addr) *denial {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -300,8 +300,8 @@ func (a *access) enter(addr netip.Addr) *denial {
 	return nil
 }
 
-// mayStart counts the sessions that an address begins, and reports whether they
-// are at most so many in a minute.
+// mayStart counts a session that an address begins, and reports whether the minute
+// has at most so many of them.
 func (a *access) mayStart(addr netip.Addr, most int) bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()

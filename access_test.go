@@ -2,7 +2,6 @@ package main
 
 import (
 	"bytes"
-	"crypto/rand"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -411,12 +410,9 @@ func TestAccessMadeToken(t *testing.T) {
 	for host, open := range map[string]bool{"127.0.0.1": true, "127.8.8.8": true, "::1": true, "localhost": true,
 		"0.0.0.0": false, "::": false, "10.0.0.1": false, "replay.example": false, "": false} {
 		a := newAccess(accessConfig{}, host, "80", nil)
-		if a.open != open || a.generated == open || (a.token == "") != open {
-			t.Errorf("HOST=%s: open %v, token made %v, want open %v", host, a.open, a.generated, open)
-		}
-		if a = newAccess(accessConfig{token: "x"}, host, "80", nil); a.open || a.generated || a.token != "x" {
-			t.Errorf("HOST=%s with a token: %+v", host, a)
-		}
+		same(t, "HOST="+host+": open, token made", said(a.open, a.generated, a.token == ""), said(open, !open, open))
+		a = newAccess(accessConfig{token: "x"}, host, "80", nil)
+		same(t, "HOST="+host+" with a token", said(a.open, a.generated, a.token), "false false x")
 	}
 }
 
@@ -444,19 +440,14 @@ func TestAccessAddress(t *testing.T) {
 		{"[::1]:7", "", "::1", false},
 	} {
 		r := &http.Request{RemoteAddr: tt.peer, Header: http.Header{"X-Forwarded-For": {"5.5.5.5", tt.forwarded}}}
-		var said bytes.Buffer
-		a := newAccess(accessConfig{trustProxy: true}, "127.0.0.1", "80", slog.New(slog.NewTextHandler(&said, nil)))
-		if got := a.address(r).String(); got != tt.want || a.address(r).String() != tt.want {
-			t.Errorf("%+v: got %s", tt, got)
-		}
-		if got := strings.Count(said.String(), "X-Forwarded-For"); got != map[bool]int{true: 1}[tt.warns] {
-			t.Errorf("%+v: two such requests are logged as %q", tt, &said)
-		}
+		var warned bytes.Buffer
+		a := newAccess(accessConfig{trustProxy: true}, "127.0.0.1", "80", slog.New(slog.NewTextHandler(&warned, nil)))
+		same(t, tt.peer+" for "+tt.forwarded, said(a.address(r), a.address(r)), said(tt.want, tt.want))
+		same(t, "warnings after two of them", strings.Count(warned.String(), "X-Forwarded-For"),
+			map[bool]int{true: 1}[tt.warns])
 	}
 	r := &http.Request{RemoteAddr: "1.2.3.4:5", Header: http.Header{"X-Forwarded-For": {"9.9.9.9"}}}
-	if got := newAccess(accessConfig{}, "127.0.0.1", "80", nil).address(r).String(); got != "1.2.3.4" {
-		t.Errorf("without TRUST_PROXY: got %s, want the peer", got)
-	}
+	same(t, "without TRUST_PROXY", newAccess(accessConfig{}, "127.0.0.1", "80", nil).address(r), "1.2.3.4")
 }
 
 // testStats are the parts of /stats that are maps.
@@ -539,32 +530,5 @@ func TestLimitsAreCounted(t *testing.T) {
 	slow.SetReadDeadline(time.Now().Add(patience / 3)) // before a request's own minute
 	if _, err := slow.Read(make([]byte, 1)); err != io.EOF {
 		t.Errorf("a header that does not come: got %v, want the connection closed", err)
-	}
-}
-
-// The oldest ended sessions go first; what is live stays.
-func TestLimitStorage(t *testing.T) {
-	s := startServer(t, "MAX_STORAGE_BYTES=30000", "SESSION_CLEANUP_INTERVAL=200")
-	live := dialServer(t, s.ws("tracker"))
-	live.send("session_start", `{"sessionId":"live"}`)
-	noise := make([]byte, 6000)
-	rand.Read(noise)
-	for i := range 8 {
-		c := dialServer(t, s.ws("tracker"))
-		c.send("session_start", fmt.Sprintf(`{"sessionId":"old-%d","resume":""}`, i))
-		c.send("events_batch", fmt.Sprintf(`{"seq":1,"events":[{"type":3,"data":"%x"}]}`, noise))
-		c.expect("events_ack")
-		c.send("session_end", "{}")
-		waitUntil(t, "the session has ended", func() bool {
-			return querySQL[int](t, s.database, "select count(*) from sessions where session_id = $1 and is_active",
-				fmt.Sprintf("old-%d", i)) == 0
-		})
-	}
-	waitUntil(t, "the oldest are deleted", func() bool {
-		return querySQL[int64](t, s.database, "select sum(stored_bytes)::bigint from sessions") <= 30000
-	})
-	left := querySQL[string](t, s.database, "select string_agg(session_id, ' ' order by session_id) from sessions")
-	if !regexp.MustCompile(`^live( old-\d)* old-7$`).MatchString(left) || strings.Contains(left, "old-0") {
-		t.Errorf("left are %q", left)
 	}
 }

@@ -36,9 +36,10 @@ func (b *budget) take(ctx context.Context, n int64) error {
 }
 
 // grow takes room for n bytes more of a message of which some is read, and gives
-// what it took. Growing messages may hold half of the budget. They hold room
-// while they wait for more and would wait for each other without end; so one of
-// them at a time goes beyond both bounds: it takes most, all that it may need.
+// what it took. Such messages may hold half of the budget together. A message
+// holds room while it waits for more, so that several could wait for each other
+// without end: therefore one at a time goes beyond both bounds, and takes most,
+// which is all that it may need.
 func (b *budget) grow(ctx context.Context, n, most int64) (took int64, err error) {
 	n = min(n, most)
 	err = b.wait(ctx, func() bool {

@@ -353,8 +353,9 @@ func TestTLS(t *testing.T) {
 	testCertificate(t, cert, key, 2)
 	s.cmd.Process.Signal(syscall.SIGHUP)
 	waitUntil(t, "the new certificate is served", func() bool { return serial() == 2 })
-	code, _ := s.term()
-	same(t, "exit code", code, 0)
+	s.cmd.Process.Signal(syscall.SIGINT)
+	<-s.exited
+	same(t, "exit code", s.cmd.ProcessState.ExitCode(), 0)
 	s.tellsNothing(testToken, "the%2Baccess")
 }
 

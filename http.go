@@ -154,8 +154,8 @@ func (s *server) allowOrigin(w http.ResponseWriter, r *http.Request) (answered b
 	return asks
 }
 
-// guard lets in whom the route is for. A browser that comes to a page by a link
-// with the token gets the cookie, and the page's URL without the token.
+// guard lets in the audience of the route. A link with the token gives the browser
+// the cookie, and sends it on to the same URL without the token.
 func (s *server) guard(route route) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		page := route.who == browsers && isBrowser(r)
@@ -254,9 +254,9 @@ func (s *server) write(w http.ResponseWriter, status int, v any) {
 	w.Write(encodeJSON(v))
 }
 
-// query makes a handler of one that may fail, and that takes these parameters. It
-// writes nothing when it returns an error: the error is answered here. What reads
-// sessions waits until there is room in memory for its answer.
+// query makes a handler of one that takes these parameters and may fail. A handler
+// that fails has written nothing: its error is answered here. A route that reads
+// sessions waits until memory has room for its answer.
 func (s *server) query(handle func(http.ResponseWriter, *http.Request) error, names ...string) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		if strings.HasPrefix(r.URL.Path, "/sessions") {
@@ -399,7 +399,7 @@ func (s *server) handleWebSocket(w http.ResponseWriter, r *http.Request) {
 	go s.serveWebSocket(c, addr, isViewer) // ends with the connection
 }
 
-// newTracker makes a page the one that a connection hears.
+// newTracker makes the tracker that handles what a connection brings.
 func (s *server) newTracker(c *conn, r *http.Request, addr netip.Addr) *tracker {
 	origin, recording := originOf(r), r.PathValue("id")
 	t := &tracker{core: &s.core, ctx: c.ctx, out: c.out, share: recording != ""}
@@ -544,8 +544,8 @@ func toJSON(row storedSession) sessionJSON {
 	}
 }
 
-// listJSON gives the rows of a list, as many as a page has room for. Whether the
-// pages of live ones are there is in this server's memory only.
+// listJSON gives the rows of a list, as many as a page has room for. The state of
+// live sessions is known to this server's memory only.
 func (s *server) listJSON(rows []storedSession) []sessionJSON {
 	reply := make(chan []summary, 1)
 	live, _ := ask(s.hub, reply, liveQuery{reply})

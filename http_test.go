@@ -482,18 +482,24 @@ func TestRESTCleanup(t *testing.T) {
 	}
 }
 
-// Old sessions go by themselves, every SESSION_CLEANUP_INTERVAL.
+// Sessions go by themselves, the oldest first, for their age and for what is stored;
+// what is live stays.
 func TestCleanupByItself(t *testing.T) {
 	t.Parallel()
-	s := startInside(t, "SESSION_CLEANUP_INTERVAL=50", "RETENTION_HOURS=2")
-	live := s.recording("live")
-	for _, hours := range []int{1, 3} {
-		execSQL(t, s.database, `insert into sessions (session_id, user_id, url, metadata, is_active, ended_at)
-			values ('h'||$1::int, 'u', '', '{}', false, now() - $1 * interval '1 hour')`, hours)
+	for setting, want := range map[string]string{"RETENTION_HOURS=2": "live m60 m90", "MAX_STORAGE_BYTES=30000": "live m60"} {
+		s := startInside(t, "SESSION_CLEANUP_INTERVAL=50", setting)
+		live := s.recording("live")
+		for _, minutes := range []int{60, 90, 180} {
+			execSQL(t, s.database, `insert into sessions
+				(session_id, user_id, url, metadata, is_active, ended_at, event_count, stored_bytes)
+				values ('m'||$1::int, 'u', '', '{}', false, now() - $1 * interval '1 minute', 1, 20000)`, minutes)
+		}
+		waitUntil(t, setting+": the older ones are gone", func() bool {
+			return querySQL[string](t, s.database,
+				"select string_agg(session_id, ' ' order by session_id) from sessions") == want
+		})
+		live.record(1, 1)
 	}
-	waitUntil(t, "the older one is gone", func() bool { return s.ask("GET", "/sessions/h3").status == 404 })
-	same(t, "the younger one", s.ask("GET", "/sessions/h1").status, 200)
-	live.record(1, 1)
 }
 
 // ---- the browser's side ----

@@ -182,9 +182,8 @@ func checkSummary(t testing.TB, s *testServer, id string, events []json.RawMessa
 		StartTime, EndTime, RawBytes int64
 	}
 	s.getJSON("/sessions/"+id, &got)
-	if got.EventCount != len(events) || got.SnapshotIndex != snapshot || got.StartTime != least || got.EndTime != most {
-		t.Errorf("got %+v, want %d events, snapshot %d, from %d to %d", got, len(events), snapshot, least, most)
-	}
+	same(t, "events, snapshot, times", said(got.EventCount, got.SnapshotIndex, got.StartTime, got.EndTime),
+		said(len(events), snapshot, least, most))
 	if got.RawBytes < int64(raw) || got.RawBytes > int64(raw+3*len(events)) {
 		t.Errorf("got rawBytes %d, want about %d", got.RawBytes, raw)
 	}
@@ -428,9 +427,7 @@ func TestServersStartTogether(t *testing.T) {
 			}
 		}
 		for _, s := range servers {
-			if err := s.stop(); err != nil {
-				t.Errorf("stop: %v", err)
-			}
+			same(t, "stop", s.stop(), nil)
 		}
 	}
 	same(t, "events", querySQL[int](t, database, "select sum(event_count) from sessions"), 8*len(oddEvents()))
@@ -488,15 +485,12 @@ func TestShutdown(t *testing.T) {
 		t.Errorf("stop: got error %v after %v, want none within 20 s", err, took)
 	}
 	for range polite {
-		if err := <-closed; websocket.CloseStatus(err) != websocket.StatusGoingAway {
-			t.Errorf("a connection ended with %v, want close code 1001", err)
-		}
+		same(t, "a connection's close code", websocket.CloseStatus(<-closed), websocket.StatusGoingAway)
 	}
 	close(late)
 	for conn := range late {
-		if _, err := conn.receive(); websocket.CloseStatus(err) != websocket.StatusGoingAway {
-			t.Errorf("a late connection ended with %v, want close code 1001", err)
-		}
+		_, err := conn.receive()
+		same(t, "a late connection's close code", websocket.CloseStatus(err), websocket.StatusGoingAway)
 		conn.Close()
 	}
 	const ended = "select sum(event_count) from sessions where not is_active"
@@ -519,22 +513,6 @@ func stuckPeers(t testing.TB, s *testServer) {
 	deaf := rawWebSocket(t, s, "viewer") // asks for much and reads nothing
 	for range 50 {
 		deaf.write(string(maskedText(wireMessage("get_session_events", map[string]any{"sessionId": "s0"}))))
-	}
-}
-
-func TestProcessStopsOnSignal(t *testing.T) {
-	t.Parallel()
-	for _, sig := range []os.Signal{syscall.SIGINT, syscall.SIGTERM} {
-		s := startServer(t)
-		viewer := dialServer(t, s.ws("viewer"))
-		s.cmd.Process.Signal(sig)
-		viewer.expectClose(websocket.StatusGoingAway)
-		select {
-		case <-s.exited:
-		case <-time.After(patience):
-			t.Fatalf("%v: it does not stop", sig)
-		}
-		same(t, fmt.Sprint("exit code after ", sig), s.cmd.ProcessState.ExitCode(), 0)
 	}
 }
 
@@ -584,9 +562,7 @@ func TestSystemd(t *testing.T) {
 		same(t, fmt.Sprint("message ", i), told(), want)
 	}
 	s.cmd.Process.Signal(syscall.SIGHUP) // nothing to reload, nothing to end
-	if got := told(); got != "WATCHDOG=1" || !s.running() {
-		t.Errorf("after SIGHUP: got %q, running %v", got, s.running())
-	}
+	same(t, "after SIGHUP", said(told(), s.running()), "WATCHDOG=1 true")
 	code, _ := s.term()
 	same(t, "exit code", code, 0)
 	last := ""

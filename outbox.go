@@ -217,8 +217,8 @@ func (o *outbox) isSending() bool {
 	return o.sending
 }
 
-// end lets nothing more in, and reports whether a reason to close is still to be
-// sent. With now it is not sent either.
+// end lets nothing more in, and drops what is not sent. Only a reason to close, and
+// what stands before it, is sent nevertheless, unless now is set: parting says so.
 func (o *outbox) end(now bool) (parting bool) {
 	o.mu.Lock()
 	defer o.mu.Unlock()

@@ -14,11 +14,11 @@ import (
 	"time"
 )
 
-// What pages send by HTTP, where a network refuses WebSockets and when they are
-// left: a connection of one request, with the handlers of a WebSocket. It is
-// answered when all that it brought is committed.
+// A page posts its messages where a network refuses WebSockets, and its last ones
+// when it is left. The messages have the same handlers as those of a WebSocket. A
+// post is answered when all of it is committed.
 
-// post is such a connection. Its outbox gathers what the answer says.
+// post is a connection of one request. Its outbox gathers what the answer says.
 type post struct {
 	conn
 	tracker  *tracker
@@ -106,7 +106,7 @@ func (p *post) handleLines(body []byte) error {
 func (p *post) take(msg []byte) error {
 	kept, err := p.handle(msg)
 	p.reserved -= kept
-	taken := min(kept, p.grown) // is the hub's, and keeps no other message from growing
+	taken := min(kept, p.grown) // the hub has it now: it keeps no other message from growing
 	p.grown -= taken
 	p.budget.finish(0, taken)
 	if last := p.tracker.last; last != "" && !slices.Contains(p.sessions, last) {
@@ -115,8 +115,9 @@ func (p *post) take(msg []byte) error {
 	return err
 }
 
-// keepRoom takes room for what is left of the body where batches took more than
-// their JSON. Their commit, which gives room back, is not to wait for its interval.
+// keepRoom takes room for what is left of the body, of which batches may have taken
+// some: they need more than their JSON. Their commit gives room back, and does not
+// wait for its interval.
 func (p *post) keepRoom(left int64) error {
 	short := left + p.inflater - p.reserved
 	if short <= 0 {

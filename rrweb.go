@@ -68,8 +68,8 @@ func membersOf(object []byte) (all []member) {
 	return all
 }
 
-// told gives the metadata that events tell, and whether one of them says that no
-// more will come. Where the page is the first Meta event says.
+// told gives the metadata that events tell, and whether one of them ends the
+// session. The first Meta event has the page's URL.
 func (c *rrwebClient) told(f frame) (metadata []byte, closed bool) {
 	metadata = []byte("{}")
 	for _, e := range f.events {

@@ -336,7 +336,7 @@ func cut(s string, most int) string {
 
 // Starting a session.
 
-// startSession begins or continues a session. The one that the tracker records
+// startSession begins or continues a session. A session that the tracker records
 // already is claimed once more, for what is new in its metadata.
 func (t *tracker) startSession(f frame) error {
 	st := parseStart(f.data)
@@ -370,9 +370,9 @@ func (t *tracker) startSession(f frame) error {
 	return nil
 }
 
-// begin gets the session that was asked for, or a new one whenever that may not
-// be had. It writes the session's id and token into st. counted says that the
-// session was begun on this connection before.
+// begin gets the session that was asked for, or a new one where the tracker may not
+// have that. It writes the session's id and token into st. A session that this
+// connection has begun before is counted already.
 func (t *tracker) begin(st *start, counted bool) (attached, error) {
 	resuming, isNew := len(st.token) >= minToken, !validID(st.id)
 	for attempt := 0; ; attempt++ {
