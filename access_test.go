@@ -226,7 +226,7 @@ func TestAccessOpen(t *testing.T) {
 		{host("0.0.0.0"), 421, 421, 421, 0, 421},
 	})
 	linked := s.as(header("Accept", "text/html"), "GET", "/view/a?token=any&t=9")
-	same(t, "a link with a token that is not needed", said(linked.status, linked.header.Get("Location")), "303 /view/a?t=9")
+	same(t, "a token that is not needed", said(linked.status, linked.header.Get("Location")), "303 /view/a?t=9")
 	a := s.as(nobody, "POST", "/signin")
 	same(t, "sign-in where there is no token", said(a.status, a.cookies()), "400 []")
 }

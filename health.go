@@ -96,7 +96,7 @@ func (s *server) handleMetrics(w http.ResponseWriter, r *http.Request) error {
 		{"tail_bytes", "Memory in use for events that are committed.", float64(st.tailBytes)},
 		{"viewers_lagged_total", "Times that a viewer was too slow.", n(&m.viewersLagged)},
 		{"database_errors_total", "Transactions and questions that failed.", n(&m.databaseErrors)},
-		{"log_write_errors_total", "Lines that did not reach a log file.", float64(s.logs.writeErrors())},
+		{"log_write_errors_total", "Lines that did not reach a log file.", n(&s.logs.failures)},
 		{"batch_seconds_sum", "Time to compress and commit a batch, or to fail.", n(&m.batchNanos) / 1e9},
 		{"batch_seconds_count", "", n(&m.batches)},
 		{"batch_bytes_sum", "JSON in a batch.", n(&m.batchBytes)},

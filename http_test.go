@@ -20,8 +20,8 @@ import (
 // same compares two values as they are printed; what says of what.
 func same(t testing.TB, what string, got, want any) {
 	t.Helper()
-	if fmt.Sprint(got) != fmt.Sprint(want) {
-		t.Errorf("%s: got %.500v, want %.500v", what, got, want)
+	if g, w := fmt.Sprint(got), fmt.Sprint(want); g != w {
+		t.Errorf("%s: got %.500s, want %.500s", what, g, w)
 	}
 }
 
@@ -190,8 +190,10 @@ func restRefusals(t *testing.T, s *testServer) {
 			/sessions/old/events?fromIndex=-1 /sessions/old/events?fromIndex=1.0
 			/sessions/old/events?fromIndex=x&limit=y /sessions/old/events?fromIndex=%zz
 			/sessions?limit=0 /sessions?limit=1001 /sessions?offset=-1 /ws?type=nobody`},
-		{400, "", "DELETE", "/sessions/cleanup?maxAgeHours=-1 /sessions/cleanup?maxAgeHours=1.5 /sessions/cleanup?maxAgeHours="},
-		{200, "", "GET", "/ /health /stats /sessions /sessions/active /sessions/old /sessions/old/events /sessions/old/errors"},
+		{400, "", "DELETE", `/sessions/cleanup?maxAgeHours=-1 /sessions/cleanup?maxAgeHours=1.5
+			/sessions/cleanup?maxAgeHours=`},
+		{200, "", "GET", `/ /health /stats /sessions /sessions/active /sessions/old /sessions/old/events
+			/sessions/old/errors`},
 		{200, "", "HEAD", "/health /sessions/old/chunks/0"},
 		{405, "GET, HEAD", "POST", "/health"},
 		{405, "DELETE, GET, HEAD", "POST", "/sessions/old /sessions/cleanup"},
@@ -347,7 +349,8 @@ func restSession(t *testing.T, s *testServer) {
 	sum, bounds := 0, ""
 	for _, c := range objects(t, session["chunks"]) {
 		wantKeys(t, "a chunk", c, chunkFields)
-		bounds += fmt.Sprintf("%s %s %s %s %s; ", c["fromIndex"], c["count"], c["startTime"], c["endTime"], c["snapshotIndex"])
+		bounds += fmt.Sprintf("%s %s %s %s %s; ", c["fromIndex"], c["count"], c["startTime"], c["endTime"],
+			c["snapshotIndex"])
 		path := fmt.Sprintf("/sessions/old/chunks/%s", c["fromIndex"])
 		same(t, path+": bytes", string(c["bytes"]), len(s.ask("GET", path).body))
 		sum += len(s.ask("GET", path, "Accept-Encoding: gzip").body)
@@ -486,7 +489,8 @@ func TestRESTCleanup(t *testing.T) {
 // what is live stays.
 func TestCleanupByItself(t *testing.T) {
 	t.Parallel()
-	for setting, want := range map[string]string{"RETENTION_HOURS=2": "live m60 m90", "MAX_STORAGE_BYTES=30000": "live m60"} {
+	for setting, want := range map[string]string{
+		"RETENTION_HOURS=2": "live m60 m90", "MAX_STORAGE_BYTES=30000": "live m60"} {
 		s := startInside(t, "SESSION_CLEANUP_INTERVAL=50", setting)
 		live := s.recording("live")
 		for _, minutes := range []int{60, 90, 180} {
@@ -525,7 +529,8 @@ func TestRESTPages(t *testing.T) {
 		"style-src 'self' 'unsafe-inline' "+origins+";", "img-src data: "+origins+";", "font-src data: "+origins+";",
 		"media-src "+origins+";")
 	holds(t, "the viewer's page", a.body, `content="`+origins+`"`)
-	same(t, "the list's policy", s.ask("GET", "/", "Accept: text/html").header.Get("Content-Security-Policy"), viewerPolicy)
+	a = s.ask("GET", "/", "Accept: text/html")
+	same(t, "the list's policy", a.header.Get("Content-Security-Policy"), viewerPolicy)
 }
 
 func TestRESTAssets(t *testing.T) {

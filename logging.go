@@ -16,6 +16,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -53,13 +54,13 @@ type logs struct {
 	rejected *slog.Logger // these and rejections
 	panicked *slog.Logger // these and exceptions; see exception
 
-	stop context.CancelFunc // ends maintain
+	stop     context.CancelFunc // ends maintain
+	failures atomic.Int64       // times that a line was not written, or a file not opened, zipped or deleted
 
 	mu         sync.Mutex // guards the rest, and each logFile
 	exceptions *logFile
 	stderr     io.Writer
-	failures   int64
-	failedAt   time.Time // the last of them
+	failedAt   time.Time // the last failure
 	closed     bool
 }
 
@@ -104,14 +105,6 @@ func (l *logs) exception(where string, v any, stack []byte) {
 	l.panicked.Error("panic", "where", where, "panic", fmt.Sprint(v), "stack", string(stack))
 }
 
-// writeErrors returns how often a line was not written to its file, or a file
-// not opened, zipped or deleted.
-func (l *logs) writeErrors() int64 {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.failures
-}
-
 // Close ends the files; what is logged later goes to stdout alone.
 func (l *logs) Close() error {
 	l.stop()
@@ -126,7 +119,7 @@ func (l *logs) countFailure(err error) {
 	if err == nil {
 		return
 	}
-	l.failures++
+	l.failures.Add(1)
 	if time.Since(l.failedAt) > logOutage {
 		fmt.Fprintf(l.stderr, "session-replay: log files are incomplete, all else goes on: %v\n", err)
 	}

@@ -122,8 +122,9 @@ func TestLogKinds(t *testing.T) {
 		same(t, "exception", said(record.Where, record.Panic, strings.Contains(record.Stack, "TestLogKinds")),
 			"tracker boom true")
 		out := l.stdout.String()
-		same(t, "stdout's lines, and the quiet one", said(strings.Count(out, "\n"), strings.Contains(out, "quiet")), "5 false")
-		same(t, "stderr and write errors", said(l.stderr.Len(), l.writeErrors()), "0 0")
+		same(t, "lines on stdout, and the quiet one", said(strings.Count(out, "\n"), strings.Contains(out, "quiet")),
+			"5 false")
+		same(t, "stderr and write errors", said(l.stderr.Len(), l.failures.Load()), "0 0")
 		for _, f := range []string{"", "application-" + day + ".log", "exceptions-" + day + ".log"} {
 			info, err := os.Stat(filepath.Join(l.dir, f))
 			if err != nil || info.Mode().Perm() != map[bool]os.FileMode{true: 0o750, false: 0o640}[f == ""] {
@@ -262,7 +263,7 @@ func TestLogZipped(t *testing.T) {
 			"application-"+day+".1.log.gz: 2"+line,
 			"application-"+day+".2.log.gz: 3"+line, "application-"+day+".3.log.gz: 4", "error-"+day+".log.gz: before",
 			"exceptions-"+next+".log")
-		same(t, "write errors", l.writeErrors(), 0)
+		same(t, "write errors", l.failures.Load(), 0)
 	})
 }
 
@@ -289,7 +290,7 @@ func TestLogTrouble(t *testing.T) {
 				l.app.Error("line")
 				l.nextMinute()
 			}
-			if got := l.writeErrors(); got < tt.errors || strings.Count(l.stderr.String(), "\n") != 1 ||
+			if got := l.failures.Load(); got < tt.errors || strings.Count(l.stderr.String(), "\n") != 1 ||
 				strings.Count(l.stdout.String(), "\n") != 10 {
 				t.Errorf("%s: got %d write errors, stderr %q, stdout %q, want at least %d, one line, 10", name, got,
 					&l.stderr, &l.stdout, tt.errors)
