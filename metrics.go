@@ -97,12 +97,6 @@ const (
 	originPeriod = 30 * time.Minute
 )
 
-func (o *origins) fetched(origin string) { o.count(origin, func(c *originCounts) { c.Fetches++ }) }
-func (o *origins) started(origin string) { o.count(origin, func(c *originCounts) { c.Sessions++ }) }
-func (o *origins) refused(origin, reason string) {
-	o.count(origin, func(c *originCounts) { c.Refusals[reason]++ })
-}
-
 func (o *origins) count(origin string, add func(*originCounts)) {
 	if origin == "" || len(origin) > maxOrigin {
 		return
