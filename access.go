@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"crypto/hmac"
 	"crypto/rand"
 	"crypto/sha256"
@@ -24,7 +25,7 @@ const (
 	viewers  audience = iota // may list, watch, read and delete recordings
 	browsers                 // viewers, also by a link that has the token
 	scrapers                 // viewers, or anyone with METRICS_OPEN
-	sockets                  // trackers or viewers, as their type parameter says
+	sockets                  // trackers or viewers: see isTracker
 	visitors                 // pages of this server before the sign-in
 	anyone                   // there is nothing here to protect
 )
@@ -85,13 +86,19 @@ type denial struct {
 	retryAfter      int    // seconds before another attempt can succeed; 0: none will
 }
 
+var (
+	deniedToken  = &denial{http.StatusUnauthorized, "wrong_token", "this is not the access token", 0}
+	deniedOrigin = &denial{http.StatusForbidden, "origin",
+		"pages of this origin may not record: see TRACKER_ORIGINS", 0}
+)
+
 // admit decides about a request; nil lets it in.
 func (a *access) admit(who audience, r *http.Request) *denial {
 	switch {
 	case who == anyone, who == scrapers && a.metricsOpen:
 		return nil
-	case who == sockets && r.URL.Query().Get("type") != "viewer":
-		return a.admitTracker(r, r.URL.Query().Get("key"))
+	case who == sockets && isTracker(r):
+		return a.admitTracker(r)
 	case a.open && !a.isKnownHost(strings.ToLower(r.Host)):
 		return &denial{http.StatusMisdirectedRequest, "host",
 			"unknown host: name it in PUBLIC_HOSTS or set ACCESS_TOKEN", 0}
@@ -103,14 +110,26 @@ func (a *access) admit(who audience, r *http.Request) *denial {
 	return a.checkToken(r, who == browsers || who == sockets)
 }
 
+// isTracker says whether a request is of a page that records.
+func isTracker(r *http.Request) bool {
+	return r.URL.Path == "/ws" && r.URL.Query().Get("type") != "viewer" || isRecording(r)
+}
+
+// isRecording says whether a request is of rrweb's own client.
+func isRecording(r *http.Request) bool { return strings.HasPrefix(r.URL.Path, "/recordings/") }
+
 // admitTracker asks for the key, and for an origin that may record. The token
 // does not stand for the key.
-func (a *access) admitTracker(r *http.Request, key string) *denial {
+func (a *access) admitTracker(r *http.Request) *denial {
+	key := r.URL.Query().Get("key")
+	if isRecording(r) {
+		key = cmp.Or(r.URL.Query().Get("token"), strings.TrimPrefix(r.Header.Get("Authorization"), "Bearer "))
+	}
 	switch {
 	case a.key != "" && !equalSecret(key, a.key):
 		return &denial{http.StatusUnauthorized, "ingest_key", "this needs the ingest key", 0}
 	case !a.mayRecord(r):
-		return &denial{http.StatusForbidden, "origin", "pages of this origin may not record: see TRACKER_ORIGINS", 0}
+		return deniedOrigin
 	}
 	return nil
 }
@@ -138,12 +157,8 @@ func (a *access) checkToken(r *http.Request, byLink bool) *denial {
 	if _, err := r.Cookie(a.cookieName); token == "" && err != nil {
 		return &denial{http.StatusUnauthorized, "no_token", "this needs the access token", 0}
 	}
-	return a.compareToken(token)
-}
-
-func (a *access) compareToken(token string) *denial {
 	if !equalSecret(token, a.token) {
-		return &denial{http.StatusUnauthorized, "wrong_token", "this is not the access token", 0}
+		return deniedToken
 	}
 	return nil
 }
@@ -171,9 +186,9 @@ func equalSecret(a, b string) bool {
 
 // Where a request comes from.
 
-// isKnownHost is asked where viewing is open, on a loopback HOST. Otherwise a
-// page could point its own name at this machine and read recordings (DNS
-// rebinding).
+// isKnownHost protects a server on a loopback HOST, where viewing is open:
+// otherwise a page could point its own name at this machine and read recordings
+// (DNS rebinding).
 func (a *access) isKnownHost(host string) bool {
 	name := (&url.URL{Host: host}).Hostname()
 	addr, _ := netip.ParseAddr(name)
@@ -207,7 +222,7 @@ func (a *access) secure(r *http.Request) bool {
 	return r.TLS != nil || a.trustProxy && lastElement(r, "X-Forwarded-Proto") == "https"
 }
 
-// address is whom a limit counts: the peer or, with TRUST_PROXY, the address that
+// address is what limits count by: the peer's or, with TRUST_PROXY, the one that
 // the nearest proxy names. Of IPv6 it is the network: one client has all of it.
 func (a *access) address(r *http.Request) netip.Addr {
 	addr, _ := parseAddress(r.RemoteAddr)
@@ -265,9 +280,9 @@ func parseHost(s string) (string, error) {
 
 // Connections.
 
-// enter counts a WebSocket, or says why it may not be. Without TRUST_PROXY all
-// clients of a proxy on this machine have a loopback address: that has no limit
-// of its own.
+// enter counts a connection, or says why there may not be another. Without
+// TRUST_PROXY all clients of a proxy on this machine have a loopback address:
+// that one has no limit of its own.
 func (a *access) enter(addr netip.Addr) *denial {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -285,8 +300,8 @@ func (a *access) enter(addr netip.Addr) *denial {
 	return nil
 }
 
-// mayStart counts the sessions that an address begins, and reports whether they
-// are at most so many in a minute.
+// mayStart counts a session that an address begins, and reports whether the minute
+// has at most so many of them.
 func (a *access) mayStart(addr netip.Addr, most int) bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()

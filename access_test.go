@@ -2,8 +2,7 @@ package main
 
 import (
 	"bytes"
-	"crypto/rand"
-	"crypto/tls"
+	"encoding/json"
 	"fmt"
 	"io"
 	"log/slog"
@@ -25,22 +24,6 @@ const (
 	testKey   = "the-ingest-key-of-a-test"
 )
 
-// ---- callers ----
-
-// caller is somebody who sends a request.
-type caller struct {
-	name string
-	ask  func(*http.Request)
-}
-
-func (c caller) and(name string, more caller) caller {
-	return caller{c.name + ", " + name, func(r *http.Request) { c.ask(r); more.ask(r) }}
-}
-
-func header(name, value string) caller {
-	return caller{name + ": " + value, func(r *http.Request) { r.Header.Set(name, value) }}
-}
-
 func query1(name, value string) caller {
 	return caller{"?" + name, func(r *http.Request) {
 		q := r.URL.Query()
@@ -51,69 +34,25 @@ func query1(name, value string) caller {
 
 func withCookie(value string) caller {
 	return caller{"cookie", func(r *http.Request) {
-		r.AddCookie(&http.Cookie{Name: "session-replay-" + r.URL.Port(),
-			Value: value})
+		r.AddCookie(&http.Cookie{Name: "session-replay-" + r.URL.Port(), Value: value})
 	}}
 }
 
-// as sends one request as a caller does, and follows no redirect.
-func (s *serverProcess) as(c caller, method, path string) *http.Response {
-	s.t.Helper()
-	r, err := http.NewRequestWithContext(testContext(s.t), method, s.url+path, nil)
-	if err != nil {
-		s.t.Fatal(err)
-	}
-	if strings.HasPrefix(path, "/ws") {
-		for name, value := range map[string]string{"Connection": "Upgrade", "Upgrade": "websocket",
-			"Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": "MDEyMzQ1Njc4OWFiY2RlZg=="} {
-			r.Header.Set(name, value)
-		}
-	}
-	c.ask(r)
-	resp, err := testTransport.RoundTrip(r)
-	if err != nil {
-		s.t.Fatalf("%s %s as %s: %v", method, path, c.name, err)
-	}
-	s.t.Cleanup(func() { resp.Body.Close() })
-	if resp.StatusCode == http.StatusSwitchingProtocols {
-		resp.Body.Close()
-	}
-	return resp
-}
-
-var testTransport = &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true}}
-
-func bodyOf(t testing.TB, resp *http.Response) string {
-	t.Helper()
-	body, err := io.ReadAll(resp.Body)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return string(body)
-}
-
 // signIn gives the cookie's value.
-func (s *serverProcess) signIn(token string) string {
+func (s *testServer) signIn(token string) string {
 	s.t.Helper()
-	resp, err := http.Post(s.url+"/signin", "application/json", strings.NewReader(fmt.Sprintf(`{"token":%q}`, token)))
-	if err != nil {
-		s.t.Fatal(err)
+	a := s.as(withBody(fmt.Sprintf(`{"token":%q}`, token)), "POST", "/signin")
+	if a.status != http.StatusNoContent || len(a.cookies()) != 1 {
+		s.t.Fatalf("sign-in: status %d, cookies %v", a.status, a.cookies())
 	}
-	defer resp.Body.Close()
-	if resp.StatusCode != http.StatusNoContent || len(resp.Cookies()) != 1 {
-		s.t.Fatalf("sign-in: status %d, cookies %v", resp.StatusCode, resp.Cookies())
-	}
-	return resp.Cookies()[0].Value
+	return a.cookies()[0].Value
 }
 
 // tellsNothing checks that what the server has printed and logged holds none of
 // the secrets, and no query string.
-func (s *serverProcess) tellsNothing(secrets ...string) {
+func (s *testServer) tellsNothing(secrets ...string) {
 	s.t.Helper()
-	said := s.output.String()
-	for _, kind := range []string{applicationLog, errorLog, exceptionsLog, rejectionsLog} {
-		said += s.log(kind)
-	}
+	said := s.output.String() + s.log("*") // of all kinds
 	if len(said) < 100 {
 		s.t.Fatalf("the logs say nothing at all: %q", said)
 	}
@@ -136,10 +75,8 @@ var testRoutes = map[string]struct {
 	"GET /{$}":                          {"/", 200, "page"},
 	"GET /ws":                           {"/ws?type=viewer", 101, "watch"},
 	"POST /ws":                          {"/ws", 400, "record"}, // without a body
-	"OPTIONS /ws":                       {"", 0, "post"},
-	"GET /recordings/{id}/events/ws":    {"", 0, "post"}, // the key has another name: see post_test.go
+	"GET /recordings/{id}/events/ws":    {"", 0, "post"},        // the key has another name: see post_test.go
 	"POST /recordings/{id}/events":      {"", 0, "post"},
-	"OPTIONS /recordings/{id}/events":   {"", 0, "post"},
 	"GET /health":                       {"/health", 200, "all"},
 	"GET /stats":                        {"/stats", 200, "view"},
 	"GET /metrics":                      {"/metrics", 200, "view"},
@@ -288,14 +225,10 @@ func TestAccessOpen(t *testing.T) {
 		{host("10.0.0.1"), 421, 421, 421, 0, 421},
 		{host("0.0.0.0"), 421, 421, 421, 0, 421},
 	})
-	resp := s.as(nobody, "POST", "/signin")
-	if resp := s.as(header("Accept", "text/html"), "GET", "/view/a?token=any&t=9"); resp.StatusCode != 303 ||
-		resp.Header.Get("Location") != "/view/a?t=9" {
-		t.Errorf("a link with a token that is not needed: got %d, %v", resp.StatusCode, resp.Header)
-	}
-	if resp.StatusCode != http.StatusBadRequest || len(resp.Cookies()) != 0 {
-		t.Errorf("sign-in where there is no token: got %d, %v", resp.StatusCode, resp.Cookies())
-	}
+	linked := s.as(header("Accept", "text/html"), "GET", "/view/a?token=any&t=9")
+	same(t, "a token that is not needed", said(linked.status, linked.header.Get("Location")), "303 /view/a?t=9")
+	a := s.as(nobody, "POST", "/signin")
+	same(t, "sign-in where there is no token", said(a.status, a.cookies()), "400 []")
 }
 
 // A token alone: anyone may record.
@@ -304,14 +237,12 @@ func TestAccessTokenWithoutKey(t *testing.T) {
 	for path, want := range map[string]int{"/stats": 401, "/ws?type=viewer": 401, "/ws?type=tracker": 101,
 		"/metrics": 200} {
 		for _, who := range []caller{nobody, withCookie("wrong"), header("Authorization", "Bearer wrong")} {
-			if got := s.as(who, "GET", path).StatusCode; got != want {
-				t.Errorf("%s as %s: got %d, want %d", path, who.name, got, want)
-			}
+			same(t, path+" as "+who.name, s.as(who, "GET", path).status, want)
 		}
 	}
 }
 
-func (s *serverProcess) table(verdicts []verdict) {
+func (s *testServer) table(verdicts []verdict) {
 	s.t.Helper()
 	for _, route := range (&server{}).table() {
 		if _, ok := testRoutes[route.pattern]; !ok {
@@ -327,33 +258,28 @@ func (s *serverProcess) table(verdicts []verdict) {
 	}
 }
 
-func (s *serverProcess) expect(v verdict, name, path string, ok int, kind string) {
+func (s *testServer) expect(v verdict, name, path string, ok int, kind string) {
 	s.t.Helper()
 	method, _, _ := strings.Cut(name, " ")
 	if method != "POST" && method != "DELETE" {
 		method = "GET"
 	}
-	resp := s.as(v.caller, method, path)
-	want := v.of(kind, ok)
-	if resp.StatusCode != want {
-		s.t.Errorf("%s as %s: got %d, want %d", name, v.caller.name, resp.StatusCode, want)
+	a, want := s.as(v.caller, method, path), v.of(kind, ok)
+	if a.status != want {
+		s.t.Errorf("%s as %s: got %d, want %d", name, v.caller.name, a.status, want)
 		return
 	}
-	if resp.StatusCode == http.StatusSwitchingProtocols {
-		return
-	}
-	body := bodyOf(s.t, resp)
-	if want != ok && !regexp.MustCompile(`^\{"error":"[^"]+"\}$`).MatchString(body) {
-		s.t.Errorf("%s as %s: refused with %.200q", name, v.caller.name, body)
+	if want != ok && !regexp.MustCompile(`^\{"error":"[^"]+"\}$`).MatchString(a.body) {
+		s.t.Errorf("%s as %s: refused with %.200q", name, v.caller.name, a.body)
 	}
 	viewed := name == "GET /{$}" && want == ok && slices.Contains(s.env, "INGEST_KEY="+testKey)
-	if viewed != strings.Contains(body, testKey) {
-		s.t.Errorf("%s as %s: who may view is told the ingest key, and nobody else: got %s", name, v.caller.name, body)
+	if viewed != strings.Contains(a.body, testKey) {
+		s.t.Errorf("%s as %s: who may view is told the ingest key, and nobody else: got %s", name, v.caller.name, a.body)
 	}
 	if name == "GET /health" {
-		if in := v.of("view", 200) == 200; in != strings.Contains(body, "totalEvents") ||
-			!strings.Contains(body, `"status":"healthy"`) {
-			s.t.Errorf("health as %s: got %s", v.caller.name, body)
+		if in := v.of("view", 200) == 200; in != strings.Contains(a.body, "totalEvents") ||
+			!strings.Contains(a.body, `"status":"healthy"`) {
+			s.t.Errorf("health as %s: got %s", v.caller.name, a.body)
 		}
 	}
 }
@@ -364,91 +290,66 @@ func TestAccessBrowser(t *testing.T) {
 	s := startServer(t, "ACCESS_TOKEN="+testToken, "TRUST_PROXY=true", "LOG_LEVEL=debug")
 	html := header("Accept", "text/html,*/*")
 	for _, path := range []string{"/", "/view/s"} {
-		resp := s.as(html, "GET", path)
-		if body := bodyOf(t, resp); resp.StatusCode != 401 || !strings.Contains(body, "/assets/signin.js") ||
-			resp.Header.Get("Content-Security-Policy") != viewerPolicy ||
-			resp.Header.Get("Cache-Control") != "no-store" {
-			t.Errorf("%s before signing in: got %d, %v, %.100s", path, resp.StatusCode, resp.Header, body)
-		}
+		a := s.as(html, "GET", path)
+		same(t, path+" before signing in",
+			said(a.status, a.header.Get("Cache-Control"), a.header.Get("Content-Security-Policy")),
+			said(401, "no-store", viewerPolicy))
+		holds(t, path, a.body, "/assets/signin.js")
 	}
 	// A browser keeps a SameSite=Strict cookie back from what another site's
 	// link leads to; the page then asks once more by itself.
-	if got := s.as(html.and("by a link", foreign).and("", linked), "GET", "/").Header.Get("Refresh"); got != "0" {
-		t.Errorf("Refresh after a link from elsewhere: got %q, want 0", got)
-	}
-	if got := s.as(html.and("", ownFetch), "GET", "/").Header.Get("Refresh"); got != "" {
-		t.Errorf("Refresh after a link from here: got %q, want none", got)
-	}
+	same(t, "after a link from elsewhere",
+		s.as(html.and("by a link", foreign).and("", linked), "GET", "/").header.Get("Refresh"), "0")
+	same(t, "after a link from here", s.as(html.and("", ownFetch), "GET", "/").header.Get("Refresh"), "")
 	for path, want := range map[string]string{"/?": "/", "/view/a:b?t=90&": "/view/a:b?t=90",
 		"/view/a%2Fb?": "/view/a%2Fb", "/view/%2F%2Fevil.example?": "/view/%2F%2Fevil.example"} {
-		resp := s.as(html, "GET", path+"token=the%2Baccess/token%3Dof+a+test")
-		if resp.StatusCode != 303 || resp.Header.Get("Location") != want || len(resp.Cookies()) != 1 {
-			t.Errorf("link to %s: got %d to %q with %v, want %q", path, resp.StatusCode, resp.Header.Get("Location"),
-				resp.Cookies(), want)
-		}
-		if body := bodyOf(t, resp); strings.Contains(body, "token") {
-			t.Errorf("link to %s: the redirect repeats the token: %s", path, body)
+		a := s.as(html, "GET", path+"token=the%2Baccess/token%3Dof+a+test")
+		same(t, "link to "+path, said(a.status, a.header.Get("Location"), len(a.cookies())), said(303, want, 1))
+		if strings.Contains(a.body, "token") {
+			t.Errorf("link to %s: the redirect repeats the token: %s", path, a.body)
 		}
 	}
-	if resp := s.as(html, "GET", "/?token=wrong"); resp.StatusCode != 401 || len(resp.Cookies()) != 0 {
-		t.Errorf("link with a wrong token: got %d, %v", resp.StatusCode, resp.Cookies())
-	}
+	wrong := s.as(html, "GET", "/?token=wrong")
+	same(t, "link with a wrong token", said(wrong.status, wrong.cookies()), "401 []")
 	cookie := withCookie(s.signIn(testToken))
-	if resp := s.as(cookie.and("", html), "GET", "/"); resp.StatusCode != 200 {
-		t.Errorf("signed in: got %d", resp.StatusCode)
-	}
-	for who, want := range map[*caller]string{&cookie: `"signedIn":true`, &bearer: `"signedIn":false`} {
-		if body := bodyOf(t, s.as(*who, "GET", "/")); !strings.Contains(body, want) {
-			t.Errorf("%s: got %s, want %s", who.name, body, want)
-		}
-	}
+	same(t, "signed in", s.as(cookie.and("", html), "GET", "/").status, 200)
+	holds(t, "by cookie", s.as(cookie, "GET", "/").body, `"signedIn":true`)
+	holds(t, "by token", s.as(bearer, "GET", "/").body, `"signedIn":false`)
 	s.restart()
-	if resp := s.as(cookie, "GET", "/stats"); resp.StatusCode != 200 {
-		t.Errorf("the cookie after a restart: got %d", resp.StatusCode)
-	}
+	same(t, "the cookie after a restart", s.as(cookie, "GET", "/stats").status, 200)
 	s.env = append(s.env, "ACCESS_TOKEN=another token, a longer one")
 	s.restart()
-	resp := s.as(cookie, "GET", "/stats")
-	if resp.StatusCode != 401 || len(resp.Cookies()) != 1 || resp.Cookies()[0].MaxAge >= 0 {
-		t.Errorf("the cookie of another token: got %d, %v, want it taken away", resp.StatusCode, resp.Cookies())
+	a := s.as(cookie, "GET", "/stats")
+	if a.status != 401 || len(a.cookies()) != 1 || a.cookies()[0].MaxAge >= 0 {
+		t.Errorf("the cookie of another token: got %d, %v, want it taken away", a.status, a.cookies())
 	}
 	s.tellsNothing(testToken, "the%2Baccess", "the+access")
 }
 
 func TestAccessCookie(t *testing.T) {
 	s := startServer(t, "ACCESS_TOKEN="+testToken, "INGEST_KEY="+testKey, "TRUST_PROXY=true")
-	tls := header("X-Forwarded-Proto", "http, https")
 	html := header("Accept", "text/html")
-	for _, how := range []struct {
-		who    caller
-		secure bool
-	}{{html, false}, {html.and("TLS before the proxy", tls), true}} {
-		c := s.as(how.who, "GET", "/?token=the%2Baccess/token%3Dof+a+test").Cookies()[0]
-		if !c.HttpOnly || c.SameSite != http.SameSiteStrictMode || c.Path != "/" || c.Domain != "" ||
-			c.Secure != how.secure || c.MaxAge <= 0 ||
-			len(c.Value) < 32 || strings.Contains(c.Value, testToken) {
-			t.Errorf("%s: cookie %v", how.who.name, c)
+	for who, secure := range map[*caller]bool{&html: false,
+		new(html.and("TLS before the proxy", header("X-Forwarded-Proto", "http, https"))): true} {
+		c := s.as(*who, "GET", "/?token=the%2Baccess/token%3Dof+a+test").cookies()[0]
+		same(t, who.name, said(c.HttpOnly, c.SameSite, c.Path, c.Domain, c.Secure),
+			said(true, http.SameSiteStrictMode, "/", "", secure))
+		if c.MaxAge <= 0 || len(c.Value) < 32 || strings.Contains(c.Value, testToken) {
+			t.Errorf("%s: cookie %v", who.name, c)
 		}
 	}
 	cookie := withCookie(s.signIn(testToken))
-	if resp := s.as(cookie, "GET", "/ws?type=tracker"); resp.StatusCode != 401 || len(resp.Cookies()) != 0 {
-		t.Errorf("a page that records without the key: got %d, %v, want whoever is signed in to stay so",
-			resp.StatusCode, resp.Cookies())
-	}
-	resp := s.as(cookie, "POST", "/signout")
-	if c := resp.Cookies(); resp.StatusCode != 204 || len(c) != 1 || c[0].MaxAge >= 0 {
-		t.Errorf("sign-out: got %d, %v", resp.StatusCode, c)
+	a := s.as(cookie, "GET", "/ws?type=tracker")
+	same(t, "a page that records without the key: whoever is signed in stays so", said(a.status, a.cookies()), "401 []")
+	a = s.as(cookie, "POST", "/signout")
+	if c := a.cookies(); a.status != 204 || len(c) != 1 || c[0].MaxAge >= 0 ||
+		a.header.Get("Clear-Site-Data") != `"cache"` {
+		t.Errorf("sign-out: got %d, %v", a.status, a.header)
 	}
 	for body, want := range map[string]int{`{"token":"wrong"}`: 401, `{"token":""}`: 401, `{}`: 401,
-		`{"token":7}`: 400, `x`: 400, ``: 400,
-		`{"token":"` + strings.Repeat("x", 5000) + `"}`: 400} {
-		resp, err := http.Post(s.url+"/signin", "application/json", strings.NewReader(body))
-		if err != nil {
-			t.Fatal(err)
-		}
-		if resp.Body.Close(); resp.StatusCode != want || len(resp.Cookies()) != 0 {
-			t.Errorf("sign-in with %.30s: got %d and %v, want %d", body, resp.StatusCode, resp.Cookies(), want)
-		}
+		`{"token":7}`: 400, `x`: 400, ``: 400, `{"token":"` + strings.Repeat("x", 5000) + `"}`: 400} {
+		a := s.as(withBody(body), "POST", "/signin")
+		same(t, "sign-in with "+body[:min(len(body), 30)], said(a.status, a.cookies()), said(want, "[]"))
 	}
 	other := newAccess(accessConfig{token: testToken}, "127.0.0.1", "1", nil)
 	if other.cookieName == newAccess(accessConfig{token: testToken}, "127.0.0.1", "2", nil).cookieName {
@@ -456,32 +357,37 @@ func TestAccessCookie(t *testing.T) {
 	}
 }
 
+// Pages of other sites may read answers, and ask beforehand whether they may.
 func TestAccessShared(t *testing.T) {
-	s := startServer(t, "ACCESS_TOKEN="+testToken, "VIEWER_ORIGINS=https://viewer.example")
-	const allow = "Access-Control-Allow-Origin"
-	preflight := header("Access-Control-Request-Method", "DELETE")
-	resp := s.as(listed.and("", preflight), "OPTIONS", "/sessions/a")
-	if resp.StatusCode != 204 || resp.Header.Get(allow) != "https://viewer.example" ||
-		resp.Header.Get("Access-Control-Allow-Headers") != "Authorization" ||
-		!strings.Contains(resp.Header.Get("Access-Control-Allow-Methods"), "DELETE") ||
-		resp.Header.Get("Access-Control-Allow-Credentials") != "" {
-		t.Errorf("preflight of a listed page: got %d, %v", resp.StatusCode, resp.Header)
-	}
-	if resp := s.as(evil.and("", preflight), "OPTIONS", "/sessions/a"); resp.StatusCode != 405 ||
-		resp.Header.Get(allow) != "" {
-		t.Errorf("preflight of another page: got %d, %v", resp.StatusCode, resp.Header)
-	}
-	for _, who := range []caller{bearer.and("", listed), listed} { // also to read that it is refused
-		if resp := s.as(who, "GET", "/sessions"); resp.Header.Get(allow) != "https://viewer.example" ||
-			!slices.Contains(resp.Header["Vary"], "Origin") {
-			t.Errorf("%s: got headers %v", who.name, resp.Header)
+	s := startServer(t, "ACCESS_TOKEN="+testToken, "INGEST_KEY="+testKey, "VIEWER_ORIGINS=https://viewer.example",
+		"TRACKER_ORIGINS=https://shop.example")
+	const record = "https://shop.example POST Authorization, Content-Encoding, Content-Type"
+	for _, tt := range []struct {
+		who                caller
+		method, path, want string // status, and what the page is allowed
+	}{
+		{listed, "OPTIONS", "/sessions/a", "204 https://viewer.example GET, DELETE Authorization"},
+		{evil, "OPTIONS", "/sessions/a", "405"},
+		{shop, "OPTIONS", "/sessions/a", "405"},
+		{shop, "OPTIONS", "/ws", "204 " + record},
+		{shop, "OPTIONS", "/recordings/r/events", "204 " + record},
+		{listed, "OPTIONS", "/ws", "403"},
+		{evil, "OPTIONS", "/recordings/r/events", "403"},
+		{bearer.and("", listed), "GET", "/sessions", "200 https://viewer.example"},
+		{listed, "GET", "/sessions", "401 https://viewer.example"}, // also to read that it is refused
+		{bearer.and("", evil), "GET", "/sessions", "403"},
+		{evil, "GET", "/tracker.js", "200 *"},
+	} {
+		a := s.as(tt.who, tt.method, tt.path)
+		got := fmt.Sprint(a.status)
+		for _, name := range []string{"Origin", "Methods", "Headers", "Credentials"} {
+			got = strings.TrimSpace(got + " " + a.header.Get("Access-Control-Allow-"+name))
 		}
+		same(t, said(tt.method, tt.path, tt.who.name), got, tt.want)
+		holds(t, "Vary", fmt.Sprint(a.header["Vary"]), "Origin")
 	}
-	if resp := s.as(bearer.and("", evil), "GET", "/sessions"); resp.Header.Get(allow) != "" {
-		t.Errorf("a page of no listed origin: got headers %v", resp.Header)
-	}
-	if resp := s.as(evil, "GET", "/tracker.js"); resp.Header.Get(allow) != "*" {
-		t.Errorf("the tracker: got headers %v", resp.Header)
+	if n := s.statsOf().Refusals["origin"]; n < 3 {
+		t.Errorf("%d refusals are counted", n)
 	}
 }
 
@@ -495,27 +401,18 @@ func TestAccessMadeToken(t *testing.T) {
 	if len(link) != 1 {
 		t.Fatalf("got links %q, want one, in %s", link, s.output.String())
 	}
-	if status, _ := s.get("/sessions"); status != 401 {
-		t.Errorf("without the token: got %d", status)
-	}
-	if resp := s.as(header("Accept", "text/html"), "GET", link[0][1]); resp.StatusCode != 303 ||
-		len(resp.Cookies()) != 1 {
-		t.Errorf("by the link: got %d, %v", resp.StatusCode, resp.Cookies())
-	}
-	for _, kind := range []string{applicationLog, errorLog, exceptionsLog, rejectionsLog} {
-		if strings.Contains(s.log(kind), link[0][2]) {
-			t.Errorf("the made token stands in the %s log", kind)
-		}
+	same(t, "without the token", s.as(nobody, "GET", "/sessions").status, 401)
+	a := s.as(header("Accept", "text/html"), "GET", link[0][1])
+	same(t, "by the link", said(a.status, len(a.cookies())), "303 1")
+	if strings.Contains(s.log("*"), link[0][2]) {
+		t.Error("the made token stands in a log")
 	}
 	for host, open := range map[string]bool{"127.0.0.1": true, "127.8.8.8": true, "::1": true, "localhost": true,
 		"0.0.0.0": false, "::": false, "10.0.0.1": false, "replay.example": false, "": false} {
 		a := newAccess(accessConfig{}, host, "80", nil)
-		if a.open != open || a.generated == open || (a.token == "") != open {
-			t.Errorf("HOST=%s: open %v, token made %v, want open %v", host, a.open, a.generated, open)
-		}
-		if a = newAccess(accessConfig{token: "x"}, host, "80", nil); a.open || a.generated || a.token != "x" {
-			t.Errorf("HOST=%s with a token: %+v", host, a)
-		}
+		same(t, "HOST="+host+": open, token made", said(a.open, a.generated, a.token == ""), said(open, !open, open))
+		a = newAccess(accessConfig{token: "x"}, host, "80", nil)
+		same(t, "HOST="+host+" with a token", said(a.open, a.generated, a.token), "false false x")
 	}
 }
 
@@ -543,65 +440,60 @@ func TestAccessAddress(t *testing.T) {
 		{"[::1]:7", "", "::1", false},
 	} {
 		r := &http.Request{RemoteAddr: tt.peer, Header: http.Header{"X-Forwarded-For": {"5.5.5.5", tt.forwarded}}}
-		var said bytes.Buffer
-		a := newAccess(accessConfig{trustProxy: true}, "127.0.0.1", "80", slog.New(slog.NewTextHandler(&said, nil)))
-		if got := a.address(r).String(); got != tt.want || a.address(r).String() != tt.want {
-			t.Errorf("%+v: got %s", tt, got)
-		}
-		if got := strings.Count(said.String(), "X-Forwarded-For"); got != map[bool]int{true: 1}[tt.warns] {
-			t.Errorf("%+v: two such requests are logged as %q", tt, &said)
-		}
+		var warned bytes.Buffer
+		a := newAccess(accessConfig{trustProxy: true}, "127.0.0.1", "80", slog.New(slog.NewTextHandler(&warned, nil)))
+		same(t, tt.peer+" for "+tt.forwarded, said(a.address(r), a.address(r)), said(tt.want, tt.want))
+		same(t, "warnings after two of them", strings.Count(warned.String(), "X-Forwarded-For"),
+			map[bool]int{true: 1}[tt.warns])
 	}
 	r := &http.Request{RemoteAddr: "1.2.3.4:5", Header: http.Header{"X-Forwarded-For": {"9.9.9.9"}}}
-	if got := newAccess(accessConfig{}, "127.0.0.1", "80", nil).address(r).String(); got != "1.2.3.4" {
-		t.Errorf("without TRUST_PROXY: got %s, want the peer", got)
-	}
+	same(t, "without TRUST_PROXY", newAccess(accessConfig{}, "127.0.0.1", "80", nil).address(r), "1.2.3.4")
+}
+
+// testStats are the parts of /stats that are maps.
+type testStats struct {
+	Refusals       map[string]int
+	TrackerFetches []json.RawMessage
+}
+
+func (s *testServer) statsOf() (stats testStats) {
+	s.t.Helper()
+	a := s.as(bearer, "GET", "/stats")
+	mustJSON(s.t, a.body, &stats)
+	return stats
 }
 
 // refusedWith waits until /stats counts a reason.
-func (s *serverProcess) refusedWith(reason string) {
+func (s *testServer) refusedWith(reason string) {
 	s.t.Helper()
-	waitUntil(s.t, "a refusal is counted: "+reason, func() bool {
-		var stats struct{ Refusals map[string]int }
-		s.getJSON("/stats", &stats)
-		return stats.Refusals[reason] > 0
-	})
+	waitUntil(s.t, "a refusal is counted: "+reason, func() bool { return s.statsOf().Refusals[reason] > 0 })
 }
 
 func TestLimitConnections(t *testing.T) {
 	s := startServer(t, "MAX_CONNECTIONS=5", "MAX_CONNECTIONS_PER_ADDRESS=2", "TRUST_PROXY=true")
-	dial := func(addr string) (*websocket.Conn, int) {
+	dial := func(addr string) (conn *websocket.Conn, status int) {
 		conn, resp, err := websocket.Dial(testContext(t), s.ws("tracker"),
 			&websocket.DialOptions{HTTPHeader: http.Header{"X-Forwarded-For": {addr}}})
-		if err == nil {
-			t.Cleanup(func() { conn.CloseNow() })
-			return conn, 0
-		}
 		if resp == nil {
 			t.Fatal(err)
 		}
-		if resp.Header.Get("Retry-After") == "" {
+		if err == nil {
+			t.Cleanup(func() { conn.CloseNow() })
+		} else if resp.Header.Get("Retry-After") == "" {
 			t.Errorf("status %d without Retry-After", resp.StatusCode)
 		}
-		return nil, resp.StatusCode
+		return conn, resp.StatusCode
 	}
 	first, _ := dial("10.0.0.1")
-	dial("10.0.0.1")
-	if _, got := dial("10.0.0.1"); got != 429 {
-		t.Errorf("a third from one address: got %d, want 429", got)
-	}
-	for _, addr := range []string{"10.0.0.2", "10.0.0.2", "10.0.0.3"} {
-		if _, got := dial(addr); got != 0 {
-			t.Errorf("from %s: got %d", addr, got)
-		}
-	}
-	if _, got := dial("10.0.0.4"); got != 503 {
-		t.Errorf("a sixth: got %d, want 503", got)
+	for i, want := range []int{101, 429, 101, 101, 101, 503} { // the limit of an address, then that of all
+		addr := []string{"10.0.0.1", "10.0.0.1", "10.0.0.2", "10.0.0.2", "10.0.0.3", "10.0.0.4"}[i]
+		_, got := dial(addr)
+		same(t, fmt.Sprint(i, " from ", addr), got, want)
 	}
 	s.refusedWith("connections")
 	s.refusedWith("connections_per_address")
 	first.CloseNow()
-	waitUntil(t, "the place is free again", func() bool { conn, _ := dial("10.0.0.1"); return conn != nil })
+	waitUntil(t, "the place is free again", func() bool { _, status := dial("10.0.0.1"); return status == 101 })
 
 	s = startServer(t, "MAX_CONNECTIONS_PER_ADDRESS=2") // who connects from loopback may be a proxy
 	for range 4 {
@@ -628,9 +520,7 @@ func TestLimitsAreCounted(t *testing.T) {
 		}
 		s.refusedWith(tt.reason)
 	}
-	if resp := s.as(header("X-Long", strings.Repeat("x", 20000)), "GET", "/health"); resp.StatusCode != 431 {
-		t.Errorf("a header of 20 KB: got %d, want 431", resp.StatusCode)
-	}
+	same(t, "a header of 20 KB", s.as(header("X-Long", strings.Repeat("x", 20000)), "GET", "/health").status, 431)
 	slow, err := net.Dial("tcp", "127.0.0.1:"+s.port)
 	if err != nil {
 		t.Fatal(err)
@@ -640,32 +530,5 @@ func TestLimitsAreCounted(t *testing.T) {
 	slow.SetReadDeadline(time.Now().Add(patience / 3)) // before a request's own minute
 	if _, err := slow.Read(make([]byte, 1)); err != io.EOF {
 		t.Errorf("a header that does not come: got %v, want the connection closed", err)
-	}
-}
-
-// The oldest ended sessions go first; what is live stays.
-func TestLimitStorage(t *testing.T) {
-	s := startServer(t, "MAX_STORAGE_BYTES=30000", "SESSION_CLEANUP_INTERVAL=200")
-	live := dialServer(t, s.ws("tracker"))
-	live.send("session_start", `{"sessionId":"live"}`)
-	noise := make([]byte, 6000)
-	rand.Read(noise)
-	for i := range 8 {
-		c := dialServer(t, s.ws("tracker"))
-		c.send("session_start", fmt.Sprintf(`{"sessionId":"old-%d","resume":""}`, i))
-		c.send("events_batch", fmt.Sprintf(`{"seq":1,"events":[{"type":3,"data":"%x"}]}`, noise))
-		c.expect("events_ack")
-		c.send("session_end", "{}")
-		waitUntil(t, "the session has ended", func() bool {
-			return querySQL[int](t, s.database, "select count(*) from sessions where session_id = $1 and is_active",
-				fmt.Sprintf("old-%d", i)) == 0
-		})
-	}
-	waitUntil(t, "the oldest are deleted", func() bool {
-		return querySQL[int64](t, s.database, "select sum(stored_bytes)::bigint from sessions") <= 30000
-	})
-	left := querySQL[string](t, s.database, "select string_agg(session_id, ' ' order by session_id) from sessions")
-	if !regexp.MustCompile(`^live( old-\d)* old-7$`).MatchString(left) || strings.Contains(left, "old-0") {
-		t.Errorf("left are %q", left)
 	}
 }

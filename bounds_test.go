@@ -345,7 +345,7 @@ func TestBoundsIllnessLogged(t *testing.T) {
 		defer st.pulses.Close()
 		var out bytes.Buffer
 		log := slog.New(slog.NewTextHandler(&out, nil))
-		h := newHub(config{batchInterval: time.Second}, newBudget(1), newMetrics())
+		h := newHub(config{batchInterval: time.Second}, newBudget(1), &metrics{})
 		go h.run(t.Context()) // ends with the test
 		s := &server{core: core{hub: h, store: st, logs: &logs{rejected: log}}}
 		for range 150 { // five minutes

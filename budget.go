@@ -12,7 +12,6 @@ import (
 type budget struct {
 	mu        sync.Mutex
 	changed   *sync.Cond
-	waiting   int
 	free      int64 // below 0 while one message goes beyond the bound
 	growing   int64 // taken by messages of which only a part is read
 	half      int64
@@ -37,9 +36,10 @@ func (b *budget) take(ctx context.Context, n int64) error {
 }
 
 // grow takes room for n bytes more of a message of which some is read, and gives
-// what it took. Growing messages may hold half of the budget. They hold room
-// while they wait for more and would wait for each other without end; so one of
-// them at a time goes beyond both bounds: it takes most, all that it may need.
+// what it took. Such messages may hold half of the budget together. A message
+// holds room while it waits for more, so that several could wait for each other
+// without end: therefore one at a time goes beyond both bounds, and takes most,
+// which is all that it may need.
 func (b *budget) grow(ctx context.Context, n, most int64) (took int64, err error) {
 	n = min(n, most)
 	err = b.wait(ctx, func() bool {
@@ -71,8 +71,6 @@ func (b *budget) wait(ctx context.Context, try func() bool) error {
 		b.changed.Broadcast()
 	})
 	defer stop()
-	b.waiting++
-	defer func() { b.waiting-- }()
 	for !try() {
 		if err := ctx.Err(); err != nil {
 			return err
@@ -92,9 +90,7 @@ func (b *budget) finish(n, grown int64) {
 	defer b.mu.Unlock()
 	b.free += n
 	b.growing -= grown
-	if b.waiting > 0 {
-		b.changed.Broadcast()
-	}
+	b.changed.Broadcast()
 }
 
 // left is the room that is free.

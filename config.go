@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"maps"
-	"math"
 	"net"
 	"net/netip"
 	"net/url"
@@ -202,8 +201,8 @@ func inWords(n int64, units []unit) string {
 	return strconv.FormatInt(n, 10)
 }
 
-// quantity reads a number with a unit. A plain number counts in plain, as it did
-// before settings had units; where plain is 0 it is refused.
+// quantity reads a number with a unit. A number without one counts in plain, as it
+// did before settings had units; where plain is 0 it is refused.
 func (r *settings) quantity(name, preset string, units []unit, plain, least, most int64) int64 {
 	v := r.text(name, preset)
 	digits := strings.TrimRightFunc(v, unicode.IsLetter)
@@ -300,8 +299,8 @@ func ownAddress() string {
 }
 
 // readConfig reads the settings of the environment and of a .env file, if there
-// is one. The environment wins. It has other programs' names too; the file is
-// ours, and a name in it that is no setting is a mistake.
+// is one. The environment wins. A name in the file that is no setting is a
+// mistake; the environment has names of other programs too.
 func readConfig(getenv func(string) string, file string) (config, error) {
 	text, err := os.ReadFile(file)
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
@@ -342,18 +341,13 @@ func unquoteValue(v string) string {
 
 // nearest gives the known name that shares most pairs of letters with a mistaken
 // one: typing errors and forgotten words leave them.
-func nearest(name string, known map[string]bool) (best string) {
-	most := math.MinInt
-	for _, other := range slices.Sorted(maps.Keys(known)) {
-		shared := -len(other)
+func nearest(name string, known map[string]bool) string {
+	shared := func(other string) int {
+		n := -len(other)
 		for i := range len(name) - 1 {
-			if strings.Contains(other, strings.ToUpper(name[i:i+2])) {
-				shared += 2
-			}
+			n += 2 * min(1, strings.Count(other, strings.ToUpper(name[i:i+2])))
 		}
-		if shared > most {
-			most, best = shared, other
-		}
+		return n
 	}
-	return best
+	return slices.MaxFunc(slices.Sorted(maps.Keys(known)), func(a, b string) int { return shared(a) - shared(b) })
 }

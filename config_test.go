@@ -11,7 +11,6 @@ import (
 	"fmt"
 	"math/big"
 	"net"
-	"net/http"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -43,88 +42,71 @@ func mustLoad(t testing.TB, pairs ...string) config {
 	return c
 }
 
-// Every setting has the default that is documented, and is read under its name,
-// with a unit and without.
+// testSettings has for each setting its place in config, its default, and values
+// with what they are read as: with a unit and without.
+var testSettings = []string{
+	"HOST | host | 127.0.0.1 | 127.0.0.2=127.0.0.2",
+	"PORT | port | 8080 | 0=0 | 65535=65535",
+	"DATABASE_URL | database ConnConfig Host | localhost | postgres://u:p@elsewhere:1/n=elsewhere",
+	"DB_HOST | database ConnConfig Host | localhost | db.example=db.example | /run/postgresql=/run/postgresql",
+	"DB_PORT | database ConnConfig Port | 5432 | 101=101",
+	"DB_NAME | database ConnConfig Database | session_replay | some name=some name",
+	"DB_USER | database ConnConfig User | postgres | us er=us er",
+	"DB_PASSWORD | database ConnConfig Password | postgres | p@/?#:% \"'\\=p@/?#:% \"'\\",
+	"DB_MAX_CONNECTIONS | database MaxConns | 20 | 98=98",
+	"DB_IDLE_TIMEOUT | database MaxConnIdleTime | 30s | 99=99ms",
+	"DB_CONNECTION_TIMEOUT | database ConnConfig ConnectTimeout | 2s | 3s=3s",
+	"BATCH_SIZE | batchSize | 50 | 82=82",
+	"BATCH_INTERVAL | batchInterval | 5s | 83=83ms | 500ms=500ms | 7s=7s | 2 min=2m0s | 3m=3m0s | 1H=1h0m0s",
+	"MAX_EVENTS_PER_SESSION | maxEvents | 20000 | 84=84",
+	"SESSION_CLEANUP_INTERVAL | cleanupInterval | 5m0s | 300000=5m0s",
+	"SESSION_GRACE_PERIOD | grace | 15s | 0=0s | 1 minutes=1m0s",
+	"HEARTBEAT_INTERVAL | heartbeat | 30s | 87=87ms",
+	"MESSAGE_TIMEOUT | messageTimeout | 1m0s | 88=88ms",
+	"READ_HEADER_TIMEOUT | readHeaderTimeout | 10s | 89=89ms",
+	"RETENTION_HOURS | retention | 720h0m0s | 90=90h0m0s | 30d=720h0m0s | 12h=12h0m0s | 2 days=48h0m0s",
+	"MAX_MESSAGE_BYTES | maxMessageBytes | 33554432 | 9100=9100 | 5KB=5120 | 1GB=1073741824",
+	"MAX_BUFFER_BYTES | maxBufferBytes | 268435456 | 92000000=92000000 | 64 mb=67108864 | 1t=1099511627776",
+	"MAX_HEADER_BYTES | maxHeaderBytes | 16384 | 9400=9400",
+	"MAX_SESSION_BYTES | maxSessionBytes | 1073741824 | 95=95 | 95 bytes=95",
+	"MAX_STORAGE_BYTES | maxStorageBytes | 0 | 50G=53687091200",
+	"MAX_CONNECTIONS | maxConnections | 10000 | 93=93",
+	"MAX_CONNECTIONS_PER_ADDRESS | maxPerAddress | 200 | 94=94",
+	"MAX_SESSIONS_PER_MINUTE | maxSessionsPerMinute | 30 | 97=97",
+	"LOG_LEVEL | log level | 0 | warn=4", // as slog counts them
+	"LOG_DIR | log dir | logs | /somewhere=/somewhere",
+	"LOG_MAX_SIZE | log maxSize | 20971520 | 102k=104448 | 1g=1073741824 | 1048577=1048577",
+	"LOG_MAX_FILES | log maxAge | 336h0m0s | 103=0s | 1D=24h0m0s",
+	"LOG_MAX_FILES | log maxCount | 0 | 103=103 | 1D=0",
+	"LOG_ZIPPED | log zipped | false | true=true",
+	"TRUST_PROXY | trustProxy | false | 1=true",
+	"METRICS_OPEN | metricsOpen | false | true=true",
+	"ACCESS_TOKEN | token |  | sixteen letters.=sixteen letters.",
+	"INGEST_KEY | key |  | k=k",
+	"TRACKER_ORIGINS | trackerOrigins | [*] | " +
+		" HTTPS://Shop.example ,http://[::1]:99,=[https://shop.example http://[::1]:99] | ,=[]",
+	"VIEWER_ORIGINS | viewerOrigins | [] | https://v.example=[https://v.example]",
+	"MEDIA_ORIGINS | mediaOrigins | [] | https://v.example=[https://v.example]",
+	"PUBLIC_HOSTS | publicHosts | [] | A.example:8443 , b.example=[a.example:8443 b.example]",
+}
+
 func TestSettings(t *testing.T) {
-	const day = 24 * time.Hour
-	for _, tt := range []struct {
-		name   string
-		value  func(config) any
-		preset any
-		given  map[string]any
-	}{
-		{"HOST", func(c config) any { return c.host }, "127.0.0.1", map[string]any{"127.0.0.2": "127.0.0.2"}},
-		{"PORT", func(c config) any { return c.port }, "8080", map[string]any{"0": "0", "65535": "65535"}},
-		{"DATABASE_URL", func(c config) any { return c.database.ConnConfig.Host }, "localhost",
-			map[string]any{"postgres://u:p@elsewhere:1/n": "elsewhere"}},
-		{"DB_HOST", func(c config) any { return c.database.ConnConfig.Host }, "localhost",
-			map[string]any{"db.example": "db.example", "/run/postgresql": "/run/postgresql"}},
-		{"DB_PORT", func(c config) any { return int(c.database.ConnConfig.Port) }, 5432, map[string]any{"101": 101}},
-		{"DB_NAME", func(c config) any { return c.database.ConnConfig.Database }, "session_replay",
-			map[string]any{"some name": "some name"}},
-		{"DB_USER", func(c config) any { return c.database.ConnConfig.User }, "postgres",
-			map[string]any{"us er": "us er"}},
-		{"DB_PASSWORD", func(c config) any { return c.database.ConnConfig.Password }, "postgres",
-			map[string]any{"p@/?#:% \"'\\": "p@/?#:% \"'\\"}},
-		{"DB_MAX_CONNECTIONS", func(c config) any { return int(c.database.MaxConns) }, 20, map[string]any{"98": 98}},
-		{"DB_IDLE_TIMEOUT", func(c config) any { return c.database.MaxConnIdleTime }, 30 * time.Second,
-			map[string]any{"99": 99 * time.Millisecond}},
-		{"DB_CONNECTION_TIMEOUT", func(c config) any { return c.database.ConnConfig.ConnectTimeout }, 2 * time.Second,
-			map[string]any{"3s": 3 * time.Second}},
-		{"BATCH_SIZE", func(c config) any { return c.batchSize }, 50, map[string]any{"82": 82}},
-		{"BATCH_INTERVAL", func(c config) any { return c.batchInterval }, 5 * time.Second, map[string]any{
-			"83": 83 * time.Millisecond, "500ms": 500 * time.Millisecond, "7s": 7 * time.Second,
-			"2 min": 2 * time.Minute, "3m": 3 * time.Minute, "1H": time.Hour}},
-		{"MAX_EVENTS_PER_SESSION", func(c config) any { return c.maxEvents }, 20000, map[string]any{"84": 84}},
-		{"SESSION_CLEANUP_INTERVAL", func(c config) any { return c.cleanupInterval }, 5 * time.Minute,
-			map[string]any{"300000": 5 * time.Minute}},
-		{"SESSION_GRACE_PERIOD", func(c config) any { return c.grace }, 15 * time.Second,
-			map[string]any{"0": time.Duration(0), "1 minutes": time.Minute}},
-		{"HEARTBEAT_INTERVAL", func(c config) any { return c.heartbeat }, 30 * time.Second,
-			map[string]any{"87": 87 * time.Millisecond}},
-		{"MESSAGE_TIMEOUT", func(c config) any { return c.messageTimeout }, time.Minute,
-			map[string]any{"88": 88 * time.Millisecond}},
-		{"READ_HEADER_TIMEOUT", func(c config) any { return c.readHeaderTimeout }, 10 * time.Second,
-			map[string]any{"89": 89 * time.Millisecond}},
-		{"RETENTION_HOURS", func(c config) any { return c.retention }, 30 * day,
-			map[string]any{"90": 90 * time.Hour, "30d": 30 * day, "12h": 12 * time.Hour, "2 days": 2 * day}},
-		{"MAX_MESSAGE_BYTES", func(c config) any { return c.maxMessageBytes }, 33554432,
-			map[string]any{"9100": 9100, "5KB": 5120, "1GB": 1 << 30}},
-		{"MAX_BUFFER_BYTES", func(c config) any { return c.maxBufferBytes }, 268435456,
-			map[string]any{"92000000": 92000000, "64 mb": 64 << 20, "1t": 1 << 40}},
-		{"MAX_HEADER_BYTES", func(c config) any { return c.maxHeaderBytes }, 16384, map[string]any{"9400": 9400}},
-		{"MAX_SESSION_BYTES", func(c config) any { return c.maxSessionBytes }, 1073741824,
-			map[string]any{"95": 95, "95 bytes": 95}},
-		{"MAX_STORAGE_BYTES", func(c config) any { return c.maxStorageBytes }, 0, map[string]any{"50G": 50 << 30}},
-		{"MAX_CONNECTIONS", func(c config) any { return c.maxConnections }, 10000, map[string]any{"93": 93}},
-		{"MAX_CONNECTIONS_PER_ADDRESS", func(c config) any { return c.maxPerAddress }, 200, map[string]any{"94": 94}},
-		{"MAX_SESSIONS_PER_MINUTE", func(c config) any { return c.maxSessionsPerMinute }, 30, map[string]any{"97": 97}},
-		{"LOG_LEVEL", func(c config) any { return c.log.level.String() }, "INFO", map[string]any{"warn": "WARN"}},
-		{"LOG_DIR", func(c config) any { return c.log.dir }, "logs", map[string]any{"/somewhere": "/somewhere"}},
-		{"LOG_MAX_SIZE", func(c config) any { return c.log.maxSize }, int64(20 << 20),
-			map[string]any{"102k": int64(102 << 10), "1g": int64(1 << 30), "1048577": int64(1048577)}},
-		{"LOG_MAX_FILES", func(c config) any { return fmt.Sprint(c.log.maxAge, c.log.maxCount) }, "336h0m0s 0",
-			map[string]any{"103": "0s 103", "1D": "24h0m0s 0"}},
-		{"LOG_ZIPPED", func(c config) any { return c.log.zipped }, false, map[string]any{"true": true}},
-		{"TRUST_PROXY", func(c config) any { return c.trustProxy }, false, map[string]any{"1": true}},
-		{"METRICS_OPEN", func(c config) any { return c.metricsOpen }, false, map[string]any{"true": true}},
-		{"ACCESS_TOKEN", func(c config) any { return c.token }, "",
-			map[string]any{"sixteen letters.": "sixteen letters."}},
-		{"INGEST_KEY", func(c config) any { return c.key }, "", map[string]any{"k": "k"}},
-		{"TRACKER_ORIGINS", func(c config) any { return fmt.Sprint(c.trackerOrigins) }, "[*]", map[string]any{
-			" HTTPS://Shop.example ,http://[::1]:99,": "[https://shop.example http://[::1]:99]", ",": "[]"}},
-		{"VIEWER_ORIGINS", func(c config) any { return fmt.Sprint(c.viewerOrigins) }, "[]",
-			map[string]any{"https://v.example": "[https://v.example]"}},
-		{"PUBLIC_HOSTS", func(c config) any { return fmt.Sprint(c.publicHosts) }, "[]",
-			map[string]any{"A.example:8443 , b.example": "[a.example:8443 b.example]"}},
-	} {
-		if got := tt.value(mustLoad(t)); got != tt.preset {
-			t.Errorf("%s: got %v by default, want %v", tt.name, got, tt.preset)
-		}
-		for text, want := range tt.given {
-			if got := tt.value(mustLoad(t, tt.name+"="+text)); got != want {
-				t.Errorf("%s=%s: got %v, want %v", tt.name, text, got, want)
+	for _, row := range testSettings {
+		cells := strings.Split(row, " | ")
+		value := func(c config) any {
+			v := reflect.ValueOf(c)
+			for name := range strings.FieldsSeq(cells[1]) {
+				v = reflect.Indirect(v).FieldByName(name)
 			}
+			if v.Type() == reflect.TypeFor[time.Duration]() {
+				return time.Duration(v.Int())
+			}
+			return v
+		}
+		same(t, cells[0]+" by default", value(mustLoad(t)), cells[2])
+		for _, given := range cells[3:] {
+			i := strings.LastIndex(given, "=")
+			same(t, cells[0]+"="+given[:i], value(mustLoad(t, cells[0]+"="+given[:i])), given[i+1:])
 		}
 	}
 }
@@ -180,9 +162,8 @@ func TestSettingsRefused(t *testing.T) {
 		"MAX_HEADER_BYTES=2":     `MAX_HEADER_BYTES: "2" is not a whole number from 4 KB to 1024 KB`,
 		"BATCH_SIZE=0":           `BATCH_SIZE: "0" is not a whole number from 1 to 10000`,
 	} {
-		if _, err := loadConfig(envOf(setting)); err == nil || err.Error() != want {
-			t.Errorf("%s: got %v, want %s", setting, err, want)
-		}
+		_, err := loadConfig(envOf(setting))
+		same(t, setting, err, want)
 	}
 }
 
@@ -203,9 +184,7 @@ func TestCredentials(t *testing.T) {
 			"from the environment||own"},
 	} {
 		c := mustLoad(t, append(tt.env, "CREDENTIALS_DIRECTORY="+dir)...)
-		if got := c.token + "|" + c.key + "|" + c.database.ConnConfig.Password; got != tt.want {
-			t.Errorf("%q: got %s, want %s", tt.env, got, tt.want)
-		}
+		same(t, fmt.Sprint(tt.env), c.token+"|"+c.key+"|"+c.database.ConnConfig.Password, tt.want)
 	}
 }
 
@@ -268,15 +247,11 @@ func TestDotEnv(t *testing.T) {
 	} {
 		os.WriteFile(file, []byte(text), 0o600)
 		c, err := readConfig(envOf("PORT=2", "HOST=127.0.0.9", "PGUSER=postgres", "UNKNOWN=x", "GOGC=50"), file)
-		got := ""
-		if err != nil {
-			got = err.Error()
-		} else {
-			got = fmt.Sprint(c.host, " ", c.port, " ", c.database.ConnConfig.Database, " ", c.database.ConnConfig.User)
+		got := fmt.Sprint(err)
+		if err == nil {
+			got = said(c.host, c.port, c.database.ConnConfig.Database, c.database.ConnConfig.User)
 		}
-		if got != want {
-			t.Errorf("%q: got %s, want %s", text, got, want)
-		}
+		same(t, text, got, want)
 	}
 	if _, err := readConfig(envOf(), t.TempDir()); err == nil {
 		t.Error("a .env that cannot be read: got no error")
@@ -287,9 +262,7 @@ func TestInWords(t *testing.T) {
 	for d, want := range map[time.Duration]string{30 * 24 * time.Hour: "30 days", 36 * time.Hour: "36 hours",
 		24 * time.Hour:   "24 hours",
 		90 * time.Second: "90 seconds", time.Millisecond: "1 ms", 0: "0 ms", 15 * time.Minute: "15 minutes"} {
-		if got := inWords(int64(d), times); got != want {
-			t.Errorf("%v: got %q, want %q", d, got, want)
-		}
+		same(t, d.String(), inWords(int64(d), times), want)
 	}
 }
 
@@ -314,9 +287,7 @@ func TestProcessSettings(t *testing.T) {
 	s.start()
 	s.waitHealthy()
 	dialServer(t, s.ws("viewer"))
-	if got := s.as(nobody, "GET", "/ws?type=viewer").StatusCode; got != http.StatusServiceUnavailable {
-		t.Errorf("a second connection: got %d, want 503, as MAX_CONNECTIONS=1 in .env says", got)
-	}
+	same(t, "a second connection, of MAX_CONNECTIONS=1 in .env", s.as(nobody, "GET", "/ws?type=viewer").status, 503)
 	other := newServer(t, "PORT="+s.port)
 	other.start()
 	<-other.exited
@@ -366,32 +337,25 @@ func TestTLS(t *testing.T) {
 	}
 	s.start()
 	waitUntil(t, "the server speaks TLS", func() bool { return serial() == 1 })
-	if !strings.Contains(s.output.String(), "url=https://127.0.0.1:") {
-		t.Errorf("it does not say so: %s", s.output.String())
-	}
+	holds(t, "what it says", s.output.String(), "url=https://127.0.0.1:")
 	if c := s.as(header("Accept", "text/html"), "GET",
-		"/?token=the%2Baccess/token%3Dof+a+test").Cookies()[0]; !c.Secure {
+		"/?token=the%2Baccess/token%3Dof+a+test").cookies()[0]; !c.Secure {
 		t.Errorf("cookie %v, want Secure", c)
 	}
 	plainPage := header("Origin", "http://127.0.0.1:"+s.port)
-	if resp := s.as(bearer.and("", plainPage), "GET", "/sessions"); resp.StatusCode != 403 {
-		t.Errorf("its page without TLS: got %d, want 403", resp.StatusCode)
-	}
+	same(t, "its page without TLS", s.as(bearer.and("", plainPage), "GET", "/sessions").status, 403)
 	os.WriteFile(cert, []byte("broken"), 0o600)
 	s.cmd.Process.Signal(syscall.SIGHUP)
 	waitUntil(t, "the broken one is refused", func() bool {
-		return strings.Contains(s.log(rejectionsLog),
-			"certificate not read again")
+		return strings.Contains(s.log(rejectionsLog), "certificate not read again")
 	})
-	if got := serial(); got != 1 {
-		t.Errorf("then the certificate is number %d, want the old one", got)
-	}
+	same(t, "the old certificate's number", serial(), 1)
 	testCertificate(t, cert, key, 2)
 	s.cmd.Process.Signal(syscall.SIGHUP)
 	waitUntil(t, "the new certificate is served", func() bool { return serial() == 2 })
-	if code, _ := s.term(); code != 0 {
-		t.Errorf("exit code %d", code)
-	}
+	s.cmd.Process.Signal(syscall.SIGINT)
+	<-s.exited
+	same(t, "exit code", s.cmd.ProcessState.ExitCode(), 0)
 	s.tellsNothing(testToken, "the%2Baccess")
 }
 
@@ -455,9 +419,8 @@ func TestCheck(t *testing.T) {
 			t.Errorf("%q left %v", tt.env, left)
 		}
 	}
-	if n := querySQL[int](t, database, "select count(*) from pg_tables where schemaname = 'public'"); n != 0 {
-		t.Errorf("it made %d tables", n)
-	}
+	same(t, "tables that it made",
+		querySQL[int](t, database, "select count(*) from pg_tables where schemaname = 'public'"), 0)
 }
 
 func TestArguments(t *testing.T) {
@@ -482,9 +445,7 @@ func TestConfigURL(t *testing.T) {
 		"127.0.0.1": "http://127.0.0.1:1", "replay.example": "http://replay.example:1", "::1": "http://[::1]:1",
 		"0.0.0.0": "http://" + net.JoinHostPort(ownAddress(), "1"), "::": "http://" + net.JoinHostPort(ownAddress(), "1"),
 	} {
-		if got := (config{}).url(host, "1"); got != want {
-			t.Errorf("HOST=%s: got %s, want %s", host, got, want)
-		}
+		same(t, "HOST="+host, (config{}).url(host, "1"), want)
 	}
 	addresses, _ := net.InterfaceAddrs()
 	for _, a := range addresses {

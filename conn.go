@@ -61,10 +61,7 @@ var errTooLarge = &protocolError{"too_large", "the message is larger than MAX_ME
 
 // open makes ready what works beside the reader: the writer and the pings.
 func (c *conn) open() {
-	c.out.wake = func() {
-		c.writer.Add(1)
-		go c.write() // ends when the outbox is empty, or with the connection
-	}
+	c.out.wake = func() { c.writer.Go(c.write) } // ends when the outbox is empty, or with the connection
 	c.out.abort = func() {
 		c.cancel()
 		c.net.Close()
@@ -84,13 +81,11 @@ func (c *conn) serve() {
 			err = c.handleInGoroutine(msg)
 		}
 		c.release(msg)
-		var wrong *protocolError
-		switch {
-		case errors.As(err, &wrong):
+		if wrong, ok := errors.AsType[*protocolError](err); ok {
 			c.replyError(wrong)
-		case err != nil:
+		} else if err != nil {
 			return
-		default:
+		} else {
 			c.errors = 0
 		}
 	}
@@ -298,7 +293,6 @@ func (c *conn) isAlive() bool {
 // write sends what the outbox holds. It ends when there is nothing left, or with
 // the connection.
 func (c *conn) write() {
-	defer c.writer.Done()
 	defer c.logs.catch("writer of a connection")
 	alive := false
 	defer func() {

@@ -1,12 +1,12 @@
 package main
 
 import (
+	"encoding/json"
+	"expvar"
 	"fmt"
-	"maps"
 	"net/http"
 	"runtime"
 	rt "runtime/metrics"
-	"slices"
 	"sync/atomic"
 	"time"
 )
@@ -33,17 +33,24 @@ func (s *server) handleHealth(w http.ResponseWriter, r *http.Request) error {
 	}
 	st := s.stats()
 	t, err := s.store.totals(r.Context())
-	if err != nil && reason == "" {
+	skew := time.Duration(s.store.skew.Load())
+	switch {
+	case reason != "":
+	case err != nil:
 		status, code, reason = "unhealthy", http.StatusServiceUnavailable, "the database does not answer: "+err.Error()
+	case skew.Abs() > maxClockSkew:
+		reason = fmt.Sprintf("this machine's clock is %v ahead of the database's: nothing is deleted for its age",
+			skew.Round(time.Second))
+	}
+	counts := func(sessions, active, events int64) map[string]int64 {
+		return map[string]int64{"totalSessions": sessions, "activeSessions": active, "totalEvents": events}
 	}
 	answer := map[string]any{
 		"status": status, "timestamp": time.Now().UTC(), "uptime": s.uptime(),
-		"database":   map[string]int64{"totalSessions": t.sessions, "activeSessions": t.active, "totalEvents": t.events},
-		"sessions":   map[string]int64{"totalSessions": int64(st.sessions), "activeSessions": int64(st.live), "totalEvents": st.events},
-		"websockets": map[string]int{"totalClients": st.trackers + st.viewers, "viewers": st.viewers, "trackers": st.trackers},
-	}
-	if skew := time.Duration(s.store.skew.Load()); skew.Abs() > maxClockSkew && reason == "" {
-		reason = fmt.Sprintf("this machine's clock is %v ahead of the database's: nothing is deleted for its age", skew.Round(time.Second))
+		"database": counts(t.sessions, t.active, t.events),
+		"sessions": counts(int64(st.sessions), int64(st.live), st.events),
+		"websockets": map[string]int{
+			"totalClients": st.trackers + st.viewers, "viewers": st.viewers, "trackers": st.trackers},
 	}
 	if reason != "" {
 		answer["reason"] = reason
@@ -53,63 +60,59 @@ func (s *server) handleHealth(w http.ResponseWriter, r *http.Request) error {
 }
 
 func (s *server) handleStats(w http.ResponseWriter, r *http.Request) error {
-	st := s.stats()
+	st, m := s.stats(), s.metrics
 	s.write(w, http.StatusOK, map[string]any{
-		"totalClients": st.trackers + st.viewers, "activeSessions": st.live, "viewers": st.viewers, "trackers": st.trackers,
-		"totalEvents": st.events, "uptime": s.uptime(),
-		"trackerFetches":  s.origins.recent(),
-		"refusedSessions": s.metrics.refusedSessions.Load(), "viewersLagged": s.metrics.viewersLagged.Load(), "refusals": s.metrics.refused(),
+		"totalClients": st.trackers + st.viewers, "viewers": st.viewers, "trackers": st.trackers,
+		"activeSessions": st.live, "totalEvents": st.events, "uptime": s.uptime(), "trackerFetches": s.origins.recent(),
+		"refusedSessions": m.refusedSessions.Load(), "viewersLagged": m.viewersLagged.Load(),
+		"refusals": json.RawMessage(m.refusals.String()),
 	})
 	return nil
 }
 
-func (s *server) metricsNow() []metric {
+func (s *server) handleMetrics(w http.ResponseWriter, r *http.Request) error {
 	st, m := s.stats(), s.metrics
 	memory := []rt.Sample{{Name: "/memory/classes/heap/objects:bytes"}, {Name: "/memory/classes/total:bytes"}}
 	rt.Read(memory)
+	used := int64(s.cfg.maxBufferBytes) - s.budget.left()
 	n := func(c *atomic.Int64) float64 { return float64(c.Load()) }
-	const counter, gauge = "counter", "gauge"
 	all := []metric{
-		{`session_replay_connections{type="tracker"}`, "WebSockets that are open.", gauge, float64(st.trackers)},
-		{`session_replay_connections{type="viewer"}`, "", gauge, float64(st.viewers)},
-		{"session_replay_sessions_live", "Sessions that are being recorded.", gauge, float64(st.live)},
-		{"session_replay_sessions_in_memory", "Those, and ended ones that are not wholly stored.", gauge, float64(st.sessions)},
-		{"session_replay_sessions_started_total", "Sessions begun or continued.", counter, n(&m.sessionsStarted)},
-		{"session_replay_sessions_deleted_total", "Sessions deleted for their age or MAX_STORAGE_BYTES.", counter, n(&m.sessionsDeleted)},
-		{"session_replay_sessions_refused_total", "Sessions given up because PostgreSQL refused their data.", counter, n(&m.refusedSessions)},
-		{"session_replay_events_received_total", "Events accepted.", counter, n(&m.eventsIn)},
-		{"session_replay_received_bytes_total", "JSON of these.", counter, n(&m.bytesIn)},
-		{"session_replay_wire_bytes_total", "What trackers have sent, compressed where it came so.", counter, n(&m.wireBytes)},
-		{"session_replay_events_stored_total", "Events committed.", counter, n(&m.eventsStored)},
-		{"session_replay_stored_bytes_total", "Chunks of these, compressed.", counter, n(&m.bytesStored)},
-		{"session_replay_acks_total", "Acks sent; one may stand for many batches.", counter, n(&m.acks)},
-		{"session_replay_oldest_pending_seconds", "Age of the oldest event not committed.", gauge, st.oldest.Seconds()},
-		{"session_replay_buffer_bytes", "Memory in use of MAX_BUFFER_BYTES.", gauge, float64(int64(s.cfg.maxBufferBytes) - s.budget.left())},
-		{"session_replay_buffer_limit_bytes", "MAX_BUFFER_BYTES.", gauge, float64(s.cfg.maxBufferBytes)},
-		{"session_replay_tail_bytes", "Memory in use for events that are committed.", gauge, float64(st.tailBytes)},
-		{"session_replay_viewers_lagged_total", "Times that a viewer was too slow.", counter, n(&m.viewersLagged)},
-		{"session_replay_database_errors_total", "Transactions and questions that failed.", counter, n(&m.databaseErrors)},
-		{"session_replay_log_write_errors_total", "Lines that did not reach a log file.", counter, float64(s.logs.writeErrors())},
-		{"session_replay_batch_seconds_sum", "Time to compress and commit a batch, or to fail.", "summary", n(&m.batchNanos) / 1e9},
-		{"session_replay_batch_seconds_count", "", "", n(&m.batches)},
-		{"session_replay_batch_bytes_sum", "JSON in a batch.", "summary", n(&m.batchBytes)},
-		{"session_replay_batch_bytes_count", "", "", n(&m.batches)},
-		{"go_goroutines", "Goroutines.", gauge, float64(runtime.NumGoroutine())},
-		{"go_memstats_alloc_bytes", "Memory of Go objects.", gauge, float64(memory[0].Value.Uint64())},
-		{"go_memstats_sys_bytes", "Memory taken from the system.", gauge, float64(memory[1].Value.Uint64())},
-		{"process_start_time_seconds", "Start, in seconds since 1970.", gauge, float64(s.started.Unix())},
+		{`connections{type="tracker"}`, "WebSockets that are open.", float64(st.trackers)},
+		{`connections{type="viewer"}`, "", float64(st.viewers)},
+		{"sessions_live", "Sessions that are being recorded.", float64(st.live)},
+		{"sessions_in_memory", "Those, and ended ones that are not wholly stored.", float64(st.sessions)},
+		{"sessions_started_total", "Sessions begun or continued.", n(&m.sessionsStarted)},
+		{"sessions_deleted_total", "Sessions deleted for their age or MAX_STORAGE_BYTES.", n(&m.sessionsDeleted)},
+		{"sessions_refused_total", "Sessions given up because PostgreSQL refused their data.", n(&m.refusedSessions)},
+		{"events_received_total", "Events accepted.", n(&m.eventsIn)},
+		{"received_bytes_total", "JSON of these.", n(&m.bytesIn)},
+		{"wire_bytes_total", "What trackers have sent, compressed where it came so.", n(&m.wireBytes)},
+		{"events_stored_total", "Events committed.", n(&m.eventsStored)},
+		{"stored_bytes_total", "Chunks of these, compressed.", n(&m.bytesStored)},
+		{"acks_total", "Acks sent; one may stand for many batches.", n(&m.acks)},
+		{"oldest_pending_seconds", "Age of the oldest event not committed.", st.oldest.Seconds()},
+		{"buffer_bytes", "Memory in use of MAX_BUFFER_BYTES.", float64(used)},
+		{"buffer_limit_bytes", "MAX_BUFFER_BYTES.", float64(s.cfg.maxBufferBytes)},
+		{"tail_bytes", "Memory in use for events that are committed.", float64(st.tailBytes)},
+		{"viewers_lagged_total", "Times that a viewer was too slow.", n(&m.viewersLagged)},
+		{"database_errors_total", "Transactions and questions that failed.", n(&m.databaseErrors)},
+		{"log_write_errors_total", "Lines that did not reach a log file.", n(&s.logs.failures)},
+		{"batch_seconds_sum", "Time to compress and commit a batch, or to fail.", n(&m.batchNanos) / 1e9},
+		{"batch_seconds_count", "", n(&m.batches)},
+		{"batch_bytes_sum", "JSON in a batch.", n(&m.batchBytes)},
+		{"batch_bytes_count", "", n(&m.batches)},
+		{"go_goroutines", "Goroutines.", float64(runtime.NumGoroutine())},
+		{"go_memstats_alloc_bytes", "Memory of Go objects.", float64(memory[0].Value.Uint64())},
+		{"go_memstats_sys_bytes", "Memory taken from the system.", float64(memory[1].Value.Uint64())},
+		{"process_start_time_seconds", "Start, in seconds since 1970.", float64(s.started.Unix())},
 	}
-	refused, help := m.refused(), "Requests, messages and connections refused."
-	for _, reason := range slices.Sorted(maps.Keys(refused)) {
-		name := `session_replay_refusals_total{reason="` + reason + `"}`
-		all = append(all, metric{name, help, counter, float64(refused[reason])})
+	help := "Requests, messages and connections refused."
+	m.refusals.Do(func(reason expvar.KeyValue) { // in the order of their names
+		count := float64(reason.Value.(*expvar.Int).Value())
+		all = append(all, metric{`refusals_total{reason="` + reason.Key + `"}`, help, count})
 		help = ""
-	}
-	return all
-}
-
-func (s *server) handleMetrics(w http.ResponseWriter, r *http.Request) error {
+	})
 	w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
-	writeMetrics(w, s.metricsNow())
+	writeMetrics(w, all)
 	return nil
 }

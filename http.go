@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"math"
 	"net"
 	"net/http"
@@ -52,11 +53,9 @@ func (s *server) table() []route {
 	return []route{
 		{"GET /{$}", browsers, s.handleRoot},
 		{"GET /ws", sockets, s.handleWebSocket},
-		{"POST /ws", anyone, s.handlePost}, // trackers', as the next four are: they look at the key themselves
-		{"OPTIONS /ws", anyone, s.handlePreflight},
-		{"GET /recordings/{id}/events/ws", anyone, s.handleRecordingSocket},
-		{"POST /recordings/{id}/events", anyone, s.handleRecordingPost},
-		{"OPTIONS /recordings/{id}/events", anyone, s.handlePreflight},
+		{"POST /ws", sockets, s.handlePost},
+		{"GET /recordings/{id}/events/ws", sockets, s.handleWebSocket}, // of rrweb's own client, as the next
+		{"POST /recordings/{id}/events", sockets, s.handlePost},
 		{"GET /health", anyone, s.query(s.handleHealth)},
 		{"GET /stats", viewers, s.query(s.handleStats)},
 		{"GET /metrics", scrapers, s.query(s.handleMetrics)},
@@ -90,8 +89,11 @@ func (s *server) routes() http.Handler {
 	}
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		defer s.recoverHandler(w, r)
-		if s.allowOrigin(w.Header(), r) {
-			w.WriteHeader(http.StatusNoContent)
+		h := w.Header()
+		h.Set("X-Content-Type-Options", "nosniff")
+		h.Set("Vary", "Origin")
+		h.Set("Cache-Control", "no-store") // unless a handler knows better
+		if s.allowOrigin(w, r) {
 			return
 		}
 		if builtIn, pattern := mux.Handler(r); pattern == "" {
@@ -125,27 +127,35 @@ func (s *server) recoverHandler(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// allowOrigin lets the pages of VIEWER_ORIGINS read the answer. With preflight the
-// request asks for no more than that.
-func (s *server) allowOrigin(h http.Header, r *http.Request) (preflight bool) {
-	h.Set("X-Content-Type-Options", "nosniff")
-	h.Set("Vary", "Origin")
-	origin := r.Header.Get("Origin")
-	if !slices.Contains(s.access.viewerOrigins, origin) {
+// allowOrigin lets pages of other sites read the answer: pages that may record,
+// what a tracker is told, and those of VIEWER_ORIGINS the rest. It answers a
+// browser that asks beforehand, and says so.
+func (s *server) allowOrigin(w http.ResponseWriter, r *http.Request) (answered bool) {
+	h, origin, asks := w.Header(), r.Header.Get("Origin"), r.Method == http.MethodOptions
+	methods, headers, allowed := "GET, DELETE", "Authorization", slices.Contains(s.access.viewerOrigins, origin)
+	if isTracker(r) {
+		methods, headers = "POST", "Authorization, Content-Encoding, Content-Type"
+		allowed = s.access.mayRecord(r)
+		if asks && !allowed {
+			s.deny(w, r, false, deniedOrigin)
+			return true
+		}
+	}
+	if !allowed || origin == "" {
 		return false
 	}
 	h.Set("Access-Control-Allow-Origin", origin)
-	if r.Method != http.MethodOptions || isTracker(r) {
-		return false
+	if asks {
+		h.Set("Access-Control-Allow-Methods", methods)
+		h.Set("Access-Control-Allow-Headers", headers)
+		h.Set("Access-Control-Max-Age", "600")
+		w.WriteHeader(http.StatusNoContent)
 	}
-	h.Set("Access-Control-Allow-Methods", "GET, DELETE")
-	h.Set("Access-Control-Allow-Headers", "Authorization")
-	h.Set("Access-Control-Max-Age", "600")
-	return true
+	return asks
 }
 
-// guard lets in whom the route is for. A browser that comes to a page by a link
-// with the token gets the cookie, and the page's URL without the token.
+// guard lets in the audience of the route. A link with the token gives the browser
+// the cookie, and sends it on to the same URL without the token.
 func (s *server) guard(route route) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		page := route.who == browsers && isBrowser(r)
@@ -175,7 +185,7 @@ func (s *server) deny(w http.ResponseWriter, r *http.Request, page bool, d *deni
 		s.audit.note(s.access.address(r), "sign-in refused")
 	}
 	if isTracker(r) {
-		s.origins.refused(originOf(r), d.reason)
+		s.origins.count(originOf(r), func(c *originCounts) { c.Refusals[d.reason]++ })
 	}
 	h := w.Header()
 	if d.retryAfter > 0 {
@@ -201,7 +211,6 @@ func (s *server) deny(w http.ResponseWriter, r *http.Request, page bool, d *deni
 	}
 	h.Set("Content-Security-Policy", viewerPolicy)
 	h.Set("Content-Type", file.contentType)
-	h.Set("Cache-Control", "no-store")
 	w.WriteHeader(d.status)
 	w.Write(file.body)
 }
@@ -214,8 +223,8 @@ func (s *server) handleSignIn(w http.ResponseWriter, r *http.Request) {
 		s.fail(w, r, http.StatusBadRequest, `the body must be {"token": …}`, nil)
 		return
 	}
-	if d := s.access.compareToken(body.Token); d != nil && !s.access.open {
-		s.deny(w, r, false, d)
+	if !s.access.open && !equalSecret(body.Token, s.access.token) {
+		s.deny(w, r, false, deniedToken)
 		return
 	}
 	s.access.signIn(w, r, signInAge)
@@ -241,14 +250,13 @@ func (s *server) fail(w http.ResponseWriter, r *http.Request, status int, reason
 
 func (s *server) write(w http.ResponseWriter, status int, v any) {
 	w.Header().Set("Content-Type", "application/json; charset=utf-8")
-	w.Header().Set("Cache-Control", "no-store")
 	w.WriteHeader(status)
 	w.Write(encodeJSON(v))
 }
 
-// query makes a handler of one that may fail, and that takes these parameters. It
-// writes nothing when it returns an error: the error is answered here. What reads
-// sessions waits until there is room in memory for its answer.
+// query makes a handler of one that takes these parameters and may fail. A handler
+// that fails has written nothing: its error is answered here. A route that reads
+// sessions waits until memory has room for its answer.
 func (s *server) query(handle func(http.ResponseWriter, *http.Request) error, names ...string) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		if strings.HasPrefix(r.URL.Path, "/sessions") {
@@ -264,10 +272,10 @@ func (s *server) query(handle func(http.ResponseWriter, *http.Request) error, na
 		if err == nil {
 			err = handle(w, r)
 		}
-		var bad badRequest
+		bad, isBad := errors.AsType[badRequest](err)
 		switch {
 		case err == nil:
-		case errors.As(err, &bad):
+		case isBad:
 			s.fail(w, r, http.StatusBadRequest, bad.Error(), nil)
 		case errors.Is(err, errNotFound):
 			s.fail(w, r, http.StatusNotFound, "no such session", nil)
@@ -307,27 +315,14 @@ func queryNumber(r *http.Request, name string, preset, least, most int64) (int64
 // it lasts; smaller ones serve a tracker, which is sent little, as well.
 type hijacker struct {
 	http.ResponseWriter
-	tracker bool
-	wire    *atomic.Int64 // counts what a tracker sends
-	conn    net.Conn
-}
-
-// countedConn counts the bytes that are read from it.
-type countedConn struct {
-	net.Conn
-	wire *atomic.Int64
-}
-
-func (c countedConn) Read(p []byte) (int, error) {
-	n, err := c.Conn.Read(p)
-	c.wire.Add(int64(n))
-	return n, err
+	wire *atomic.Int64 // counts what a tracker sends; nil for a viewer
+	conn net.Conn
 }
 
 func (h *hijacker) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 	conn, rw, err := http.NewResponseController(h.ResponseWriter).Hijack()
-	if err == nil && h.tracker {
-		conn = countedConn{conn, h.wire}
+	if err == nil && h.wire != nil {
+		conn = counted{conn, conn, h.wire}
 		if rw.Reader.Buffered() == 0 {
 			rw = bufio.NewReadWriter(bufio.NewReaderSize(conn, 512), bufio.NewWriterSize(conn, 512))
 		}
@@ -336,60 +331,83 @@ func (h *hijacker) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 	return conn, rw, err
 }
 
+// counted counts the bytes that are read from a connection, or from a body.
+type counted struct {
+	net.Conn
+	from io.Reader
+	wire *atomic.Int64
+}
+
+func (c counted) Read(p []byte) (int, error) {
+	n, err := c.from.Read(p)
+	c.wire.Add(int64(n))
+	return n, err
+}
+
+// enter counts a tracker's or a viewer's request, which then leaves; otherwise it
+// answers why not. A path with an id is that of rrweb's own client.
+func (s *server) enter(w http.ResponseWriter, r *http.Request) (addr netip.Addr, ok bool) {
+	if strings.Contains(r.Pattern, "{id}") && !validID(r.PathValue("id")) {
+		s.fail(w, r, http.StatusBadRequest, "this is no id of a recording", nil)
+		return addr, false
+	}
+	addr = s.access.address(r)
+	d := s.access.enter(addr)
+	if d != nil {
+		s.deny(w, r, false, d)
+	}
+	return addr, d == nil
+}
+
+// handleWebSocket makes a WebSocket of a request. Browsers compress what a tracker
+// sends; the server compresses nothing, which would take 1.2 MB for each that it
+// writes to.
 func (s *server) handleWebSocket(w http.ResponseWriter, r *http.Request) {
 	kind := r.URL.Query().Get("type")
 	if kind != "" && kind != "tracker" && kind != "viewer" {
 		s.fail(w, r, http.StatusBadRequest, `type must be "tracker" or "viewer"`, nil)
 		return
 	}
-	s.upgrade(w, r, kind == "viewer")
-}
-
-// upgrade makes a WebSocket of a request. Browsers compress what a tracker sends;
-// the server compresses nothing, which would take 1.2 MB for each that it writes to.
-func (s *server) upgrade(w http.ResponseWriter, r *http.Request, isViewer bool) {
-	addr := s.access.address(r)
-	if d := s.access.enter(addr); d != nil {
-		s.deny(w, r, false, d)
+	addr, ok := s.enter(w, r)
+	if !ok {
 		return
 	}
+	isViewer := !isTracker(r)
+	h := &hijacker{ResponseWriter: w}
 	options := websocket.AcceptOptions{InsecureSkipVerify: true}
 	if !isViewer {
+		h.wire = &s.metrics.wireBytes
 		options.CompressionMode, options.CompressionThreshold = websocket.CompressionNoContextTakeover, math.MaxInt
 	}
-	h := &hijacker{ResponseWriter: w, tracker: !isViewer, wire: &s.metrics.wireBytes}
 	ws, err := websocket.Accept(h, r, &options)
 	if err != nil {
 		s.access.leave(addr) // Accept has answered
 		return
 	}
 	ws.SetReadLimit(-1) // conn.read has its own
-	c := &conn{core: &s.core, ws: ws, net: h.conn, urgent: isViewer}
+	c := &conn{core: &s.core, ws: ws, net: h.conn, out: newOutbox(), urgent: isViewer}
 	if w.Header().Get("Sec-WebSocket-Extensions") != "" {
 		c.inflater = inflater
 	}
 	c.ctx, c.cancel = context.WithCancel(s.ctx)
 	if isViewer {
-		c.maxMessage, c.out = maxViewerMessage, newOutbox()
+		c.maxMessage = maxViewerMessage
 		c.handle = (&viewer{&s.core, c.ctx, c.out, func(id string) { s.audit.open(addr, id) }}).handle
 	} else {
-		c.maxMessage, c.out = s.cfg.maxMessageBytes, newOutbox()
 		s.newTracker(c, r, addr)
 	}
 	go s.serveWebSocket(c, addr, isViewer) // ends with the connection
 }
 
-// newTracker makes a page the one that a connection hears. A path with an id is
-// that of rrweb's own client.
+// newTracker makes the tracker that handles what a connection brings.
 func (s *server) newTracker(c *conn, r *http.Request, addr netip.Addr) *tracker {
-	origin := originOf(r)
-	t := &tracker{core: &s.core, ctx: c.ctx, out: c.out}
+	origin, recording := originOf(r), r.PathValue("id")
+	t := &tracker{core: &s.core, ctx: c.ctx, out: c.out, share: recording != ""}
 	t.mayStart = func() bool { return s.access.mayStart(addr, s.cfg.maxSessionsPerMinute) }
-	t.started = func() { s.origins.started(origin) }
-	c.handle = t.handle
-	if id := r.PathValue("id"); id != "" {
-		t.share = true
-		c.handle = (&rrwebClient{tracker: t, recording: id}).handle
+	t.started = func() { s.origins.count(origin, func(c *originCounts) { c.Sessions++ }) }
+	c.maxMessage, c.handle = s.cfg.maxMessageBytes, t.handle
+	if recording != "" {
+		c.handle = (&rrwebClient{tracker: t, recording: recording}).handle
 	}
 	return t
 }
@@ -439,7 +457,6 @@ func (s *server) handleEvents(w http.ResponseWriter, r *http.Request) error {
 	}
 	s.audit.open(s.access.address(r), id)
 	w.Header().Set("Content-Type", "application/json; charset=utf-8")
-	w.Header().Set("Cache-Control", "no-store")
 	s.writeSlowly(w, fmt.Appendf(p.text, `],"fromIndex":%d,"count":%d}`, from, p.count))
 	return nil
 }
@@ -475,13 +492,11 @@ func (s *server) handleChunk(w http.ResponseWriter, r *http.Request) error {
 	h.Set("Content-Type", "application/json; charset=utf-8")
 	h.Set("Cache-Control", "private, max-age=31536000, immutable")
 	h.Add("Vary", "Accept-Encoding")
-	if !strings.Contains(r.Header.Get("Accept-Encoding"), "gzip") {
-		if data, err = unzip(data, c.raw); err != nil {
-			s.fail(w, r, http.StatusInternalServerError, "the chunk is damaged", err)
-			return nil
-		}
-	} else {
+	if takesGzip(r) {
 		h.Set("Content-Encoding", "gzip")
+	} else if data, err = unzip(data, c.raw); err != nil {
+		s.fail(w, r, http.StatusInternalServerError, "the chunk is damaged", err)
+		return nil
 	}
 	h.Set("Content-Length", strconv.Itoa(len(data)))
 	s.writeSlowly(w, data)
@@ -509,27 +524,28 @@ type sessionJSON struct {
 	State         string          `json:"state,omitempty"` // of a live session: see session.state
 }
 
-// nullableMillis gives a timestamp as JSON has it: null for none.
-func nullableMillis(t int64) *int64 {
-	if t == 0 {
+// nullable gives a number as JSON has it: null for the one that stands for none.
+func nullable(n, none int64) *int64 {
+	if n == none {
 		return nil
 	}
-	return &t
+	return &n
 }
 
 // toJSON gives a row as lists show it.
 func toJSON(row storedSession) sessionJSON {
-	s := row.summary
+	now := row.now
 	return sessionJSON{
-		sessionID: sessionID{s.id}, UserID: s.about.userID, Metadata: s.about.brief, EventCount: s.now.events, ErrorCount: s.now.errors,
-		IsActive: s.isActive, CreatedAt: row.createdAt.UTC(), UpdatedAt: row.updatedAt.UTC(), EndedAt: row.endedAt,
-		StartTime: nullableMillis(s.now.firstTime), EndTime: nullableMillis(s.now.endTime), StoredBytes: s.now.stored, RawBytes: s.now.raw,
-		SnapshotIndex: nullableIndex(s.now.snapshot),
+		sessionID: sessionID{row.id}, UserID: row.about.userID, Metadata: row.about.brief,
+		EventCount: now.events, ErrorCount: now.errors, StoredBytes: now.stored, RawBytes: now.raw,
+		IsActive: row.isActive, CreatedAt: row.createdAt.UTC(), UpdatedAt: row.updatedAt.UTC(), EndedAt: row.endedAt,
+		StartTime: nullable(now.firstTime, 0), EndTime: nullable(now.endTime, 0),
+		SnapshotIndex: nullable(now.snapshot, -1),
 	}
 }
 
-// listJSON gives the rows of a list, as many as a page has room for. Whether the
-// pages of live ones are there is in this server's memory only.
+// listJSON gives the rows of a list, as many as a page has room for. The state of
+// live sessions is known to this server's memory only.
 func (s *server) listJSON(rows []storedSession) []sessionJSON {
 	reply := make(chan []summary, 1)
 	live, _ := ask(s.hub, reply, liveQuery{reply})
@@ -578,7 +594,8 @@ func (s *server) handleSession(w http.ResponseWriter, r *http.Request) error {
 	}
 	seek := make([]chunkJSON, len(chunks))
 	for i, c := range chunks {
-		seek[i] = chunkJSON{c.first, c.count, nullableMillis(c.startTime), nullableMillis(c.endTime), nullableIndex(c.snapshot), c.raw}
+		seek[i] = chunkJSON{c.first, c.count, nullable(c.startTime, 0), nullable(c.endTime, 0),
+			nullable(c.snapshot, -1), c.raw}
 	}
 	s.audit.open(s.access.address(r), id)
 	one := toJSON(row)
@@ -612,6 +629,7 @@ func (s *server) handleCleanup(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	s.write(w, http.StatusOK, map[string]any{"message": fmt.Sprintf("deleted %d sessions that ended more than %d hours ago", n, hours), "deletedCount": n})
+	message := fmt.Sprintf("deleted %d sessions that ended more than %d hours ago", n, hours)
+	s.write(w, http.StatusOK, map[string]any{"message": message, "deletedCount": n})
 	return nil
 }

@@ -36,7 +36,7 @@ func inHub(t *testing.T, change func(*config), test func(*hubTest)) {
 			change(&cfg)
 		}
 		ctx, stop := context.WithCancel(context.Background())
-		ht := &hubTest{T: t, hub: newHub(cfg, newBudget(testBudget), newMetrics()), stop: stop}
+		ht := &hubTest{T: t, hub: newHub(cfg, newBudget(testBudget), &metrics{}), stop: stop}
 		go ht.run(ctx) // ends with ctx, or when it is drained
 		defer func() {
 			stop()

@@ -14,7 +14,9 @@ import (
 	"runtime/debug"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -52,14 +54,14 @@ type logs struct {
 	rejected *slog.Logger // these and rejections
 	panicked *slog.Logger // these and exceptions; see exception
 
-	stop context.CancelFunc // ends maintain
+	stop     context.CancelFunc // ends maintain
+	failures atomic.Int64       // times that a line was not written, or a file not opened, zipped or deleted
 
-	mu       sync.Mutex // guards the rest, and each logFile
-	files    []*logFile // one a kind
-	stderr   io.Writer
-	failures int64
-	failedAt time.Time // the last of them
-	closed   bool
+	mu         sync.Mutex // guards the rest, and each logFile
+	exceptions *logFile
+	stderr     io.Writer
+	failedAt   time.Time // the last failure
+	closed     bool
 }
 
 // openLogs starts logging. Where files cannot be written it logs to stdout
@@ -73,22 +75,21 @@ func openLogs(c logConfig, stdout, stderr io.Writer, journal bool) *logs {
 		return a
 	}
 	text := slog.NewTextHandler(stdout, &slog.HandlerOptions{Level: c.level, ReplaceAttr: withoutTime})
-	app, errs := l.handler(applicationLog, c.level), l.handler(errorLog, slog.LevelError)
-	rejections, exceptions := l.handler(rejectionsLog, slog.LevelDebug), l.handler(exceptionsLog, slog.LevelDebug)
+	lines := func(f *logFile, level slog.Level) slog.Handler {
+		return slog.NewJSONHandler(f, &slog.HandlerOptions{Level: level})
+	}
+	app := lines(&logFile{logs: l, kind: applicationLog}, c.level)
+	errs := lines(&logFile{logs: l, kind: errorLog}, slog.LevelError)
+	rejections := lines(&logFile{logs: l, kind: rejectionsLog}, slog.LevelDebug)
+	l.exceptions = &logFile{logs: l, kind: exceptionsLog}
 	l.app = slog.New(slog.NewMultiHandler(text, app, errs))
 	l.rejected = slog.New(slog.NewMultiHandler(text, app, errs, rejections))
-	l.panicked = slog.New(slog.NewMultiHandler(text, app, errs, exceptions))
+	l.panicked = slog.New(slog.NewMultiHandler(text, app, errs, lines(l.exceptions, slog.LevelDebug)))
 	ctx, stop := context.WithCancel(context.Background())
 	l.stop = stop
-	l.reopen()
+	l.awaitCrash()
 	go l.maintain(ctx) // ends after Close
 	return l
-}
-
-func (l *logs) handler(kind string, level slog.Level) slog.Handler {
-	f := &logFile{logs: l, kind: kind}
-	l.files = append(l.files, f)
-	return slog.NewJSONHandler(f, &slog.HandlerOptions{Level: level})
 }
 
 // catch is deferred by what serves one client: a panic is written down, and ends
@@ -104,25 +105,13 @@ func (l *logs) exception(where string, v any, stack []byte) {
 	l.panicked.Error("panic", "where", where, "panic", fmt.Sprint(v), "stack", string(stack))
 }
 
-// writeErrors returns how often a line was not written to its file, or a file
-// not opened, zipped or deleted.
-func (l *logs) writeErrors() int64 {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.failures
-}
-
-// Close closes the files; what is logged later goes to stdout alone.
+// Close ends the files; what is logged later goes to stdout alone.
 func (l *logs) Close() error {
 	l.stop()
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.closed = true
-	err := debug.SetCrashOutput(nil, debug.CrashOptions{})
-	for _, f := range l.files {
-		err = errors.Join(err, f.close())
-	}
-	return err
+	return debug.SetCrashOutput(nil, debug.CrashOptions{})
 }
 
 // countFailure warns if err begins an outage. The caller holds mu.
@@ -130,21 +119,20 @@ func (l *logs) countFailure(err error) {
 	if err == nil {
 		return
 	}
-	l.failures++
+	l.failures.Add(1)
 	if time.Since(l.failedAt) > logOutage {
 		fmt.Fprintf(l.stderr, "session-replay: log files are incomplete, all else goes on: %v\n", err)
 	}
 	l.failedAt = time.Now()
 }
 
-// A logFile is the newest file of a kind. Its first line opens it; that of
-// exceptions is always open, for the runtime to write a fatal panic to.
+// logFile is where the lines of a kind go. Each line opens it anew, so that one
+// that somebody has moved, removed or emptied is begun again.
 type logFile struct {
-	logs *logs
-	kind string
-	file *os.File // nil when not open
-	day  string
-	size int64
+	logs   *logs
+	kind   string
+	day    string
+	number int // of the newest file of that day
 }
 
 // Write appends a whole line in one write(2).
@@ -154,49 +142,40 @@ func (f *logFile) Write(line []byte) (n int, err error) {
 	if f.logs.closed {
 		return 0, os.ErrClosed
 	}
-	if err = f.open(len(line)); err == nil {
-		n, err = f.file.Write(line)
-		f.size += int64(n)
-	}
-	if err != nil {
-		f.close()
+	file, err := f.open(len(line))
+	if err == nil {
+		n, err = file.Write(line)
+		err = errors.Join(err, file.Close())
 	}
 	f.logs.countFailure(err)
 	return n, err
 }
 
-// open makes sure that the file is open to which the next n bytes belong.
-func (f *logFile) open(n int) error {
-	day := today()
-	if f.file != nil && f.day == day && !f.logs.full(f.size, n) {
-		return nil
-	}
-	f.close()
+// open opens the file to which the next n bytes belong. An empty one takes a line
+// of any length. The caller holds mu.
+func (f *logFile) open(n int) (file *os.File, err error) {
 	if err := os.MkdirAll(f.logs.dir, 0o750); err != nil {
-		return err
+		return nil, err
 	}
-	name, size, err := f.logs.newest(f.kind, day, n)
-	if err != nil {
-		return err
+	if day := today(); f.day != day {
+		if f.number, err = f.logs.newest(f.kind, day); err != nil {
+			return nil, err
+		}
+		f.day = day
 	}
-	file, err := os.OpenFile(filepath.Join(f.logs.dir, name), os.O_WRONLY|os.O_APPEND|os.O_CREATE, 0o640)
-	if err != nil {
-		return err
+	for ; ; f.number++ {
+		name := fmt.Sprintf("%s-%s.%d.log", f.kind, f.day, f.number)
+		name = strings.Replace(name, ".0.", ".", 1)
+		file, err = os.OpenFile(filepath.Join(f.logs.dir, name), os.O_WRONLY|os.O_APPEND|os.O_CREATE, 0o640)
+		if err != nil {
+			return nil, err
+		}
+		size, err := file.Seek(0, io.SeekEnd)
+		if err != nil || f.logs.maxSize == 0 || size == 0 || size+int64(n) <= f.logs.maxSize {
+			return file, nil
+		}
+		file.Close()
 	}
-	f.file, f.day, f.size = file, day, size
-	if f.kind == exceptionsLog {
-		return debug.SetCrashOutput(file, debug.CrashOptions{}) // duplicates the descriptor
-	}
-	return nil
-}
-
-func (f *logFile) close() error {
-	if f.file == nil {
-		return nil
-	}
-	err := f.file.Close()
-	f.file = nil
-	return err
 }
 
 func today() string { return time.Now().Format(time.DateOnly) }
@@ -211,27 +190,24 @@ func (l *logs) maintain(ctx context.Context) {
 		l.mu.Unlock()
 		select {
 		case <-time.After(time.Until(time.Now().Truncate(time.Minute).Add(time.Minute))):
-			l.reopen()
+			l.awaitCrash()
 		case <-ctx.Done():
 		}
 	}
 }
 
-// reopen closes the files of another day, and those that somebody moved, removed
-// or emptied; and opens the one for fatal panics.
-func (l *logs) reopen() {
+// awaitCrash gives the runtime the file to which it is to write a fatal panic.
+func (l *logs) awaitCrash() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	for _, f := range l.files {
-		if f.file != nil {
-			if info, err := os.Stat(f.file.Name()); err != nil || info.Size() < f.size || f.day != today() {
-				f.close()
-			}
-		}
-		if f.kind == exceptionsLog && !l.closed {
-			l.countFailure(f.open(0))
-		}
+	if l.closed {
+		return
 	}
+	file, err := l.exceptions.open(0)
+	if err == nil { // the runtime duplicates the descriptor
+		err = errors.Join(debug.SetCrashOutput(file, debug.CrashOptions{}), file.Close())
+	}
+	l.countFailure(err)
 }
 
 // prune deletes what is too old, too much or empty, and zips what is complete.
@@ -308,22 +284,15 @@ func (l *logs) list() ([]logName, error) {
 	return names, err
 }
 
-// newest returns the name and size of the day's newest file of a kind, or the
-// name after it if n bytes have no place there.
-func (l *logs) newest(kind, day string, n int) (string, int64, error) {
+// newest returns the number of the day's newest file of a kind that is not zipped.
+func (l *logs) newest(kind, day string) (number int, err error) {
 	names, err := l.list()
 	i := slices.IndexFunc(names, func(o logName) bool { return o.kind == kind && o.day == day })
 	if i < 0 {
-		return fmt.Sprintf("%s-%s.log", kind, day), 0, err
+		return 0, err
 	}
-	if names[i].zipped || l.full(names[i].size, n) {
-		return fmt.Sprintf("%s-%s.%d.log", kind, day, names[i].number+1), 0, err
+	if number = names[i].number; names[i].zipped {
+		number++
 	}
-	return names[i].name, names[i].size, err
-}
-
-// full reports whether a file has no room for n more bytes. An empty one takes
-// a line of any length.
-func (l *logs) full(size int64, n int) bool {
-	return l.maxSize > 0 && size > 0 && size+int64(n) > l.maxSize
+	return number, err
 }

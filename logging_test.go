@@ -2,7 +2,6 @@ package main
 
 import (
 	"bytes"
-	"compress/gzip"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -47,10 +46,14 @@ func (l *logTest) nextMinute() {
 }
 
 func (l *logTest) nextDay() string {
-	y, m, d := time.Now().Date()
-	time.Sleep(time.Until(time.Date(y, m, d+1, 0, 0, 0, 0, time.Local)))
+	toMidnight()
 	synctest.Wait()
 	return today()
+}
+
+func toMidnight() {
+	y, m, d := time.Now().Date()
+	time.Sleep(time.Until(time.Date(y, m, d+1, 0, 0, 0, 0, time.Local)))
 }
 
 func (l *logTest) put(name, content string) {
@@ -76,21 +79,15 @@ func (l *logTest) want(want ...string) {
 		}
 		got = append(got, strings.TrimSuffix(text, ":"))
 	}
-	slices.Sort(got)
 	slices.Sort(want)
-	if !slices.Equal(got, want) {
-		l.Errorf("files: got\n%s\nwant\n%s", strings.Join(got, "\n"), strings.Join(want, "\n"))
-	}
+	same(l, "files", strings.Join(got, "\n"), strings.Join(want, "\n")) // ReadDir sorts
 }
 
 func (l *logTest) messages(name string) (all []string) {
 	l.Helper()
 	text, err := os.ReadFile(filepath.Join(l.dir, name))
 	if strings.HasSuffix(name, ".gz") && err == nil {
-		var z *gzip.Reader
-		if z, err = gzip.NewReader(bytes.NewReader(text)); err == nil {
-			text, err = io.ReadAll(z)
-		}
+		text, err = unpackChunk(text)
 	}
 	if err != nil {
 		l.Error(err)
@@ -122,15 +119,12 @@ func TestLogKinds(t *testing.T) {
 		var record struct{ Where, Panic, Stack string }
 		text, _ := os.ReadFile(filepath.Join(l.dir, "exceptions-"+day+".log"))
 		json.Unmarshal(text, &record)
-		if record.Where != "tracker" || record.Panic != "boom" || !strings.Contains(record.Stack, "TestLogKinds") {
-			t.Errorf("exception: got %s", text)
-		}
-		if got := strings.Count(l.stdout.String(), "\n"); got != 5 || strings.Contains(l.stdout.String(), "quiet") {
-			t.Errorf("stdout: got %d lines, want 5:\n%s", got, &l.stdout)
-		}
-		if l.stderr.Len() > 0 || l.writeErrors() != 0 {
-			t.Errorf("stderr: got %q and %d write errors, want none", &l.stderr, l.writeErrors())
-		}
+		same(t, "exception", said(record.Where, record.Panic, strings.Contains(record.Stack, "TestLogKinds")),
+			"tracker boom true")
+		out := l.stdout.String()
+		same(t, "lines on stdout, and the quiet one", said(strings.Count(out, "\n"), strings.Contains(out, "quiet")),
+			"5 false")
+		same(t, "stderr and write errors", said(l.stderr.Len(), l.failures.Load()), "0 0")
 		for _, f := range []string{"", "application-" + day + ".log", "exceptions-" + day + ".log"} {
 			info, err := os.Stat(filepath.Join(l.dir, f))
 			if err != nil || info.Mode().Perm() != map[bool]os.FileMode{true: 0o750, false: 0o640}[f == ""] {
@@ -161,23 +155,14 @@ func TestLogDays(t *testing.T) {
 		l.app.Error("one")
 		for _, message := range []string{"two", "three", "four"} {
 			days = append(days, l.nextDay())
-			for _, f := range l.files {
-				if f.file != nil && f.kind != exceptionsLog {
-					t.Errorf("%s: still open after its day", f.kind)
-				}
-			}
 			l.app.Info(message)
 		}
 		l.want("application-"+days[1]+".log: two", "application-"+days[2]+".log: three",
 			"application-"+days[3]+".log: four",
 			"exceptions-"+days[3]+".log")
-		// Right after midnight, before the files are looked after.
-		y, m, d := time.Now().Date()
-		time.Sleep(time.Until(time.Date(y, m, d+1, 0, 0, 0, 0, time.Local)))
+		toMidnight() // and a line before the files are looked after
 		l.app.Info("five")
-		if got := l.messages("application-" + today() + ".log"); !slices.Equal(got, []string{"five"}) {
-			t.Errorf("at midnight: got %v, want five", got)
-		}
+		same(t, "at midnight", l.messages("application-"+today()+".log"), "[five]")
 	})
 }
 
@@ -278,9 +263,7 @@ func TestLogZipped(t *testing.T) {
 			"application-"+day+".1.log.gz: 2"+line,
 			"application-"+day+".2.log.gz: 3"+line, "application-"+day+".3.log.gz: 4", "error-"+day+".log.gz: before",
 			"exceptions-"+next+".log")
-		if got := l.writeErrors(); got != 0 {
-			t.Errorf("write errors: got %d, want 0", got)
-		}
+		same(t, "write errors", l.failures.Load(), 0)
 	})
 }
 
@@ -293,9 +276,7 @@ func TestLogTrouble(t *testing.T) {
 	}{
 		"a file in the way": {func(dir, file string) error { return os.WriteFile(dir, nil, 0o600) }, 20},
 		"a full disk": {func(dir, file string) error {
-			os.Mkdir(dir, 0o750)
-			return os.Symlink("/dev/full",
-				file)
+			return errors.Join(os.Mkdir(dir, 0o750), os.Symlink("/dev/full", file))
 		}, 10},
 	} {
 		synctest.Test(t, func(t *testing.T) {
@@ -309,7 +290,7 @@ func TestLogTrouble(t *testing.T) {
 				l.app.Error("line")
 				l.nextMinute()
 			}
-			if got := l.writeErrors(); got < tt.errors || strings.Count(l.stderr.String(), "\n") != 1 ||
+			if got := l.failures.Load(); got < tt.errors || strings.Count(l.stderr.String(), "\n") != 1 ||
 				strings.Count(l.stdout.String(), "\n") != 10 {
 				t.Errorf("%s: got %d write errors, stderr %q, stdout %q, want at least %d, one line, 10", name, got,
 					&l.stderr, &l.stdout, tt.errors)
@@ -319,29 +300,23 @@ func TestLogTrouble(t *testing.T) {
 				t.Fatal(err)
 			}
 			l.app.Info("again")
-			if got := l.messages(filepath.Base(file)); !slices.Equal(got, []string{"again"}) {
-				t.Errorf("%s, mended: got %v", name, got)
-			}
+			same(t, name+", mended", l.messages(filepath.Base(file)), "[again]")
 			time.Sleep(time.Hour) // another outage is told too
 			os.RemoveAll(dir)
 			os.WriteFile(dir, nil, 0o600)
 			l.nextMinute()
-			if got := strings.Count(l.stderr.String(), "\n"); got != 2 {
-				t.Errorf("%s, again: got %q on stderr, want two lines", name, &l.stderr)
-			}
+			same(t, name+", again: lines on stderr", strings.Count(l.stderr.String(), "\n"), 2)
 		})
 	}
 }
 
-// A file that somebody moved, removed or emptied is begun anew within a minute.
+// A file that somebody has moved, removed or emptied is begun anew with the next line.
 func TestLogMoved(t *testing.T) {
 	for name, move := range map[string]func(dir, file string) error{
 		"moved":       func(dir, file string) error { return os.Rename(file, file+".bak") },
 		"all removed": func(dir, file string) error { return os.RemoveAll(dir) },
 		"replaced": func(dir, file string) error {
-			os.Rename(file, file+".bak")
-			return os.WriteFile(file, nil,
-				0o640)
+			return errors.Join(os.Rename(file, file+".bak"), os.WriteFile(file, nil, 0o640))
 		},
 	} {
 		synctest.Test(t, func(t *testing.T) {
@@ -351,11 +326,8 @@ func TestLogMoved(t *testing.T) {
 			if err := move(l.dir, filepath.Join(l.dir, file)); err != nil {
 				t.Fatal(err)
 			}
-			l.nextMinute()
 			l.app.Info("two")
-			if got := l.messages(file); !slices.Equal(got, []string{"two"}) || l.stderr.Len() > 0 {
-				t.Errorf("%s: got %v, stderr %q, want two", name, got, &l.stderr)
-			}
+			same(t, name, said(l.messages(file), l.stderr.Len()), "[two] 0")
 		})
 	}
 }
@@ -413,10 +385,6 @@ func TestLogCrash(t *testing.T) {
 		t.Fatalf("got the files %v", files)
 	}
 	text, _ := os.ReadFile(files[0])
-	for _, want := range []string{"{\"time\":", "\npanic: nobody recovers this\n", "logging_test.go",
-		"created by session-replay."} {
-		if !strings.Contains("\n"+string(text), want) {
-			t.Errorf("exceptions file: got no %q in:\n%s", want, text)
-		}
-	}
+	holds(t, "exceptions file", "\n"+string(text), "{\"time\":", "\npanic: nobody recovers this\n", "logging_test.go",
+		"created by session-replay.")
 }

@@ -101,7 +101,7 @@ func assemble(cfg config, logs *logs) (*server, error) {
 	if err != nil {
 		return nil, err
 	}
-	m := newMetrics()
+	m := &metrics{}
 	b := newBudget(int64(cfg.maxBufferBytes))
 	h := newHub(cfg, b, m)
 	s := &server{core: core{cfg: cfg, hub: h, store: st, budget: b, outgoing: newBudget(outgoingBytes(cfg)),

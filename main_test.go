@@ -26,7 +26,7 @@ import (
 
 // nothingLeft waits until all room is given back, no connection is counted and
 // no session is in memory any more.
-func (s *insideServer) nothingLeft() {
+func (s *testServer) nothingLeft() {
 	s.t.Helper()
 	waitUntil(s.t, "all room is given back", func() bool {
 		return s.server.budget.left() == int64(s.server.cfg.maxBufferBytes)
@@ -45,17 +45,6 @@ type healthJSON struct {
 	Uptime             *int64
 	Database, Sessions struct{ TotalSessions, ActiveSessions, TotalEvents int64 }
 	Websockets         struct{ TotalClients, Viewers, Trackers int64 }
-}
-
-func TestProcessVersion(t *testing.T) {
-	var out bytes.Buffer
-	if err := run(t.Context(), []string{"-version"}, os.Getenv, &out, io.Discard); err != nil ||
-		!strings.HasPrefix(out.String(), "session-replay ") {
-		t.Errorf("-version: got %q, error %v", &out, err)
-	}
-	if err := run(t.Context(), []string{"-nonsense"}, os.Getenv, io.Discard, io.Discard); err == nil {
-		t.Error("an unknown flag: got no error")
-	}
 }
 
 // ---- the way of an event ----
@@ -159,7 +148,7 @@ func TestRecordWatchReplay(t *testing.T) {
 	s.tellsNothing("words of a visitor")
 }
 
-func everyWayOut(t testing.TB, s *insideServer, id string, want []json.RawMessage) {
+func everyWayOut(t testing.TB, s *testServer, id string, want []json.RawMessage) {
 	t.Helper()
 	sameEvents(t, "REST", s.restEvents(id, 10000), want)
 	sameEvents(t, "REST in small pages", s.restEvents(id, 23), want)
@@ -168,7 +157,7 @@ func everyWayOut(t testing.TB, s *insideServer, id string, want []json.RawMessag
 }
 
 // checkSummary compares what the lists say of a stored session with its events.
-func checkSummary(t testing.TB, s *insideServer, id string, events []json.RawMessage) {
+func checkSummary(t testing.TB, s *testServer, id string, events []json.RawMessage) {
 	t.Helper()
 	raw, snapshot, least, most := 0, -1, int64(0), int64(0)
 	for i, event := range events {
@@ -193,21 +182,20 @@ func checkSummary(t testing.TB, s *insideServer, id string, events []json.RawMes
 		StartTime, EndTime, RawBytes int64
 	}
 	s.getJSON("/sessions/"+id, &got)
-	if got.EventCount != len(events) || got.SnapshotIndex != snapshot || got.StartTime != least || got.EndTime != most {
-		t.Errorf("got %+v, want %d events, snapshot %d, from %d to %d", got, len(events), snapshot, least, most)
-	}
+	same(t, "events, snapshot, times", said(got.EventCount, got.SnapshotIndex, got.StartTime, got.EndTime),
+		said(len(events), snapshot, least, most))
 	if got.RawBytes < int64(raw) || got.RawBytes > int64(raw+3*len(events)) {
 		t.Errorf("got rawBytes %d, want about %d", got.RawBytes, raw)
 	}
 }
 
 // memory is what the hub says of itself.
-func (s *insideServer) memory() hubStats {
+func (s *testServer) memory() hubStats {
 	return s.server.stats()
 }
 
 // restEvents reads a session over REST in pages of a size.
-func (s *serverProcess) restEvents(id string, limit int) (all []json.RawMessage) {
+func (s *testServer) restEvents(id string, limit int) (all []json.RawMessage) {
 	s.t.Helper()
 	for {
 		var page struct {
@@ -229,7 +217,7 @@ func (s *serverProcess) restEvents(id string, limit int) (all []json.RawMessage)
 }
 
 // chunkEvents reads a session by its chunks, and checks the map of them.
-func (s *serverProcess) chunkEvents(id string) (all []json.RawMessage) {
+func (s *testServer) chunkEvents(id string) (all []json.RawMessage) {
 	s.t.Helper()
 	var session struct {
 		Chunks []struct{ FromIndex, Count, Bytes int }
@@ -250,7 +238,7 @@ func (s *serverProcess) chunkEvents(id string) (all []json.RawMessage) {
 }
 
 // pagesOf reads a session by get_session_events.
-func pagesOf(t testing.TB, s *insideServer, id string, limit int) (all []json.RawMessage) {
+func pagesOf(t testing.TB, s *testServer, id string, limit int) (all []json.RawMessage) {
 	t.Helper()
 	c := dialServer(t, s.ws("viewer"))
 	defer c.Close()
@@ -274,7 +262,7 @@ type liveViewer struct {
 	from int
 }
 
-func joinLive(t testing.TB, s *insideServer, id string) *liveViewer {
+func joinLive(t testing.TB, s *testServer, id string) *liveViewer {
 	t.Helper()
 	v := &liveViewer{testConn: dialServer(t, s.ws("viewer"))}
 	waitUntil(t, "the session is there", func() bool {
@@ -367,20 +355,16 @@ func TestStartWithoutDatabase(t *testing.T) {
 	database := testDatabase(t)
 	gate := newGate(t, database)
 	s := launchInside(t, "DATABASE_URL="+gate.url)
-	if status, body := s.get("/health"); status != http.StatusServiceUnavailable || !bytes.Contains(body,
-		[]byte(`"unhealthy"`)) {
-		t.Errorf("/health without a database: got %d %s, want 503 and unhealthy", status, body)
-	}
+	health := s.ask("GET", "/health")
+	same(t, "/health without a database", said(health.status, string(health.fields(t)["status"])), `503 "unhealthy"`)
 	waitUntil(t, "the log says what it waits for", func() bool {
-		return strings.Contains(s.output.String(),
-			"waiting for the database")
+		return strings.Contains(s.output.String(), "waiting for the database")
 	})
 	for _, path := range []string{"/sessions", "/sessions/active", "/sessions/x", "/sessions/x/events",
 		"/sessions/x/chunks/0"} {
-		if status, body := s.get(path); status != http.StatusServiceUnavailable || !bytes.Contains(body,
-			[]byte(`{"error":`)) {
-			t.Errorf("GET %s without a database: got %d %.100s, want 503 and an error", path, status, body)
-		}
+		a := s.ask("GET", path)
+		same(t, "GET "+path, a.status, 503)
+		wantKeys(t, path, a.fields(t), "error")
 	}
 	viewer := dialServer(t, s.ws("viewer"))
 	viewer.expect("active_sessions")
@@ -394,10 +378,8 @@ func TestStartWithoutDatabase(t *testing.T) {
 	gate.open()
 	tracker.expect("session_ready")
 	tracker.expect("events_ack")
-	waitUntil(t, "the server is healthy", func() bool { status, _ := s.get("/health"); return status == http.StatusOK })
-	if !strings.Contains(s.output.String(), "database ready") {
-		t.Errorf("the log does not say that the database is ready:\n%s", s.output.tail())
-	}
+	s.waitHealthy()
+	holds(t, "the log", s.output.String(), "database ready")
 	sameEvents(t, "REST", s.restEvents("early", 10), []json.RawMessage{json.RawMessage(`{"n":1}`)})
 }
 
@@ -434,10 +416,8 @@ func TestServersStartTogether(t *testing.T) {
 			servers[i] = launchInside(t, "DATABASE_URL="+database)
 		}
 		for i, s := range servers {
-			waitUntil(t, "the server is healthy", func() bool { status, _ := s.get("/health"); return status == http.StatusOK })
-			tracker := dialServer(t, s.ws("tracker"))
-			tracker.send("session_start", fmt.Sprintf(`{"sessionId":"s%d","resume":""}`, 10*round+i))
-			tracker.expect("session_ready")
+			s.waitHealthy()
+			tracker := s.recording(fmt.Sprint("s", 10*round+i))
 			tracker.sendRaw(batchOf(1, oddEvents()))
 			tracker.expect("events_ack")
 			tracker.Close()
@@ -447,14 +427,10 @@ func TestServersStartTogether(t *testing.T) {
 			}
 		}
 		for _, s := range servers {
-			if err := s.stop(); err != nil {
-				t.Errorf("stop: %v", err)
-			}
+			same(t, "stop", s.stop(), nil)
 		}
 	}
-	if n := querySQL[int](t, database, "select sum(event_count) from sessions"); n != 8*len(oddEvents()) {
-		t.Errorf("got %d events, want %d", n, 8*len(oddEvents()))
-	}
+	same(t, "events", querySQL[int](t, database, "select sum(event_count) from sessions"), 8*len(oddEvents()))
 }
 
 // ---- shutdown ----
@@ -466,9 +442,7 @@ func TestShutdown(t *testing.T) {
 	s := startInside(t, "BATCH_INTERVAL=3600000", "MAX_BUFFER_BYTES=4000000", "MAX_MESSAGE_BYTES=2000000")
 	var polite []*testConn
 	for i := range 3 {
-		tracker := dialServer(t, s.ws("tracker"))
-		tracker.send("session_start", fmt.Sprintf(`{"sessionId":"s%d","resume":""}`, i))
-		tracker.expect("session_ready")
+		tracker := s.recording(fmt.Sprint("s", i))
 		tracker.sendRaw(batchOf(1, oddEvents()))
 		polite = append(polite, tracker, dialServer(t, s.ws("viewer")))
 	}
@@ -511,21 +485,16 @@ func TestShutdown(t *testing.T) {
 		t.Errorf("stop: got error %v after %v, want none within 20 s", err, took)
 	}
 	for range polite {
-		if err := <-closed; websocket.CloseStatus(err) != websocket.StatusGoingAway {
-			t.Errorf("a connection ended with %v, want close code 1001", err)
-		}
+		same(t, "a connection's close code", websocket.CloseStatus(<-closed), websocket.StatusGoingAway)
 	}
 	close(late)
 	for conn := range late {
-		if _, err := conn.receive(); websocket.CloseStatus(err) != websocket.StatusGoingAway {
-			t.Errorf("a late connection ended with %v, want close code 1001", err)
-		}
+		_, err := conn.receive()
+		same(t, "a late connection's close code", websocket.CloseStatus(err), websocket.StatusGoingAway)
 		conn.Close()
 	}
 	const ended = "select sum(event_count) from sessions where not is_active"
-	if n := querySQL[int](t, s.database, ended); n != 3*len(oddEvents()) {
-		t.Errorf("%d events are stored, want %d", n, 3*len(oddEvents()))
-	}
+	same(t, "events that are stored", querySQL[int](t, s.database, ended), 3*len(oddEvents()))
 	if _, err := net.Dial("tcp", "127.0.0.1:"+s.port); err == nil {
 		t.Error("it still listens")
 	}
@@ -533,7 +502,7 @@ func TestShutdown(t *testing.T) {
 
 // stuckPeers opens connections that each hold the server up in a way of their
 // own.
-func stuckPeers(t testing.TB, s *insideServer) {
+func stuckPeers(t testing.TB, s *testServer) {
 	t.Helper()
 	rawTCP(t, s).write("GET /health HTTP/1.1\r\nHost: x")      // half a request
 	rawWebSocket(t, s, "tracker")                              // says nothing at all
@@ -547,33 +516,12 @@ func stuckPeers(t testing.TB, s *insideServer) {
 	}
 }
 
-func TestProcessStopsOnSignal(t *testing.T) {
-	t.Parallel()
-	for _, sig := range []os.Signal{syscall.SIGINT, syscall.SIGTERM} {
-		s := startServer(t)
-		viewer := dialServer(t, s.ws("viewer"))
-		s.cmd.Process.Signal(sig)
-		viewer.expectClose(websocket.StatusGoingAway)
-		select {
-		case <-s.exited:
-		case <-time.After(patience):
-			t.Fatalf("%v: it does not stop", sig)
-		}
-		if code := s.cmd.ProcessState.ExitCode(); code != 0 {
-			t.Errorf("%v: got exit code %d, want 0:\n%s", sig, code, s.output.tail())
-		}
-	}
-}
-
 // When the database is away at the end the server says that something is lost.
 func TestShutdownWithoutDatabase(t *testing.T) {
 	t.Parallel()
 	proxy, through := proxyToDatabase(t, testDatabase(t), nil)
 	s := startInside(t, "DATABASE_URL="+through, "BATCH_INTERVAL=3600000")
-	tracker := dialServer(t, s.ws("tracker"))
-	tracker.send("session_start", `{"sessionId":"x","resume":""}`)
-	tracker.expect("session_ready")
-	tracker.sendRaw(`{"type":"events_batch","data":{"seq":1,"events":[{"n":1}]}}`)
+	s.recording("x").sendRaw(`{"type":"events_batch","data":{"seq":1,"events":[{"n":1}]}}`)
 	waitUntil(t, "it is accepted", func() bool { return s.memory().events == 1 })
 	proxy.freeze()
 	began := time.Now()
@@ -611,17 +559,12 @@ func TestSystemd(t *testing.T) {
 	s := newServer(t, "NOTIFY_SOCKET="+socket, "WATCHDOG_USEC=200000", "DATABASE_URL=postgres://127.0.0.1:1/none")
 	s.start() // also without its database
 	for i, want := range []string{"READY=1", "WATCHDOG=1", "WATCHDOG=1", "WATCHDOG=1"} {
-		if got := told(); got != want {
-			t.Errorf("message %d: got %q, want %q", i, got, want)
-		}
+		same(t, fmt.Sprint("message ", i), told(), want)
 	}
 	s.cmd.Process.Signal(syscall.SIGHUP) // nothing to reload, nothing to end
-	if got := told(); got != "WATCHDOG=1" || !s.running() {
-		t.Errorf("after SIGHUP: got %q, running %v", got, s.running())
-	}
-	if code, _ := s.term(); code != 0 {
-		t.Errorf("exit code %d", code)
-	}
+	same(t, "after SIGHUP", said(told(), s.running()), "WATCHDOG=1 true")
+	code, _ := s.term()
+	same(t, "exit code", code, 0)
 	last := ""
 	for last != "STOPPING=1" {
 		if last = told(); last != "WATCHDOG=1" && last != "STOPPING=1" {
@@ -636,18 +579,14 @@ func TestWatchdog(t *testing.T) {
 	socket, told := systemd(t)
 	logs := openLogs(logConfig{dir: t.TempDir()}, io.Discard, io.Discard, false)
 	defer logs.Close()
-	s := &server{core: core{logs: logs, hub: newHub(config{batchInterval: time.Second}, newBudget(1<<20), newMetrics())}}
+	s := &server{core: core{logs: logs, hub: newHub(config{batchInterval: time.Second}, newBudget(1<<20), &metrics{})}}
 	s.cfg.notifySocket, s.cfg.watchdog = socket, 2*time.Millisecond
 	ctx, stop := context.WithCancel(t.Context())
 	defer stop()
 	go s.handleSignals(ctx) // ends with the test
 	time.Sleep(100 * time.Millisecond)
 	s.notify("nothing so far")
-	if got := told(); got != "nothing so far" {
-		t.Errorf("a hub that does not run: systemd is told %q", got)
-	}
+	same(t, "a hub that does not run: systemd is told", told(), "nothing so far")
 	go s.hub.run(ctx) // ends with the test
-	if got := told(); got != "WATCHDOG=1" {
-		t.Errorf("a hub that runs: systemd is told %q", got)
-	}
+	same(t, "a hub that runs: systemd is told", told(), "WATCHDOG=1")
 }

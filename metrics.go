@@ -2,6 +2,7 @@ package main
 
 import (
 	"cmp"
+	"expvar"
 	"fmt"
 	"io"
 	"maps"
@@ -23,24 +24,11 @@ type metrics struct {
 	viewersLagged                         atomic.Int64
 	batches, batchNanos, batchBytes       atomic.Int64 // that were tried, their time and JSON
 
-	mu       sync.Mutex
-	refusals map[string]int64 // by reason
+	refusals expvar.Map // by reason
 }
-
-func newMetrics() *metrics { return &metrics{refusals: map[string]int64{}} }
 
 // refuse counts something that was refused to a client.
-func (m *metrics) refuse(reason string) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	m.refusals[reason]++
-}
-
-func (m *metrics) refused() map[string]int64 {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	return maps.Clone(m.refusals)
-}
+func (m *metrics) refuse(reason string) { m.refusals.Add(reason, 1) }
 
 // batch counts a batch that the writer has tried to store.
 func (m *metrics) batch(work []*flush, took time.Duration) {
@@ -58,23 +46,30 @@ func (m *metrics) batch(work []*flush, took time.Duration) {
 	}
 }
 
-// metric is a line of /metrics. Those of one family stand together; the first
-// has its help and kind.
+// metric is a line of /metrics. Those of one family stand together; the first has
+// its help.
 type metric struct {
-	name, help, kind string
-	value            float64
+	name, help string // what is not Go's or the process's gets a prefix
+	value      float64
 }
 
 // writeMetrics writes Prometheus' text format 0.0.4,
-// https://prometheus.io/docs/instrumenting/exposition_formats/.
+// https://prometheus.io/docs/instrumenting/exposition_formats/. A name's end says
+// of which kind it is.
 func writeMetrics(w io.Writer, all []metric) {
 	for _, m := range all {
+		if !strings.HasPrefix(m.name, "go_") && !strings.HasPrefix(m.name, "process_") {
+			m.name = "session_replay_" + m.name
+		}
 		if m.help != "" {
 			family, _, _ := strings.Cut(m.name, "{")
-			if m.kind == "summary" {
-				family = strings.TrimSuffix(family, "_sum")
+			kind := "gauge"
+			if base, found := strings.CutSuffix(family, "_sum"); found {
+				family, kind = base, "summary"
+			} else if strings.HasSuffix(family, "_total") {
+				kind = "counter"
 			}
-			fmt.Fprintf(w, "# HELP %s %s\n# TYPE %[1]s %[3]s\n", family, m.help, m.kind)
+			fmt.Fprintf(w, "# HELP %s %s\n# TYPE %[1]s %[3]s\n", family, m.help, kind)
 		}
 		fmt.Fprintf(w, "%s %v\n", m.name, m.value)
 	}
@@ -85,7 +80,7 @@ func writeMetrics(w io.Writer, all []metric) {
 // known here alone. It is safe for concurrent use.
 type origins struct {
 	mu          sync.Mutex
-	now, before map[string]originCounts
+	now, before map[string]*originCounts
 	since       time.Time // of now
 }
 
@@ -102,23 +97,24 @@ const (
 	originPeriod = 30 * time.Minute
 )
 
-func (o *origins) fetched(origin string) { o.count(origin, originCounts{Fetches: 1}) }
-func (o *origins) started(origin string) { o.count(origin, originCounts{Sessions: 1}) }
-func (o *origins) refused(origin, reason string) {
-	o.count(origin, originCounts{Refusals: map[string]int64{reason: 1}})
-}
-
-func (o *origins) count(origin string, more originCounts) {
+func (o *origins) count(origin string, add func(*originCounts)) {
 	if origin == "" || len(origin) > maxOrigin {
 		return
 	}
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	o.forget()
-	if _, known := o.now[origin]; known || len(o.now) < maxOrigins {
-		more.Origin = origin
-		o.now[origin] = o.now[origin].plus(more)
+	if o.now[origin] != nil || len(o.now) < maxOrigins {
+		add(countsOf(o.now, origin))
 	}
+}
+
+// countsOf gives the counts of an origin, which are zero at first.
+func countsOf(all map[string]*originCounts, origin string) *originCounts {
+	if all[origin] == nil {
+		all[origin] = &originCounts{Origin: origin, Refusals: map[string]int64{}}
+	}
+	return all[origin]
 }
 
 // forget drops what is too old.
@@ -130,30 +126,28 @@ func (o *origins) forget() {
 	if o.before = o.now; age >= 2*originPeriod {
 		o.before = nil
 	}
-	o.now, o.since = map[string]originCounts{}, time.Now()
-}
-
-func (c originCounts) plus(more originCounts) originCounts {
-	sum := originCounts{more.Origin, c.Fetches + more.Fetches, c.Sessions + more.Sessions, map[string]int64{}}
-	for _, refusals := range []map[string]int64{c.Refusals, more.Refusals} {
-		for reason, n := range refusals {
-			sum.Refusals[reason] += n
-		}
-	}
-	return sum
+	o.now, o.since = map[string]*originCounts{}, time.Now()
 }
 
 // recent gives the origins whose pages have fetched tracker.js, most fetches first.
-func (o *origins) recent() []originCounts {
+func (o *origins) recent() []*originCounts {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	o.forget()
-	sums := maps.Clone(o.now)
-	for origin, counts := range o.before {
-		sums[origin] = sums[origin].plus(counts)
+	sums := map[string]*originCounts{}
+	for _, period := range []map[string]*originCounts{o.before, o.now} {
+		for origin, c := range period {
+			sum := countsOf(sums, origin)
+			sum.Fetches += c.Fetches
+			sum.Sessions += c.Sessions
+			for reason, n := range c.Refusals {
+				sum.Refusals[reason] += n
+			}
+		}
 	}
-	all := slices.DeleteFunc(slices.AppendSeq([]originCounts{}, maps.Values(sums)), func(c originCounts) bool { return c.Fetches == 0 })
-	slices.SortFunc(all, func(a, b originCounts) int {
+	all := slices.AppendSeq([]*originCounts{}, maps.Values(sums))
+	all = slices.DeleteFunc(all, func(c *originCounts) bool { return c.Fetches == 0 })
+	slices.SortFunc(all, func(a, b *originCounts) int {
 		return cmp.Or(cmp.Compare(b.Fetches, a.Fetches), cmp.Compare(a.Origin, b.Origin))
 	})
 	return all
@@ -167,9 +161,4 @@ func originOf(r *http.Request) string {
 		return ""
 	}
 	return u.Scheme + "://" + u.Host
-}
-
-// isTracker says whether a request is of a page that records.
-func isTracker(r *http.Request) bool {
-	return r.URL.Path == "/ws" && r.URL.Query().Get("type") != "viewer" || strings.HasPrefix(r.URL.Path, "/recordings/")
 }

@@ -72,11 +72,7 @@ func TestMetrics(t *testing.T) {
 	viewer.expect("error")
 	viewer.expect("error")
 	waitUntil(t, "all is acked", func() bool { return tr.ackedEvents() == 200 })
-	status, body := s.get("/metrics")
-	if status != 200 {
-		t.Fatalf("status %d", status)
-	}
-	got := parseMetrics(t, string(body))
+	got := parseMetrics(t, s.ask("GET", "/metrics").body)
 	for name, want := range map[string]float64{
 		`connections{type="tracker"}`: 1, `connections{type="viewer"}`: 1, "sessions_live": 1,
 		"sessions_in_memory": 1, "sessions_started_total": 1,
@@ -86,9 +82,8 @@ func TestMetrics(t *testing.T) {
 		"buffer_limit_bytes":                       256 << 20,
 		`refusals_total{reason="invalid_message"}`: 2,
 	} {
-		if value, ok := got["session_replay_"+name]; !ok || value != want {
-			t.Errorf("%s: got %v (%v), want %v", name, value, ok, want)
-		}
+		value, there := got["session_replay_"+name]
+		same(t, name, said(value, there), said(want, true))
 	}
 	size := 0
 	for i := range 200 {
@@ -116,27 +111,5 @@ func TestMetrics(t *testing.T) {
 			t.Errorf("%s: got %v, want at least %v", name, got[name], least)
 		}
 	}
-	var stats struct{ Refusals map[string]int }
-	s.getJSON("/stats", &stats)
-	if stats.Refusals["invalid_message"] != 2 {
-		t.Errorf("/stats: refusals %v", stats.Refusals)
-	}
-}
-
-// What waits for a database that is away is seen.
-func TestMetricsPending(t *testing.T) {
-	p := ownPostgres(t)
-	s := startServer(t, "DATABASE_URL="+databaseIn(t, p.url))
-	c := dialServer(t, s.ws("tracker"))
-	c.send("session_start", `{"sessionId":"waits","resume":""}`)
-	c.expect("session_ready")
-	p.freeze(t)
-	defer p.thaw(t)
-	c.send("events_batch", `{"seq":1,"events":[{"type":3}]}`)
-	waitUntil(t, "the oldest pending event is 0.3 s old", func() bool {
-		_, body := s.get("/metrics")
-		return parseMetrics(t, string(body))["session_replay_oldest_pending_seconds"] > 0.3
-	})
-	p.thaw(t)
-	c.expect("events_ack")
+	same(t, "/stats: refusals", s.statsOf().Refusals, "map[invalid_message:2]")
 }

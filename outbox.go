@@ -3,7 +3,7 @@ package main
 import (
 	"context"
 	"encoding/json"
-	"strconv"
+	"fmt"
 	"sync"
 	"time"
 
@@ -60,7 +60,7 @@ type ack struct {
 
 func (a ack) size() int { return 64 }
 func (a ack) encode() []byte {
-	return []byte(`{"type":"events_ack","data":{"sessionId":"` + a.session + `","seq":` + strconv.FormatInt(a.seq, 10) + `}}`)
+	return fmt.Appendf(nil, `{"type":"events_ack","data":{"sessionId":"%s","seq":%d}}`, a.session, a.seq)
 }
 
 // closeFrame says why the server closes a connection.
@@ -217,8 +217,8 @@ func (o *outbox) isSending() bool {
 	return o.sending
 }
 
-// end lets nothing more in, and reports whether a reason to close is still to be
-// sent. With now it is not sent either.
+// end lets nothing more in, and drops what is not sent. Only a reason to close, and
+// what stands before it, is sent nevertheless, unless now is set: parting says so.
 func (o *outbox) end(now bool) (parting bool) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
@@ -258,7 +258,8 @@ func lagged(id string, next int64) text {
 }
 
 func sessionStarted(id string, about *description) text {
-	return envelope("session_started", map[string]any{"sessionId": id, "userId": about.userID, "metadata": json.RawMessage(about.brief)})
+	return envelope("session_started", map[string]any{
+		"sessionId": id, "userId": about.userID, "metadata": json.RawMessage(about.brief)})
 }
 
 // summary is a session as lists show it.
@@ -278,16 +279,9 @@ func (j joined) size() int { return 256 + len(j.about.metadata) }
 func (j joined) encode() []byte {
 	return envelope("session_joined", map[string]any{
 		"sessionId": j.id, "events": []any{}, "metadata": json.RawMessage(j.about.metadata),
-		"totalEvents": j.now.events, "isActive": j.isActive, "snapshotIndex": nullableIndex(j.now.snapshot), "state": j.state,
+		"totalEvents": j.now.events, "isActive": j.isActive, "snapshotIndex": nullable(j.now.snapshot, -1),
+		"state": j.state,
 	})
-}
-
-// nullableIndex gives the number of an event as JSON has it: null for none.
-func nullableIndex(n int64) *int64 {
-	if n < 0 {
-		return nil
-	}
-	return &n
 }
 
 // activeSessions is the list of live sessions.

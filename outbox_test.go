@@ -2,7 +2,6 @@ package main
 
 import (
 	"fmt"
-	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -62,8 +61,6 @@ func TestOutboxWait(t *testing.T) {
 			all = append(all, string(m.encode()))
 		}
 		want := []string{string(ack{"s", 2}.encode()), string(ack{"t", 1}.encode()), "why"}
-		if !slices.Equal(all, want) {
-			t.Errorf("got %q, want %q", all, want)
-		}
+		same(t, "what is sent", all, want)
 	})
 }

@@ -58,29 +58,16 @@ var assets = sync.OnceValues(func() (map[string]asset, bool) {
 	recorder, bundled := files["rrweb-record.js"]
 	script := []byte(`console.warn("session-replay: the recorder was not bundled: run 'make web' and build again");`)
 	if bundled {
-		ours := slices.Concat(files["tracker-privacy.js"].body, files["tracker-picture.js"].body, files["tracker.js"].body)
+		ours := slices.Concat(files["tracker-privacy.js"].body, files["tracker-picture.js"].body,
+			files["tracker.js"].body)
 		script = []byte("(function(){var module={exports:{}},exports=module.exports,define," +
 			"Date={now:()=>Math.round(performance.timeOrigin+performance.now())};" + string(recorder.body) +
-			"\n;var rrwebRecord=module.exports;(()=>{\"use strict\";" + comments.ReplaceAllString(string(ours), "") + "})()})();")
+			"\n;var rrwebRecord=module.exports;(()=>{\"use strict\";" + comments.ReplaceAllString(string(ours), "") +
+			"})()})();")
 	}
 	files["tracker.js"] = newAsset("tracker.js", script)
 	return files, bundled
 })
-
-// serve answers with the file, or says that it need not be sent again.
-func (a asset) serve(w http.ResponseWriter, r *http.Request, cache string) {
-	h := w.Header()
-	h.Set("Content-Type", a.contentType)
-	h.Set("Cache-Control", cache)
-	h.Set("ETag", a.etag)
-	h.Add("Vary", "Accept-Encoding")
-	body := a.body
-	if strings.Contains(r.Header.Get("Accept-Encoding"), "gzip") {
-		h.Set("Content-Encoding", "gzip")
-		body = a.zipped
-	}
-	http.ServeContent(w, r, "", time.Time{}, bytes.NewReader(body))
-}
 
 const (
 	// viewerPolicy keeps what was recorded, which may be hostile, from running
@@ -116,13 +103,27 @@ func withMedia(files map[string]asset, origins []string) map[string]asset {
 
 // Embedded files.
 
+// serve answers with a file, or says that it need not be sent again.
 func (s *server) serve(w http.ResponseWriter, r *http.Request, name, cache string) {
 	file, ok := s.files[name]
 	if !ok {
 		s.fail(w, r, http.StatusNotFound, "no such file", nil)
 		return
 	}
-	file.serve(w, r, cache)
+	h, body := w.Header(), file.body
+	h.Set("Content-Type", file.contentType)
+	h.Set("Cache-Control", cache)
+	h.Set("ETag", file.etag)
+	h.Add("Vary", "Accept-Encoding")
+	if takesGzip(r) {
+		h.Set("Content-Encoding", "gzip")
+		body = file.zipped
+	}
+	http.ServeContent(w, r, "", time.Time{}, bytes.NewReader(body))
+}
+
+func takesGzip(r *http.Request) bool {
+	return strings.Contains(r.Header.Get("Accept-Encoding"), "gzip")
 }
 
 func (s *server) page(name, policy string) http.HandlerFunc {
@@ -157,7 +158,7 @@ func (s *server) handleAsset(w http.ResponseWriter, r *http.Request) {
 }
 
 func (s *server) handleTracker(w http.ResponseWriter, r *http.Request) {
-	s.origins.fetched(originOf(r))
+	s.origins.count(originOf(r), func(c *originCounts) { c.Fetches++ })
 	w.Header().Set("Access-Control-Allow-Origin", "*")
 	w.Header().Set("Cross-Origin-Resource-Policy", "cross-origin")
 	s.serve(w, r, "tracker.js", "public, max-age=3600")

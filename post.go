@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"compress/gzip"
 	"context"
 	"errors"
@@ -10,15 +11,14 @@ import (
 	"net"
 	"net/http"
 	"slices"
-	"sync/atomic"
 	"time"
 )
 
-// What pages send by HTTP, where a network refuses WebSockets and when they are
-// left: a connection of one request, with the handlers of a WebSocket. It is
-// answered when all that it brought is committed.
+// A page posts its messages where a network refuses WebSockets, and its last ones
+// when it is left. The messages have the same handlers as those of a WebSocket. A
+// post is answered when all of it is committed.
 
-// post is such a connection. Its outbox gathers what the answer says.
+// post is a connection of one request. Its outbox gathers what the answer says.
 type post struct {
 	conn
 	tracker  *tracker
@@ -27,50 +27,19 @@ type post struct {
 
 const maxPostTime = 45 * time.Second // the answer may not take longer than http.Server's WriteTimeout
 
-// handlePost takes a tracker's messages, one a line, the first a session_start.
+// handlePost takes a tracker's messages, one a line, the first a session_start; of
+// rrweb's client it takes events, all of them or none.
 func (s *server) handlePost(w http.ResponseWriter, r *http.Request) {
-	query := r.URL.Query()
-	if kind := query.Get("type"); kind != "" && kind != "tracker" {
+	if kind := r.URL.Query().Get("type"); kind != "" && kind != "tracker" {
 		s.fail(w, r, http.StatusBadRequest, "only trackers post", nil)
-	} else if s.admitPage(w, r, query.Get("key")) {
-		s.post(w, r, (*post).handleLines, func(p *post, err error) { p.answer(w, errors.Join(err, p.awaitCommits())) })
+		return
 	}
-}
-
-// admitPage lets in a page that may record, and lets it read the answer.
-func (s *server) admitPage(w http.ResponseWriter, r *http.Request, key string) bool {
-	if origin := r.Header.Get("Origin"); origin != "" && s.access.mayRecord(r) {
-		w.Header().Set("Access-Control-Allow-Origin", origin)
-	}
-	d := s.access.admitTracker(r, key)
-	if d != nil {
-		s.deny(w, r, false, d)
-	}
-	return d == nil
-}
-
-// handlePreflight answers a browser that asks what a page may post.
-func (s *server) handlePreflight(w http.ResponseWriter, r *http.Request) {
-	if s.admitPage(w, r, s.access.key) {
-		h := w.Header()
-		h.Set("Access-Control-Allow-Methods", "POST")
-		h.Set("Access-Control-Allow-Headers", "Authorization, Content-Encoding, Content-Type")
-		h.Set("Access-Control-Max-Age", "600")
-		w.WriteHeader(http.StatusNoContent)
-	}
-}
-
-// post reads the request's body, calls handle with it, and answer when the body's
-// room is given back.
-func (s *server) post(w http.ResponseWriter, r *http.Request, handle func(*post, []byte) error,
-	answer func(*post, error)) {
-	addr := s.access.address(r)
-	if d := s.access.enter(addr); d != nil {
-		s.deny(w, r, false, d)
+	addr, ok := s.enter(w, r)
+	if !ok {
 		return
 	}
 	defer s.access.leave(addr)
-	p := &post{conn: conn{core: &s.core, maxMessage: s.cfg.maxMessageBytes, inflater: inflater, out: newOutbox()}}
+	p := &post{conn: conn{core: &s.core, inflater: inflater, out: newOutbox()}}
 	p.ctx, p.cancel = context.WithTimeout(r.Context(), maxPostTime)
 	defer p.cancel()
 	p.out.abort = p.cancel
@@ -81,43 +50,49 @@ func (s *server) post(w http.ResponseWriter, r *http.Request, handle func(*post,
 	defer s.open.Delete(&p.conn)
 	s.hub.send(enter{p.out, false})
 	defer s.hub.send(leave{p.out})
-	answer(p, p.receive(r.Body, handle))
+	err := p.receive(r.Body)
+	if p.tracker.share {
+		s.answerRecording(w, r, p, err)
+	} else {
+		p.answer(w, errors.Join(err, p.awaitCommits()))
+	}
 }
 
-func (p *post) receive(r io.Reader, handle func(*post, []byte) error) error {
-	body, err := p.readAll(&unpacker{wire: bufio.NewReader(countedReader{r, &p.metrics.wireBytes})})
+// receive handles the body, and gives back its room.
+func (p *post) receive(r io.Reader) error {
+	body, err := p.readAll(&unpacker{wire: bufio.NewReader(counted{from: r, wire: &p.metrics.wireBytes})})
 	defer func() { p.release(body) }()
-	if err != nil {
+	switch {
+	case err != nil:
 		return err
+	case p.tracker.share:
+		return p.take(body)
 	}
-	return handle(p, body)
+	return p.handleLines(body)
 }
 
 // handleLines handles a body's messages, as conn.serve does those of a WebSocket.
 // What is wrong before a session has started refuses all of them.
 func (p *post) handleLines(body []byte) error {
-	for len(body) > 0 {
-		var line []byte
-		line, body, _ = bytes.Cut(body, []byte("\n"))
+	left := int64(len(body))
+	for line := range bytes.Lines(body) {
+		left -= int64(len(line))
 		if len(bytes.TrimSpace(line)) == 0 {
 			continue
 		}
-		err := p.take(p.tracker.handle, line)
-		var wrong *protocolError
-		switch {
-		case len(p.sessions) == 0 && err != nil:
-			return err
-		case len(p.sessions) == 0:
-			return errNotStarted
-		case errors.As(err, &wrong):
+		err := p.take(line)
+		if len(p.sessions) == 0 {
+			return cmp.Or[error](err, errNotStarted)
+		}
+		if wrong, ok := errors.AsType[*protocolError](err); ok {
 			p.replyError(wrong)
-		case err != nil:
+		} else if err != nil {
 			return err
 		}
 		if p.errors >= maxErrors {
 			return nil // the outbox has the reason
 		}
-		if err := p.keepRoom(int64(len(body))); err != nil {
+		if err := p.keepRoom(left); err != nil {
 			return err
 		}
 	}
@@ -128,10 +103,10 @@ func (p *post) handleLines(body []byte) error {
 }
 
 // take gives a message to the handler, and remembers which session it was of.
-func (p *post) take(handle func([]byte) (int64, error), msg []byte) error {
-	kept, err := handle(msg)
+func (p *post) take(msg []byte) error {
+	kept, err := p.handle(msg)
 	p.reserved -= kept
-	taken := min(kept, p.grown) // is the hub's, and keeps no other message from growing
+	taken := min(kept, p.grown) // the hub has it now: it keeps no other message from growing
 	p.grown -= taken
 	p.budget.finish(0, taken)
 	if last := p.tracker.last; last != "" && !slices.Contains(p.sessions, last) {
@@ -140,8 +115,9 @@ func (p *post) take(handle func([]byte) (int64, error), msg []byte) error {
 	return err
 }
 
-// keepRoom takes room for what is left of the body where batches took more than
-// their JSON. Their commit, which gives room back, is not to wait for its interval.
+// keepRoom takes room for what is left of the body, of which batches may have taken
+// some: they need more than their JSON. Their commit gives room back, and does not
+// wait for its interval.
 func (p *post) keepRoom(left int64) error {
 	short := left + p.inflater - p.reserved
 	if short <= 0 {
@@ -183,25 +159,34 @@ func (p *post) answer(w http.ResponseWriter, err error) {
 	}
 	status := http.StatusOK
 	if wrong := refusal(err, last); wrong != nil {
-		status = statusOf(wrong)
+		status = cmp.Or(statuses[wrong.code], http.StatusBadRequest)
 		out = append(append(out, errorMessage(wrong.code, wrong.reason)...), '\n')
 	}
 	w.Header().Set("Content-Type", "application/x-ndjson; charset=utf-8")
-	w.Header().Set("Cache-Control", "no-store")
 	w.WriteHeader(status)
 	w.Write(out)
+}
+
+// answerRecording answers rrweb's client, which may not send its events again where
+// their commit takes too long.
+func (s *server) answerRecording(w http.ResponseWriter, r *http.Request, p *post, err error) {
+	if err == nil {
+		p.awaitCommits()
+	}
+	_, last := p.out.next()
+	if wrong := refusal(err, last); wrong != nil {
+		s.fail(w, r, cmp.Or(statuses[wrong.code], http.StatusBadRequest), wrong.reason, nil)
+		return
+	}
+	s.write(w, http.StatusOK, map[string]bool{"ok": true})
 }
 
 // refusal is why a post was not taken, or not as a whole; nil when it was.
 func refusal(err error, last *closeFrame) *protocolError {
 	var wrong *protocolError
 	switch {
-	case last != nil && last.code == closeTaken:
-		return &protocolError{"taken", last.reason}
-	case last != nil && last.code == closeDeleted:
-		return &protocolError{"session_deleted", last.reason}
-	case last != nil && last.code == closePolicy:
-		return &protocolError{"refused", last.reason}
+	case last != nil && refusals[last.code] != "":
+		return &protocolError{refusals[last.code], last.reason}
 	case errors.As(err, &wrong):
 		return wrong
 	case err != nil || last != nil:
@@ -210,21 +195,13 @@ func refusal(err error, last *closeFrame) *protocolError {
 	return nil
 }
 
-func statusOf(wrong *protocolError) int {
-	switch wrong.code {
-	case "too_large":
-		return http.StatusRequestEntityTooLarge
-	case "too_many_sessions":
-		return http.StatusTooManyRequests
-	case "unavailable":
-		return http.StatusServiceUnavailable
-	case "taken":
-		return http.StatusConflict
-	case "session_deleted":
-		return http.StatusGone
+var (
+	refusals = map[closeCode]string{closeTaken: "taken", closeDeleted: "session_deleted", closePolicy: "refused"}
+	statuses = map[string]int{ // of what is not 400
+		"too_large": http.StatusRequestEntityTooLarge, "too_many_sessions": http.StatusTooManyRequests,
+		"unavailable": http.StatusServiceUnavailable, "taken": http.StatusConflict, "session_deleted": http.StatusGone,
 	}
-	return http.StatusBadRequest
-}
+)
 
 // unpacker reads a body and inflates one that begins as gzip does. A page needs no
 // header to say so, for which its browser would ask first.
@@ -253,15 +230,3 @@ func (u *unpacker) Read(p []byte) (n int, err error) {
 }
 
 var errNotInflated = &protocolError{"invalid_message", "the body is not one gzip stream"}
-
-// countedReader counts the bytes that are read from it.
-type countedReader struct {
-	io.Reader
-	wire *atomic.Int64
-}
-
-func (c countedReader) Read(p []byte) (int, error) {
-	n, err := c.Reader.Read(p)
-	c.wire.Add(int64(n))
-	return n, err
-}

@@ -23,13 +23,14 @@ const postToken = "a token that the page has made"
 
 // postStart is a session_start of a page that posts.
 func postStart(id string, page, first int) string {
-	return fmt.Sprintf(`{"type":"session_start","data":{"sessionId":%q,"userId":"ann","resume":%q,"create":true,"page":%d,"firstSeq":%d}}`,
-		id, postToken, page, first)
+	return fmt.Sprintf(`{"type":"session_start","data":{"sessionId":%q,"userId":"ann","resume":%q,"create":true,`+
+		`"page":%d,"firstSeq":%d}}`, id, postToken, page, first)
 }
 
 // postBatch is a numbered batch of one event that says of whom it is.
 func postBatch(seq int, of string) string {
-	return fmt.Sprintf(`{"type":"events_batch","data":{"seq":%d,"events":[{"type":3,"timestamp":%d,"data":%q}]}}`, seq, seq, of)
+	return fmt.Sprintf(`{"type":"events_batch","data":{"seq":%d,"events":[{"type":3,"timestamp":%d,"data":%q}]}}`,
+		seq, seq, of)
 }
 
 func lines(messages ...string) string { return strings.Join(messages, "\n") }
@@ -49,32 +50,9 @@ func postReport(seq int) string {
 	return fmt.Sprintf(`{"type":"javascript_error","data":{"seq":%d,"message":"x"}}`, seq)
 }
 
-// postAnswer is what a server says to a POST: each message's type, and its code or
-// number.
-type postAnswer struct {
-	status int
-	header http.Header
-	says   string
-}
-
-func postTo(t testing.TB, address, body string, header ...string) postAnswer {
-	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), patience)
-	defer cancel()
-	r, err := http.NewRequestWithContext(ctx, "POST", address, strings.NewReader(body))
-	if err != nil {
-		t.Fatal(err)
-	}
-	for i := 0; i < len(header); i += 2 {
-		r.Header.Set(header[i], header[i+1])
-	}
-	resp, err := http.DefaultClient.Do(r)
-	if err != nil {
-		t.Fatalf("POST: %v", err)
-	}
-	defer resp.Body.Close()
-	a := postAnswer{status: resp.StatusCode, header: resp.Header}
-	for in := json.NewDecoder(resp.Body); ; {
+// saysOf gives each message of an answer: its type, and its code or number.
+func (a answer) saysOf() (says string) {
+	for in := json.NewDecoder(strings.NewReader(a.body)); ; {
 		var m struct {
 			Type string
 			Data struct {
@@ -83,31 +61,39 @@ func postTo(t testing.TB, address, body string, header ...string) postAnswer {
 			}
 		}
 		if in.Decode(&m) != nil {
-			a.says = strings.TrimSpace(a.says)
-			return a
+			return strings.TrimSpace(says)
 		}
-		a.says += fmt.Sprintf("%s:%s%.0d ", m.Type, m.Data.Code, m.Data.Seq)
+		says += fmt.Sprintf("%s:%s%.0d ", m.Type, m.Data.Code, m.Data.Seq)
 	}
+}
+
+func (s *testServer) post(path, body string, headers ...string) answer {
+	s.t.Helper()
+	return s.as(withBody(body).and("", caller{"", func(r *http.Request) {
+		for i := 0; i < len(headers); i += 2 {
+			r.Header.Set(headers[i], headers[i+1])
+		}
+	}}), "POST", path)
 }
 
 // checkData compares the data of a session's events.
-func checkData(t testing.TB, getJSON func(string, any), id, want string) {
+func (s *testServer) checkData(t testing.TB, id, want string) {
 	t.Helper()
 	var page struct{ Events []struct{ Data string } }
-	getJSON("/sessions/"+id+"/events", &page)
-	var got []string
+	s.getJSON("/sessions/"+id+"/events", &page)
+	got := ""
 	for _, e := range page.Events {
-		got = append(got, e.Data)
+		got = strings.TrimSpace(got + " " + e.Data)
 	}
-	if strings.Join(got, " ") != want {
-		t.Errorf("%s: got events %q, want %q", id, got, want)
-	}
+	same(t, "events of "+id, got, want)
 }
 
 func TestPost(t *testing.T) {
-	s := startServer(t, "INGEST_KEY=key", "TRACKER_ORIGINS=https://shop.example.com", "BATCH_INTERVAL=600000", "MAX_MESSAGE_BYTES=4096")
-	const shop, ready = "https://shop.example.com", "session_ready:"
-	body := lines(postStart("ID", 1, 1), postBatch(1, "one"), postBatch(2, "two"))
+	s := startServer(t, "INGEST_KEY=key", "TRACKER_ORIGINS=https://shop.example.com", "BATCH_INTERVAL=600000",
+		"MAX_MESSAGE_BYTES=4096")
+	const shop, ready, invalid = "https://shop.example.com", "session_ready:", "error:invalid_message"
+	start, one := postStart("ID", 1, 1), postBatch(1, "one")
+	body := lines(start, one, postBatch(2, "two"))
 	for _, c := range []struct {
 		name, query, origin, body string
 		pack                      func(string) string
@@ -116,29 +102,32 @@ func TestPost(t *testing.T) {
 	}{
 		{"text", "key=key", "", body, plain, 200, ready + " events_ack:2", "one two"},
 		{"gzip", "key=key&type=tracker", shop, body, zipped, 200, ready + " events_ack:2", "one two"},
-		{"a session only", "key=key", "", postStart("ID", 1, 1) + "\r\n\n", plain, 200, ready, ""},
-		{"ended", "key=key", "", lines(body, `{"type":"session_end","data":{}}`), plain, 200, ready + " events_ack:2", "one two"},
-		{"a gap", "key=key", "", lines(postStart("ID", 1, 1), postBatch(1, "one"), postBatch(3, "three")), plain,
+		{"a session only", "key=key", "", start + "\r\n\n", plain, 200, ready, ""},
+		{"ended", "key=key", "", lines(body, `{"type":"session_end","data":{}}`), plain,
+			200, ready + " events_ack:2", "one two"},
+		{"a gap", "key=key", "", lines(start, one, postBatch(3, "three")), plain,
 			200, ready + " error:sequence_gap events_ack:1", "one"},
-		{"an error of the page", "key=key", "", lines(postStart("ID", 1, 1), postBatch(1, "one"), postReport(2)), plain,
+		{"an error of the page", "key=key", "", lines(start, one, postReport(2)), plain,
 			200, ready + " events_ack:2", "one"},
-		{"a wrong line", "key=key", "", lines(postStart("ID", 1, 1), `{"type":`, postBatch(1, "one")), plain,
+		{"a wrong line", "key=key", "", lines(start, `{"type":`, one), plain,
 			200, ready + " error:invalid_message events_ack:1", "one"},
-		{"only wrong lines", "key=key", "", lines(postStart("ID", 1, 1), strings.Repeat("{}\n", 200), postBatch(1, "one")), plain,
+		{"only wrong lines", "key=key", "", lines(start, strings.Repeat("{}\n", 200), one), plain,
 			400, ready + strings.Repeat(" error:invalid_message", 100) + " error:refused", ""},
-		{"what viewers say", "key=key", "", lines(postStart("ID", 1, 1), `{"type":"get_active_sessions"}`), plain,
+		{"what viewers say", "key=key", "", lines(start, `{"type":"get_active_sessions"}`), plain,
 			200, ready + " error:forbidden", ""},
-		{"no start", "key=key", "", postBatch(1, "one"), plain, 400, "error:no_session", ""},
-		{"start after something else", "key=key", "", lines(`{"type":"heartbeat"}`, body), plain, 400, "error:no_session", ""},
+		{"no start", "key=key", "", one, plain, 400, "error:no_session", ""},
+		{"start after something else", "key=key", "", lines(`{"type":"heartbeat"}`, body), plain,
+			400, "error:no_session", ""},
 		{"nothing", "key=key", "", "", plain, 400, "error:no_session", ""},
-		{"no JSON", "key=key", "", "hello", plain, 400, "error:invalid_message", ""},
+		{"no JSON", "key=key", "", "hello", plain, 400, invalid, ""},
 		{"too large", "key=key", "", lines(body, strings.Repeat(" ", 4096)), plain, 413, "error:too_large", ""},
 		{"too large unpacked", "key=key", "", lines(body, strings.Repeat(" ", 4096)), zipped, 413, "error:too_large", ""},
-		{"cut gzip", "key=key", "", body, func(s string) string { return zipped(s)[:60] }, 400, "error:invalid_message", ""},
+		{"cut gzip", "key=key", "", body, func(s string) string { return zipped(s)[:60] }, 400, invalid, ""},
 		{"wrong checksum", "key=key", "", body, func(s string) string { return zipped(s)[:len(zipped(s))-8] + "12345678" },
-			400, "error:invalid_message", ""},
-		{"bytes behind gzip", "key=key", "", body, func(s string) string { return zipped(s) + "x" }, 400, "error:invalid_message", ""},
-		{"two gzip members", "key=key", "", body, func(s string) string { return zipped(s) + zipped(s) }, 400, "error:invalid_message", ""},
+			400, invalid, ""},
+		{"bytes behind gzip", "key=key", "", body, func(s string) string { return zipped(s) + "x" }, 400, invalid, ""},
+		{"two gzip members", "key=key", "", body, func(s string) string { return zipped(s) + zipped(s) },
+			400, invalid, ""},
 		{"no key", "", shop, body, plain, 401, ":", ""},
 		{"another origin", "key=key", "https://evil.example.com", body, plain, 403, ":", ""},
 		{"viewers do not post", "key=key&type=viewer", "", body, plain, 400, ":", ""},
@@ -147,33 +136,25 @@ func TestPost(t *testing.T) {
 			id := sessionName(t, 0)
 			sent := c.pack(strings.ReplaceAll(c.body, "ID", id))
 			for attempt := range 2 { // the same once more changes nothing
-				got := postTo(t, s.url+"/ws?"+c.query, sent, "Origin", c.origin)
-				if got.status != c.status || got.says != c.says {
-					t.Errorf("attempt %d: got %d %q, want %d %q", attempt, got.status, got.says, c.status, c.says)
-				}
-				allowed, credentials := got.header.Get("Access-Control-Allow-Origin"), got.header.Get("Access-Control-Allow-Credentials")
-				if (allowed == shop) != (c.origin == shop) || credentials != "" {
-					t.Errorf("pages of %q may read the answer, credentials %q", allowed, credentials)
-				}
+				got := s.post("/ws?"+c.query, sent, "Origin", c.origin)
+				same(t, fmt.Sprint("attempt ", attempt), said(got.status, got.saysOf()), said(c.status, c.says))
+				same(t, "the page may read it, with credentials", said(got.header.Get("Access-Control-Allow-Origin") == shop,
+					got.header.Get("Access-Control-Allow-Credentials")), c.origin == shop)
 			}
 			there := querySQL[int](t, s.database, "select count(*) from sessions where session_id = $1", id)
-			if there != strings.Count(c.says, "ready") {
-				t.Errorf("%d sessions are there", there)
-			}
-			if there > 0 {
-				checkData(t, s.getJSON, id, c.stored)
+			if same(t, "sessions", there, strings.Count(c.says, "ready")); there > 0 {
+				s.checkData(t, id, c.stored)
 			}
 		})
 	}
-	if n := querySQL[int](t, s.database, "select count(*) from session_errors"); n != 1 {
-		t.Errorf("%d errors of pages are stored, want 1", n)
-	}
+	same(t, "errors of pages", querySQL[int](t, s.database, "select count(*) from session_errors"), 1)
 }
 
 // postPage is a page's WebSocket.
 func postPage(t testing.TB, address, id string, page, first int) *websocket.Conn {
 	t.Helper()
-	ws, _, err := websocket.Dial(t.Context(), address, &websocket.DialOptions{CompressionMode: websocket.CompressionNoContextTakeover})
+	ws, _, err := websocket.Dial(t.Context(), address,
+		&websocket.DialOptions{CompressionMode: websocket.CompressionNoContextTakeover})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -192,30 +173,31 @@ func say(t testing.TB, ws *websocket.Conn, text string) {
 // hear reads on until a message has some text in it.
 func hear(t testing.TB, ws *websocket.Conn, want string) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), patience)
-	defer cancel()
-	for {
-		_, msg, err := ws.Read(ctx)
-		if err != nil {
-			t.Fatalf("waiting for %s: %v", want, err)
-		}
-		if strings.Contains(string(msg), want) {
-			return
-		}
-	}
+	hearUntil(t, ws, want, func(msg string) bool { return strings.Contains(msg, want) })
 }
 
 // hearAck reads on until everything up to a batch is committed.
 func hearAck(t testing.TB, ws *websocket.Conn, seq int) {
 	t.Helper()
+	hearUntil(t, ws, fmt.Sprint("the ack of ", seq), func(msg string) bool {
+		var acked int
+		fmt.Sscanf(msg[strings.LastIndexByte(msg, ',')+1:], `"seq":%d}}`, &acked)
+		return acked >= seq
+	})
+}
+
+func hearUntil(t testing.TB, ws *websocket.Conn, what string, heard func(msg string) bool) {
+	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
-	for acked := 0; acked < seq; {
+	for {
 		_, msg, err := ws.Read(ctx)
 		if err != nil {
-			t.Fatalf("waiting for the ack of %d: %v", seq, err)
+			t.Fatalf("waiting for %s: %v", what, err)
 		}
-		fmt.Sscanf(string(msg[bytes.LastIndexByte(msg, ',')+1:]), `"seq":%d}}`, &acked)
+		if heard(string(msg)) {
+			return
+		}
 	}
 }
 
@@ -246,10 +228,10 @@ func TestPostPages(t *testing.T) {
 	} {
 		t.Run(c.steps, func(t *testing.T) {
 			id := sessionName(t, i)
-			postTo(t, s.url+"/ws", lines(postStart(id, 1, 1), postBatch(1, "a1")))
+			s.post("/ws", lines(postStart(id, 1, 1), postBatch(1, "a1")))
 			last := lines(postStart(id, 1, 1), postBatch(2, "a2"), postBatch(3, "a3"))
 			var page *websocket.Conn
-			var got postAnswer
+			var got answer
 			open := func(first int) {
 				page = postPage(t, s.ws("tracker"), id, 2, first)
 				hear(t, page, "session_ready")
@@ -257,9 +239,9 @@ func TestPostPages(t *testing.T) {
 			for step := range strings.FieldsSeq(c.steps) {
 				switch step {
 				case "post":
-					got = postTo(t, s.url+"/ws", last)
+					got = s.post("/ws", last)
 				case "elsewhere":
-					got = postTo(t, other.url+"/ws", last)
+					got = other.post("/ws", last)
 				case "open":
 					open(4)
 				case "open0":
@@ -270,7 +252,7 @@ func TestPostPages(t *testing.T) {
 					s.restart()
 				case "both":
 					var posted sync.WaitGroup
-					posted.Go(func() { got = postTo(t, s.url+"/ws", last) })
+					posted.Go(func() { got = s.post("/ws", last) })
 					open(4)
 					posted.Wait()
 				default:
@@ -281,10 +263,10 @@ func TestPostPages(t *testing.T) {
 					hearAck(t, page, n)
 				}
 			}
-			if c.says != "" && got.says != c.says {
-				t.Errorf("the POST was told %q, want %q", got.says, c.says)
+			if c.says != "" {
+				same(t, "the POST was told", got.saysOf(), c.says)
 			}
-			checkData(t, s.getJSON, id, c.stored)
+			s.checkData(t, id, c.stored)
 		})
 	}
 }
@@ -292,7 +274,8 @@ func TestPostPages(t *testing.T) {
 // TestRecordings speaks as rrweb's own client does, and as one that is wrong.
 func TestRecordings(t *testing.T) {
 	s := startServer(t, "INGEST_KEY=key", "TRACKER_ORIGINS=https://shop.example.com", "BATCH_INTERVAL=600000")
-	meta := `{"type":5,"timestamp":1,"data":{"tag":"recording-meta","payload":{"userId":"ann","plan":"pro","resume":"x","sessionId":"y"}}}`
+	meta := `{"type":5,"timestamp":1,"data":{"tag":"recording-meta",` +
+		`"payload":{"userId":"ann","plan":"pro","resume":"x","sessionId":"y"}}}`
 	page := `{"type":4,"timestamp":2,"data":{"href":"https://shop.example.com/","width":800,"height":600}}`
 	for _, c := range []struct {
 		name, id, key, origin, body string
@@ -310,10 +293,10 @@ func TestRecordings(t *testing.T) {
 		{"a wrong origin", "r3", "key", "https://evil.example.com", meta, 403, -1},
 		{"a wrong id", "r%2f3", "key", "", meta, 400, -1},
 	} {
-		got := postTo(t, s.url+"/recordings/"+c.id+"/events", c.body, "Authorization", "Bearer "+c.key, "Origin", c.origin)
-		if allowed := got.header.Get("Access-Control-Allow-Origin"); got.status != c.status || (allowed != "") != (c.origin == "https://shop.example.com") {
-			t.Errorf("%s: got %d, pages of %q may read it; want %d", c.name, got.status, allowed, c.status)
-		}
+		got := s.post("/recordings/"+c.id+"/events", c.body, "Authorization", "Bearer "+c.key, "Origin", c.origin)
+		same(t, c.name+": status, and whether the page may read it",
+			said(got.status, got.header.Get("Access-Control-Allow-Origin") != ""),
+			said(c.status, c.origin == "https://shop.example.com"))
 		var session struct {
 			EventCount int
 			UserID     string
@@ -322,26 +305,21 @@ func TestRecordings(t *testing.T) {
 		status, body := s.get("/sessions/" + c.id)
 		json.Unmarshal(body, &session)
 		m := session.Metadata
-		if c.events < 0 && status == 200 || c.events > 0 && (session.EventCount != c.events || session.UserID != "ann" || m.Plan != "pro" || m.SessionID != c.id) {
-			t.Errorf("%s: got %d, %+v, want %d events", c.name, status, session, c.events)
+		if c.events < 0 {
+			same(t, c.name+": the session", status == 200, false)
+			continue
 		}
-	}
-	var first struct{ Metadata struct{ URL string } }
-	if s.getJSON("/sessions/r1", &first); first.Metadata.URL != "https://shop.example.com/" {
-		t.Errorf("got the URL %q", first.Metadata.URL)
+		same(t, c.name, said(session.EventCount, session.UserID, m.Plan, m.SessionID), said(c.events, "ann pro", c.id))
+		if c.id == "r1" {
+			same(t, "its URL", m.URL, "https://shop.example.com/")
+		}
 	}
 }
 
 // TestTrackerFetches asks why nothing is recorded.
 func TestTrackerFetches(t *testing.T) {
 	s := startServer(t, "INGEST_KEY=key", "TRACKER_ORIGINS=https://shop.example.com")
-	ask := func(path, header, origin string) {
-		r, _ := http.NewRequestWithContext(t.Context(), "GET", s.url+path, nil)
-		r.Header.Set(header, origin)
-		if resp, err := http.DefaultClient.Do(r); err == nil {
-			resp.Body.Close()
-		}
-	}
+	ask := func(path, name, origin string) { s.as(header(name, origin), "GET", path) }
 	ask("/tracker.js", "Referer", "https://shop.example.com/a/page?x")
 	ask("/tracker.js", "Origin", "https://shop.example.com")
 	ask("/tracker.js", "Referer", "https://evil.example.com/")
@@ -349,20 +327,15 @@ func TestTrackerFetches(t *testing.T) {
 	ask("/ws", "Origin", "https://shop.example.com")
 	ask("/ws?key=key", "Origin", "https://evil.example.com")
 	ask("/ws?key=key", "Origin", "https://never.example.com")
-	postTo(t, s.url+"/ws?key=key", postStart("one", 1, 1), "Origin", "https://shop.example.com")
-	var stats struct{ TrackerFetches json.RawMessage }
-	s.getJSON("/stats", &stats)
-	const want = `[{"origin":"https://shop.example.com","fetches":2,"sessions":1,"refusals":{"ingest_key":1}},` +
-		`{"origin":"https://evil.example.com","fetches":1,"sessions":0,"refusals":{"origin":1}}]`
-	if string(stats.TrackerFetches) != want {
-		t.Errorf("got %s, want %s", stats.TrackerFetches, want)
-	}
+	s.post("/ws?key=key", postStart("one", 1, 1), "Origin", "https://shop.example.com")
+	same(t, "fetches", fmt.Sprintf("%s", s.statsOf().TrackerFetches),
+		`[{"origin":"https://shop.example.com","fetches":2,"sessions":1,"refusals":{"ingest_key":1}} `+
+			`{"origin":"https://evil.example.com","fetches":1,"sessions":0,"refusals":{"origin":1}}]`)
 	for i := range 300 {
 		ask("/tracker.js", "Referer", fmt.Sprintf("https://%d.example.com/", i))
 	}
-	var many struct{ TrackerFetches []any }
-	if s.getJSON("/stats", &many); len(many.TrackerFetches) > maxOrigins {
-		t.Errorf("%d origins are kept", len(many.TrackerFetches))
+	if n := len(s.statsOf().TrackerFetches); n > maxOrigins {
+		t.Errorf("%d origins are kept", n)
 	}
 }
 
@@ -376,8 +349,9 @@ func TestPostKeepsRoom(t *testing.T) {
 			for seq := range 2000 {
 				body = append(body, postBatch(seq+1, "x"))
 			}
-			if got := postTo(t, s.url+"/ws", lines(body...)); got.status != 200 || !strings.HasSuffix(got.says, "events_ack:2000") {
-				t.Errorf("body %d: got %d %.200q", i, got.status, got.says)
+			got := s.post("/ws", lines(body...))
+			if says := got.saysOf(); got.status != 200 || !strings.HasSuffix(says, "events_ack:2000") {
+				t.Errorf("body %d: got %d %.200q", i, got.status, says)
 			}
 		})
 	}
@@ -407,7 +381,8 @@ func TestDeflate(t *testing.T) {
 		{"cut", deflated(postBatch(2, "cut"))[:30], "invalid_message"},
 		{"cut in a block", deflated(strings.Repeat(postBatch(2, "cut"), 9000))[:2000], "invalid_message"},
 		{"a bomb", deflated(strings.Repeat("0", 32<<20)), "1009"},
-		{"a bomb of events", deflated(`{"type":"events_batch","data":{"seq":2,"events":[` + strings.Repeat("{},", 400_000)), "1009"},
+		{"a bomb of events",
+			deflated(`{"type":"events_batch","data":{"seq":2,"events":[` + strings.Repeat("{},", 400_000)), "1009"},
 		{"whole", deflated(postBatch(2, "whole")), `"seq":2}`},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -418,7 +393,7 @@ func TestDeflate(t *testing.T) {
 			}
 		})
 	}
-	checkData(t, s.getJSON, id, long+" whole")
+	s.checkData(t, id, long+" whole")
 }
 
 // deflated is a message as permessage-deflate has it.
@@ -445,8 +420,9 @@ func rawTracker(t testing.TB, address, id string) net.Conn {
 	}
 	t.Cleanup(func() { conn.Close() })
 	conn.SetDeadline(time.Now().Add(patience))
-	fmt.Fprintf(conn, "GET /ws HTTP/1.1\r\nHost: %s\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"+
-		"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Extensions: permessage-deflate\r\n\r\n", "127.0.0.1")
+	io.WriteString(conn, "GET /ws HTTP/1.1\r\nHost: 127.0.0.1\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"+
+		"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n"+
+		"Sec-WebSocket-Extensions: permessage-deflate\r\n\r\n")
 	conn.Write(maskedDeflate([]byte(deflated(postStart(id, 1, 1)))))
 	if got := readUntil(conn, "session_ready"); got != "" {
 		t.Fatalf("no session_ready: %.500q", got)

@@ -3,9 +3,7 @@ package main
 import (
 	"errors"
 	"fmt"
-	"net/http"
 	"slices"
-	"strings"
 	"unicode/utf8"
 )
 
@@ -19,42 +17,6 @@ type rrwebClient struct {
 	recording string
 	metadata  []byte // what is known of the recording; nil before the session starts
 	located   bool   // so is the page's URL
-}
-
-func (s *server) handleRecordingSocket(w http.ResponseWriter, r *http.Request) {
-	if s.admitRecording(w, r, r.URL.Query().Get("token")) {
-		s.upgrade(w, r, false)
-	}
-}
-
-// handleRecordingPost takes events, one a line: all of them or none.
-func (s *server) handleRecordingPost(w http.ResponseWriter, r *http.Request) {
-	if !s.admitRecording(w, r, strings.TrimPrefix(r.Header.Get("Authorization"), "Bearer ")) {
-		return
-	}
-	handle := func(p *post, body []byte) error { return p.take(p.handle, body) }
-	s.post(w, r, handle, func(p *post, err error) {
-		if err == nil {
-			p.awaitCommits() // if it cannot, the client may not send them again
-		}
-		_, last := p.out.next()
-		if wrong := refusal(err, last); wrong != nil {
-			s.fail(w, r, statusOf(wrong), wrong.reason, nil)
-			return
-		}
-		s.write(w, http.StatusOK, map[string]bool{"ok": true})
-	})
-}
-
-func (s *server) admitRecording(w http.ResponseWriter, r *http.Request, key string) bool {
-	if !s.admitPage(w, r, key) {
-		return false
-	}
-	if !validID(r.PathValue("id")) {
-		s.fail(w, r, http.StatusBadRequest, "this is no id of a recording", nil)
-		return false
-	}
-	return true
 }
 
 // handle takes the events of a frame or a body.
@@ -106,8 +68,8 @@ func membersOf(object []byte) (all []member) {
 	return all
 }
 
-// told gives the metadata that events tell, and whether one of them says that no
-// more will come. Where the page is the first Meta event says.
+// told gives the metadata that events tell, and whether one of them ends the
+// session. The first Meta event has the page's URL.
 func (c *rrwebClient) told(f frame) (metadata []byte, closed bool) {
 	metadata = []byte("{}")
 	for _, e := range f.events {
@@ -119,7 +81,8 @@ func (c *rrwebClient) told(f frame) (metadata []byte, closed bool) {
 		switch tag := unquote(d["tag"]); {
 		case e.kind == metaEvent && !c.located && d["href"] != nil && d["width"] != nil && d["height"] != nil:
 			c.located = true
-			page := fmt.Appendf(nil, `{"url":%s,"viewport":{"width":%s,"height":%s}}`, d["href"], d["width"], d["height"])
+			page := fmt.Appendf(nil, `{"url":%s,"viewport":{"width":%s,"height":%s}}`,
+				d["href"], d["width"], d["height"])
 			metadata = rewrite(page, nil, 0, membersOf(metadata))
 		case e.kind == customEvent && (tag == "recording-meta" || tag == "pageview-meta"):
 			metadata = rewrite(d["payload"], nil, 0, membersOf(metadata))

@@ -123,7 +123,8 @@ func parseSeq(f frame) (int64, error) {
 }
 
 func sequenceGap(expected int64) text {
-	return envelope("error", map[string]any{"code": "sequence_gap", "message": fmt.Sprintf("expected seq %d", expected), "expected": expected})
+	return envelope("error", map[string]any{
+		"code": "sequence_gap", "message": fmt.Sprintf("expected seq %d", expected), "expected": expected})
 }
 
 func (t *tracker) endSession(f frame) error {
@@ -138,6 +139,9 @@ func (t *tracker) endSession(f frame) error {
 	}
 	return nil
 }
+
+// ofErrors are the members that are kept of an error which says too much.
+var ofErrors = []string{"message", "reason", "error", "stack", "timestamp", "filename", "lineno", "colno", "url"}
 
 // takeReport stores an error of the page, and passes it on if viewers know its
 // type.
@@ -154,7 +158,7 @@ func (t *tracker) takeReport(f frame) (kept int64, err error) {
 		data = []byte("null")
 	}
 	if len(data) > maxData || nests(data, maxNesting) {
-		data = rewrite(data, []string{"message", "reason", "error", "stack", "timestamp", "filename", "lineno", "colno", "url"}, 4<<10, nil)
+		data = rewrite(data, ofErrors, 4<<10, nil)
 	}
 	var m message
 	if f.typ != "error" {
@@ -253,7 +257,8 @@ func parseStart(data []byte) start {
 type member struct{ key, value string }
 
 // defaults are what lists have of a session that does not say.
-var defaults = []member{{"viewport", `{"width":1920,"height":1080,"devicePixelRatio":1}`}, {"referrer", `""`}, {"timeZone", `"UTC"`}}
+var defaults = []member{{"viewport", `{"width":1920,"height":1080,"devicePixelRatio":1}`}, {"referrer", `""`},
+	{"timeZone", `"UTC"`}}
 
 // rewrite copies a JSON object without "resume", which is a secret, and adds the
 // defaults that are missing. With names it copies those members alone, each cut to
@@ -331,7 +336,7 @@ func cut(s string, most int) string {
 
 // Starting a session.
 
-// startSession begins or continues a session. The one that the tracker records
+// startSession begins or continues a session. A session that the tracker records
 // already is claimed once more, for what is new in its metadata.
 func (t *tracker) startSession(f frame) error {
 	st := parseStart(f.data)
@@ -365,9 +370,9 @@ func (t *tracker) startSession(f frame) error {
 	return nil
 }
 
-// begin gets the session that was asked for, or a new one whenever that may not
-// be had. It writes the session's id and token into st. counted says that the
-// session was begun on this connection before.
+// begin gets the session that was asked for, or a new one where the tracker may not
+// have that. It writes the session's id and token into st. A session that this
+// connection has begun before is counted already.
 func (t *tracker) begin(st *start, counted bool) (attached, error) {
 	resuming, isNew := len(st.token) >= minToken, !validID(st.id)
 	for attempt := 0; ; attempt++ {

@@ -36,7 +36,7 @@ func newStoreTest(t *testing.T) *storeTest {
 	if err := st.applySchema(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	st.w = &writer{store: st.store, metrics: newMetrics(), log: slog.New(slog.DiscardHandler)}
+	st.w = &writer{store: st.store, metrics: &metrics{}, log: slog.New(slog.DiscardHandler)}
 	return st
 }
 
