@@ -281,7 +281,8 @@ func (s *server) housekeep(ctx context.Context) {
 		}
 	}
 	s.log.Info("database ready")
-	go s.every(ctx, beatEvery, s.beat) // ends with ctx; a long cleanup does not keep it waiting
+	go s.every(ctx, beatEvery, s.beat)                                         // ends with ctx; a long cleanup does not keep it waiting
+	go s.every(ctx, followEvery, (&follower{hub: s.hub, store: s.store}).look) // ends with ctx
 	s.every(ctx, s.cfg.cleanupInterval, s.cleanUp)
 }
 
