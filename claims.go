@@ -69,8 +69,10 @@ func (h *hubState) attach(cmd attach) attached {
 	if s.ended {
 		s.ended = false
 		h.metrics.sessionsStarted.Add(1)
-		if h.foreign[s.id] == nil { // otherwise they know that it is live
+		if h.foreign[s.id] == nil {
 			h.toViewers(cmd.started)
+		} else { // they know that it is live
+			h.tellState(s)
 		}
 	}
 	h.dropForeign(s.id)
