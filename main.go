@@ -89,7 +89,8 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 	defer s.store.close()
 	if s.access.generated {
 		fmt.Fprintf(stdout, "ACCESS_TOKEN is not set and HOST is open to a network; "+
-			"until the next start, viewers come by this link:\n%s/?token=%s\n", cfg.url(cfg.host, cfg.port),
+			"until the next start, viewers come by this link:\n%s/?token=%s\n"+
+			"Servers that share a database all need the same ACCESS_TOKEN.\n", cfg.url(cfg.host, cfg.port),
 			s.access.token)
 	}
 	return s.run(ctx)
