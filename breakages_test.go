@@ -90,6 +90,13 @@ var breakages = []breakage{
 	{"of two keys the last counts", "event.go", "f.data, f.seq, f.events, f.objects = nil, nil, nil, false\n", "",
 		"TestParseFrame"},
 	{"many errors in a row close", "conn.go", "c.errors >= maxErrors", "false", "TestErrorsInARow"},
+	{"5 no gap in what another server records", "follow.go", "case r.live == nil || w.next != r.first:",
+		"case r.live == nil:", "TestHubForeignWatch"},
+	{"a session that moves to another server does not end", "claims.go", "case why == epochLost:", "case false:",
+		"TestHubForeignLists"},
+	{"what is watched elsewhere is stored at once", "hub.go", ">= followEvery {", ">= time.Hour {", "TestHubMarked"},
+	{"6 what is known of other servers is bounded", "follow.go", " || h.foreignBytes >= pageBytes {", " {",
+		"TestHubForeignBounds"},
 	{"servers that are gone end their sessions", "store.go", "where is_active and server <> all($1)",
 		"where is_active and false and server <> all($1)", "TestStoreBeat"},
 }
