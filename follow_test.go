@@ -127,6 +127,9 @@ func TestHubForeignLists(t *testing.T) {
 		t.lists() // the claim is in the database, and not attached yet
 		t.attachAs(mine, "s", claim{epoch: 7}, aboutNobody)
 		t.lists(row("s", 6, 0)) // was read before
+		if live := askHub(t, func(reply chan []summary) command { return liveQuery{reply} }); len(live) != 1 {
+			t.Errorf("it is listed %d times", len(live))
+		}
 		t.do(leave{mine})
 		asked := time.Now()
 		time.Sleep(time.Millisecond)
