@@ -225,7 +225,8 @@ func (st *store) queryRows(ctx context.Context, query string, args ...any) (foun
 		return nil, err
 	}
 	var r foreignRow
-	_, err = pgx.ForEachRow(rows, []any{&r.id, &r.epoch, &r.events, &r.errors, &r.isActive, &r.server, &r.unmarked}, func() error {
+	fields := []any{&r.id, &r.epoch, &r.events, &r.errors, &r.isActive, &r.server, &r.unmarked}
+	_, err = pgx.ForEachRow(rows, fields, func() error {
 		found = append(found, r)
 		return nil
 	})
@@ -240,8 +241,8 @@ func (st *store) mark(ctx context.Context, id string) error {
 }
 
 func (st *store) watchedHere(ctx context.Context) ([]string, error) {
-	rows, err := st.pool.Query(ctx, "select session_id from sessions where server = $1 and watched_at > now() - $2::interval",
-		st.server, markFresh)
+	rows, err := st.pool.Query(ctx, `select session_id from sessions
+		where server = $1 and watched_at > now() - $2::interval`, st.server, markFresh)
 	if err != nil {
 		return nil, err
 	}
