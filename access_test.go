@@ -355,6 +355,10 @@ func TestAccessCookie(t *testing.T) {
 	if other.cookieName == newAccess(accessConfig{token: testToken}, "127.0.0.1", "2", nil).cookieName {
 		t.Error("two servers on one machine share a cookie: ports do not keep them apart")
 	}
+	another := newAccess(accessConfig{token: testToken}, "192.0.2.1", "1", nil)
+	if another.cookieName != other.cookieName || another.cookie != other.cookie {
+		t.Error("who has signed in on one of several servers is not signed in on the others")
+	}
 }
 
 // Pages of other sites may read answers, and ask beforehand whether they may.

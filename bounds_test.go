@@ -202,6 +202,7 @@ func TestBoundsEverythingFull(t *testing.T) {
 	execSQL(t, s.database, `insert into sessions (session_id, user_id, url, metadata, is_active, updated_at)
 		select 'row' || i, 'u', '', json_build_object('other', repeat(md5(i::text), 250)), true, now() + interval '1 hour'
 		from generate_series(1, 10000) i`)
+	execSQL(t, s.database, "insert into servers values ('', now() + interval '1 hour')") // whose sessions these are
 	execSQL(t, s.database, `insert into session_events (session_id, first_index, event_count, raw_bytes, events)
 		select 'old', 1000000, 1, 1000000, decode(repeat(md5(random()::text), 62500), 'hex')`)
 	holdSQL(t, s.database, "lock table session_events in exclusive mode") // it is read, and nothing is stored

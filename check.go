@@ -42,7 +42,7 @@ func describe(w io.Writer, cfg config) {
 	case a.open:
 		viewing = "anyone on this machine (no ACCESS_TOKEN)"
 	case a.generated:
-		viewing = "who has the token that the start makes and prints (no ACCESS_TOKEN)"
+		viewing = "who has the token that the start makes and prints (no ACCESS_TOKEN; several servers need the same one)"
 	}
 	if a.key != "" {
 		recording = "who has INGEST_KEY"

@@ -69,8 +69,13 @@ func (h *hubState) attach(cmd attach) attached {
 	if s.ended {
 		s.ended = false
 		h.metrics.sessionsStarted.Add(1)
-		h.toViewers(cmd.started)
+		if h.foreign[s.id] == nil {
+			h.toViewers(cmd.started)
+		} else { // they know that it is live
+			h.tellState(s)
+		}
 	}
+	h.dropForeign(s.id)
 	return attached{accepted: s.now.seq, stored: max(s.durable.seq, cmd.claim.seq)}
 }
 
@@ -142,7 +147,11 @@ func (h *hubState) abandon(s *session, why outcome) {
 	if why == deleted {
 		h.resetWatchers(s.id)
 	}
-	if !s.ended && why != epochLost {
+	switch {
+	case s.ended:
+	case why == epochLost:
+		h.addForeign(s.summary(), time.Now())
+	default:
 		h.tellEnded(s.id)
 	}
 	s.ended = true

@@ -385,6 +385,7 @@ func TestCheck(t *testing.T) {
 			nil, "30 days"},
 		{[]string{"PORT=" + port, "LOG_DIR=" + file}, []string{"database", "writes"}, []string{"listens", "LOG_DIR"},
 			"address already in use"},
+		{[]string{"HOST=0.0.0.0", "ACCESS_TOKEN="}, []string{"listens"}, nil, "several servers need the same one"},
 		{[]string{"HOST=no.such.host.invalid", "LOG_DIR=" + file + "/below"}, []string{"database"},
 			[]string{"listens", "LOG_DIR"}, "no such host"},
 		{[]string{"DATABASE_URL=postgres://u:the-password@127.0.0.1:1/none"}, []string{"LOG_DIR"},

@@ -217,7 +217,8 @@ func (l *load) finish() {
 type testProxy struct {
 	address string // host:port to connect to
 	dial    func() (net.Conn, error)
-	thief   *thief // takes answers away, if there is one
+	thief   *thief      // takes answers away, if there is one
+	refuses atomic.Bool // new connections
 
 	mu     sync.Mutex
 	links  map[*link]bool
@@ -234,14 +235,13 @@ type link struct {
 	held      []byte       // of that answer, by the thief
 }
 
-func newProxy(t testing.TB, network, target string, th *thief) *testProxy {
+func newProxy(t testing.TB, dial func() (net.Conn, error), th *thief) *testProxy {
 	t.Helper()
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
-	p := &testProxy{address: listener.Addr().String(), thief: th, links: map[*link]bool{}}
-	p.dial = func() (net.Conn, error) { return net.Dial(network, target) }
+	p := &testProxy{address: listener.Addr().String(), dial: dial, thief: th, links: map[*link]bool{}}
 	go p.accept(listener) // ends when the listener is closed
 	t.Cleanup(func() { listener.Close(); p.thaw(); p.cut() })
 	return p
@@ -249,7 +249,7 @@ func newProxy(t testing.TB, network, target string, th *thief) *testProxy {
 
 // proxyTo stands before a server; ws is the address for its trackers.
 func proxyTo(t testing.TB, s *testServer) (p *testProxy, ws string) {
-	p = newProxy(t, "tcp", "127.0.0.1:"+s.port, nil)
+	p = newProxy(t, func() (net.Conn, error) { return net.Dial("tcp", "127.0.0.1:"+s.port) }, nil)
 	return p, "ws://" + p.address + "/ws?type=tracker"
 }
 
@@ -265,7 +265,7 @@ func proxyToDatabase(t testing.TB, database string, th *thief) (p *testProxy, th
 	if dir := query.Get("host"); dir != "" {
 		network, target = "unix", filepath.Join(dir, ".s.PGSQL."+query.Get("port"))
 	}
-	p = newProxy(t, network, target, th)
+	p = newProxy(t, func() (net.Conn, error) { return net.Dial(network, target) }, th)
 	query.Del("host")
 	query.Del("port")
 	query.Set("sslmode", "disable")
@@ -278,6 +278,10 @@ func (p *testProxy) accept(listener net.Listener) {
 		near, err := listener.Accept()
 		if err != nil {
 			return
+		}
+		if p.refuses.Load() {
+			near.Close()
+			continue
 		}
 		far, err := p.dial()
 		if err != nil {

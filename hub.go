@@ -183,6 +183,23 @@ type (
 		reply chan struct{}
 	}
 	drain struct{} // no more events will come: end and store everything
+
+	// The follower's, see follow.go.
+	followQuery struct{ reply chan following }
+	rowsRead    struct { // what the rows of these sessions say; some may have none
+		watched []watched
+		rows    map[string]foreignRow
+	}
+	listRead struct { // all live sessions of other servers, asked for at some time
+		asked time.Time
+		rows  []foreignRow
+		reply chan []string // those whose rows are to be read
+	}
+	appeared struct { // the rows of those
+		asked    time.Time
+		sessions []storedSession
+	}
+	marked struct{ ids []string } // sessions of this server that somebody watches on another
 )
 
 type command any
@@ -278,6 +295,11 @@ type hubState struct {
 	watchers map[string]map[*outbox]*watch // also of sessions that are not in memory
 	lagging  map[*outbox]bool              // viewers that had no room: sent nothing until they have read all
 
+	foreign      map[string]*foreignSession // live sessions of other servers, while viewers are there
+	foreignBytes int
+	listed       bool            // foreign was read
+	marks        map[string]bool // sessions that viewers of other servers watch
+
 	queue        []*session // with something to store, oldest first; some have been stored since
 	urgent       []*session // those that do not wait for their interval
 	retry        map[*session]bool
@@ -302,6 +324,7 @@ func (h *hub) run(ctx context.Context) {
 		viewers:  map[*outbox]map[string]*watch{},
 		watchers: map[string]map[*outbox]*watch{},
 		lagging:  map[*outbox]bool{},
+		foreign:  map[string]*foreignSession{},
 		retry:    map[*session]bool{},
 	}
 	tick := time.NewTicker(min(max(h.cfg.batchInterval/4, 5*time.Millisecond), 100*time.Millisecond))
@@ -372,8 +395,19 @@ func (h *hubState) handle(cmd command) {
 			h.abandon(s, deleted)
 		} else {
 			h.resetWatchers(cmd.id)
+			h.endForeign(cmd.id)
 		}
 		cmd.reply <- struct{}{}
+	case followQuery:
+		cmd.reply <- h.following()
+	case rowsRead:
+		h.takeRows(cmd)
+	case listRead:
+		cmd.reply <- h.takeList(cmd)
+	case appeared:
+		h.takeForeign(cmd)
+	case marked:
+		h.mark(cmd.ids)
 	case drain:
 		h.draining = true
 		for _, s := range h.sessions {
@@ -383,7 +417,8 @@ func (h *hubState) handle(cmd command) {
 }
 
 // tick does what is due: sessions whose grace period has passed end, flushes
-// whose pause has passed are tried again, viewers that have read all go on.
+// whose pause has passed are tried again, viewers that have read all go on, and
+// what somebody watches on another server is stored.
 func (h *hubState) tick(now time.Time) {
 	for s := range h.grace {
 		if now.Sub(s.detachedAt) >= h.cfg.grace {
@@ -400,6 +435,13 @@ func (h *hubState) tick(now time.Time) {
 		if out.isEmpty() {
 			delete(h.lagging, out)
 			h.catchUp(out)
+		}
+	}
+	for id := range h.marks {
+		s := h.sessions[id]
+		if s != nil && len(s.pending) > 0 && now.Sub(s.pending[0].received) >= followEvery {
+			s.hurry = true
+			h.enqueue(s)
 		}
 	}
 }
@@ -425,6 +467,10 @@ func (h *hubState) leave(out *outbox) {
 	}
 	delete(h.viewers, out)
 	delete(h.lagging, out)
+	if len(h.viewers) == 0 {
+		clear(h.foreign)
+		h.foreignBytes, h.listed = 0, false
+	}
 }
 
 // Events.
@@ -525,18 +571,26 @@ func (h *hubState) inMemory(cmd memoryQuery) inMemory {
 	return inMemory{true, s.summary(), s.memory(cmd.from, cmd.to)}
 }
 
-// live gives the live sessions, as many as a viewer's share has room for.
+// live gives the live sessions of all servers, as many as a viewer's share has
+// room for.
 func (h *hubState) live() (all []summary) {
 	size, most := 0, h.share()
+	add := func(s summary) bool {
+		if size += s.listSize(); size > most {
+			return false
+		}
+		all = append(all, s)
+		return true
+	}
 	for _, s := range h.sessions {
-		if s.ended {
-			continue
+		if !s.ended && !add(s.summary()) {
+			return all
 		}
-		listed := s.summary()
-		if size += listed.listSize(); size > most {
-			break
+	}
+	for _, f := range h.foreign {
+		if !add(f.summary) {
+			return all
 		}
-		all = append(all, listed)
 	}
 	return all
 }

@@ -90,7 +90,8 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 	defer s.store.close()
 	if s.access.generated {
 		fmt.Fprintf(stdout, "ACCESS_TOKEN is not set and HOST is open to a network; "+
-			"until the next start, viewers come by this link:\n%s/?token=%s\n", cfg.url(cfg.host, cfg.port),
+			"until the next start, viewers come by this link:\n%s/?token=%s\n"+
+			"Servers that share a database all need the same ACCESS_TOKEN.\n", cfg.url(cfg.host, cfg.port),
 			s.access.token)
 	}
 	return s.run(ctx)
@@ -282,7 +283,9 @@ func (s *server) housekeep(ctx context.Context) {
 		}
 	}
 	s.log.Info("database ready")
-	go s.every(ctx, beatEvery, s.beat) // both end with ctx; a long cleanup does not keep them waiting
+	// These end with ctx; a long cleanup does not keep them waiting.
+	go s.every(ctx, beatEvery, s.beat)
+	go s.every(ctx, followEvery, (&follower{hub: s.hub, store: s.store}).look)
 	if otherHosts(s.cfg.database.ConnConfig) {
 		go s.every(ctx, pulseEvery, s.store.pulse)
 	}

@@ -46,8 +46,10 @@ func (h *hubState) dispatch() (finished bool) {
 	return h.draining && len(h.queue)+len(h.urgent)+len(h.retry)+h.inFlight == 0
 }
 
-func (h *hubState) due() bool {
-	return len(h.urgent) > 0 || len(h.queue) > 0 && (h.overThreshold() || time.Since(h.queue[0].queued) >= h.cfg.batchInterval)
+func (h *hubState) due() bool { return len(h.urgent) > 0 || h.queueDue() }
+
+func (h *hubState) queueDue() bool {
+	return len(h.queue) > 0 && (h.overThreshold() || time.Since(h.queue[0].queued) >= h.cfg.batchInterval)
 }
 
 // overThreshold reports whether there is so much to store that it does not wait.
@@ -56,9 +58,11 @@ func (h *hubState) overThreshold() bool {
 }
 
 // nextFlushes makes the flushes of up to batchSize sessions, for one transaction.
+// Those that are watched elsewhere take no others along: they come so often that
+// the chunks of all would be small.
 func (h *hubState) nextFlushes() (work []*flush) {
-	bytes := int64(0)
-	for len(work) < h.cfg.batchSize && bytes < maxFlushBytes && len(h.urgent)+len(h.queue) > 0 {
+	bytes, along := int64(0), h.queueDue()
+	for len(work) < h.cfg.batchSize && bytes < maxFlushBytes && (len(h.urgent) > 0 || along && len(h.queue) > 0) {
 		queue := &h.urgent
 		if len(h.urgent) == 0 {
 			queue = &h.queue
@@ -78,6 +82,7 @@ func (h *hubState) nextFlushes() (work []*flush) {
 			continue
 		}
 		f := h.startFlush(s)
+		along = along || !h.marks[s.id]
 		bytes += f.cost()
 		work = append(work, f)
 	}

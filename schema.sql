@@ -22,6 +22,7 @@ create table if not exists sessions (
     resume_hash      bytea,                     -- SHA-256 of the token that continues it
     server           text not null default '',  -- which of the servers records it, or did last
     page             bigint not null default 0, -- which page of its tab; an earlier one does not get it back
+    watched_at       timestamptz,               -- when a server said last that somebody watches it there
     -- Raised by each claim; writes of an older one are refused. It begins at the
     -- time in microseconds: a row made again after its deletion has a higher one.
     epoch            bigint not null default extract(epoch from clock_timestamp()) * 1000000
@@ -33,9 +34,10 @@ create table if not exists sessions (
 -- no event. Of a live one it is null too: a column that an index has and that
 -- changes with each batch would end the updates in place.
 do $$ begin
-    if (select count(*) < 2 from pg_attribute where attrelid = 'sessions'::regclass and attname in ('server', 'page')) then
+    if (select count(*) < 3 from pg_attribute
+        where attrelid = 'sessions'::regclass and attname in ('server', 'page', 'watched_at')) then
         alter table sessions add column if not exists server text not null default '',
-            add column if not exists page bigint not null default 0;
+            add column if not exists page bigint not null default 0, add column if not exists watched_at timestamptz;
     end if;
     if not exists (select from pg_attribute where attrelid = 'sessions'::regclass and attname = 'length') then
         alter table sessions add column length bigint
@@ -52,6 +54,7 @@ create index if not exists sessions_user on sessions (user_id, created_at desc);
 create index if not exists sessions_errors on sessions (created_at desc, session_id) where error_count > 0;
 create index if not exists sessions_active on sessions (created_at desc) where is_active;
 create index if not exists sessions_ended on sessions (ended_at) where not is_active;
+create index if not exists sessions_watched on sessions (server, watched_at) where watched_at is not null;
 
 create table if not exists session_events (
     session_id     text not null references sessions on delete cascade,

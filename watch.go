@@ -11,6 +11,9 @@ type watch struct {
 	next int64 // the first event that the viewer has neither been sent nor told to page for
 	end  int64 // one past the newest event that was published
 	live bool  // the viewer takes the session for live
+	owed bool  // it had no room for the session's end
+
+	state string // of the session, as the viewer was told
 }
 
 const (
@@ -54,14 +57,18 @@ func (h *hubState) toWatchers(id string, m message) {
 func (h *hubState) tellState(s *session) {
 	if state := s.state(); state != "" && len(h.watchers[s.id]) > 0 {
 		h.toWatchers(s.id, sessionState(s.id, state))
+		for _, w := range h.watchers[s.id] {
+			w.state = state
+		}
 	}
 }
 
 func (h *hubState) tellEnded(id string) {
 	m := sessionEnded(id)
 	for out, watching := range h.viewers {
-		if w := watching[id]; h.tell(out, m) && w != nil {
-			w.live = false
+		told := h.tell(out, m)
+		if w := watching[id]; w != nil {
+			w.live, w.owed = false, !told
 		}
 	}
 }
@@ -70,7 +77,7 @@ func (h *hubState) tellEnded(id string) {
 // somewhere else than at its first event is told to page.
 func (h *hubState) fanOut(s *session, b *batch) {
 	for out, w := range h.watchers[s.id] {
-		w.end, w.live = b.end(), true
+		w.end, w.live, w.owed = b.end(), true, false
 		switch {
 		case w.next >= b.end(): // the viewer has them, from a tracker that sent them twice
 		case w.next != b.first:
@@ -94,8 +101,8 @@ func (h *hubState) catchUp(out *outbox) {
 		if w.next < w.end {
 			h.tellLagged(out, id, w)
 		}
-		if s := h.sessions[id]; w.live && (s == nil || s.ended) && h.tell(out, sessionEnded(id)) {
-			w.live = false
+		if s := h.sessions[id]; w.owed && (s == nil || s.ended) && h.tell(out, sessionEnded(id)) {
+			w.owed = false
 		}
 	}
 }
@@ -116,7 +123,7 @@ func (h *hubState) join(cmd join) bool {
 		return false
 	}
 	cmd.out.send(m)
-	w := &watch{next: m.now.events, end: m.now.events, live: m.isActive}
+	w := &watch{next: m.now.events, end: m.now.events, live: m.isActive, state: m.state}
 	watching[cmd.id] = w
 	if h.watchers[cmd.id] == nil {
 		h.watchers[cmd.id] = map[*outbox]*watch{}
