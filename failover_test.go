@@ -521,6 +521,15 @@ func sendAll(st *storeTest) {
 	must(err)
 	_, err = st.session(ctx, "s")
 	must(err)
+	_, err = st.others(ctx)
+	must(err)
+	_, err = st.foreignRows(ctx, []watched{{"s", 0}})
+	must(err)
+	_, err = st.liveElsewhere(ctx)
+	must(err)
+	must(st.mark(ctx, "s"))
+	_, err = st.watchedHere(ctx)
+	must(err)
 	yes := true
 	_, _, err = st.find(ctx, filter{active: &yes, errors: true, userID: "u", url: "x", from: time.Now(), to: time.Now(),
 		minDuration: 1}, 1, 1)

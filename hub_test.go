@@ -405,7 +405,10 @@ func (s *hubScript) looks(verb, name string, number func(int) int64, line string
 			flushes = append(flushes, fmt.Sprintf("%s@%d:%d-%d", f.session, f.epoch, first, f.totals.events))
 			s.work = append(s.work, f)
 		}
-		got = strings.Join(flushes, " ")
+		if got = strings.Join(flushes, " "); strings.Contains(want, " & ") {
+			slices.Sort(flushes)
+			got = strings.Join(flushes, " & ")
+		}
 	case "memory":
 		_, want, _ = strings.Cut(want, " = ")
 		got = spans(s.find(name, number(2), number(3)))
