@@ -219,6 +219,25 @@ func hearAck(t testing.TB, ws *websocket.Conn, seq int) {
 	}
 }
 
+// TestPostBeginsOnce posts a session's very first messages twice at the same time.
+func TestPostBeginsOnce(t *testing.T) {
+	s := startServer(t, "BATCH_INTERVAL=20")
+	for i := range 20 {
+		id := sessionName(t, i)
+		body := lines(postStart(id, 1, 1), postBatch(1, "one"))
+		var posting sync.WaitGroup
+		for range 3 {
+			posting.Go(func() {
+				if got := postTo(t, s.url+"/ws", body); strings.Contains(got.says, "session_assigned") {
+					t.Errorf("%s: a POST was told %q", id, got.says)
+				}
+			})
+		}
+		posting.Wait()
+		checkData(t, s.getJSON, id, "one")
+	}
+}
+
 // TestPostPages is about a page's last POST, and the page that follows in the same
 // tab: in any order all that was sent is stored once and in order, and the page that
 // follows keeps the session. Steps: "post" sends the batches 2 and 3 of the first

@@ -1,0 +1,242 @@
+// Recording over networks that refuse WebSockets or are slow, and visits that end:
+// in real Chromium, with a proxy between the pages and the real server.
+import assert from "node:assert/strict";
+import { after, before, test } from "node:test";
+import { connect, createServer } from "node:net";
+import { sleep, until } from "./harness.mjs";
+import { arrived, browser, close, customs, embed, established, h, mark, movable, open, playable, sessionOf, site, visit } from "./recorded.mjs";
+
+// A proxy for TCP. What passes takes delay ms each way, a connection's first
+// message a round trip more. Requests for WebSockets get what refusal says, POSTs
+// wait until hold has come; posts has what the server said to each, with its body.
+const proxy = { delay: 0, refusal: "", hold: null, posts: [] };
+const through = createServer((page) => {
+  const server = connect(Number(new URL(h.url).port), "127.0.0.1");
+  let post = null, before = Promise.resolve(sleep(2 * proxy.delay));
+  const pass = (chunk, to) => setTimeout(() => to.writable && (chunk ? to.write(chunk) : to.end()), proxy.delay);
+  page.on("data", (chunk) => {
+    const text = chunk.toString("latin1");
+    if (text.startsWith("POST /ws")) proxy.posts.push(post = { body: "", answer: "" });
+    if (post) post.body += text;
+    if (proxy.refusal && /^upgrade: websocket/im.test(text)) return page.end(`HTTP/1.1 ${proxy.refusal}\r\nContent-Length: 0\r\n\r\n`);
+    const { hold } = proxy;
+    return before = before.then(() => text.startsWith("POST /ws") && hold).then(() => pass(chunk, server));
+  });
+  server.on("data", (chunk) => { if (post) post.answer += chunk; pass(chunk, page); });
+  page.on("end", () => before.then(() => pass(null, server)));
+  server.on("end", () => pass(null, page));
+  for (const [from, to] of [[page, server], [server, page]]) from.on("error", () => to.destroy());
+});
+
+before(async () => {
+  await open();
+  await new Promise((done) => through.listen(0, "127.0.0.1", done));
+  proxy.url = `http://127.0.0.1:${through.address().port}`;
+});
+after(() => { through.close(); return close(); });
+
+// distant puts a page on the site whose tracker reaches the server by the proxy.
+const distant = (path, body, more = "") => embed(path, body, `data-endpoint="${proxy.url}" ${more}`, "/tracker.js");
+
+function using(t, settings) {
+  Object.assign(proxy, { posts: [], ...settings });
+  t.after(() => Object.assign(proxy, { delay: 0, refusal: "", hold: null }));
+}
+
+const transport = (page) => page.evaluate(() => window.sessionReplay.state.transport);
+
+// watching joins a session as a viewer does, and gathers what comes live.
+async function watching(t, id) {
+  const socket = new WebSocket(`${h.url.replace("http", "ws")}/ws?type=viewer`), seen = { events: [], states: [] };
+  t.after(() => socket.close());
+  socket.onmessage = ({ data: text }) => {
+    const { type, data } = JSON.parse(text);
+    if (type === "session_joined") seen.joined = true;
+    if (type === "session_state") seen.states.push(data.state);
+    if (type === "events_batch") seen.events.push(...data.events);
+  };
+  await new Promise((done) => { socket.onopen = done; });
+  socket.send(JSON.stringify({ type: "viewer_join_session", data: { sessionId: id } }));
+  await until(() => seen.joined, "the session, joined");
+  return seen;
+}
+
+test("where WebSockets are refused the demo is recorded whole, by POST, and seen live", async (t) => {
+  using(t, { refusal: "403 Forbidden" });
+  const page = await visit(t, `${proxy.url}/demo`, { script: movable });
+  const id = await established(page);
+  assert.equal(await transport(page), "post");
+  const seen = await watching(t, id);
+  await page.click("text=Add >> nth=0");
+  await mark(page, 30);
+  await until(() => customs(seen.events, "mark").includes(page.marks - 1), "the marks, live");
+  assert.ok(seen.events.some((e) => e.data.source === 2 && e.data.type === 2), "the click is seen live");
+  assert.ok(!seen.states.includes("left"), `a viewer is told ${seen.states}`);
+  await page.evaluate(() => { setTimeout(() => { throw new Error("of the page"); }); });
+  await page.reload();
+  await mark(page, 60);
+  await page.click("text=Go to checkout");
+  await page.fill("[name=street]", "Somewhere");
+  await mark(page, 10);
+  assert.equal(await sessionOf(page), id);
+  const events = await arrived(page, id);
+  assert.match(await playable(t, events), /Checkout/);
+  assert.equal((await h.json(`/sessions/${id}/errors`)).errors.length, 1);
+
+  const upgrades = page.waitForEvent("websocket");
+  proxy.refusal = "";
+  await page.evaluate(() => window.move(4 * 60_000));
+  await mark(page, 1);
+  await upgrades;
+  await until(async () => await transport(page) === "websocket", "a WebSocket, tried again");
+  await mark(page, 5);
+  await arrived(page, id);
+  await page.evaluate(() => window.sessionReplay.stop());
+  await until(async () => !(await h.json(`/sessions/${id}`)).isActive, "the end");
+  assert.deepEqual(page.wrong, []);
+});
+
+test("a refusal by POST has a reason; stop() sends what waits", async (t) => {
+  using(t, { refusal: "403 Forbidden" });
+  const page = await visit(t, distant("/stopped", "<p>stopped"));
+  const id = await established(page);
+  await page.evaluate(() => { window.sessionReplay.event("mark", 1); window.sessionReplay.stop(); });
+  page.marks = 2;
+  await arrived(page, id);
+  await until(async () => !(await h.json(`/sessions/${id}`)).isActive, "the end of the session, before its grace period is over", 10_000);
+  await h.restart({ INGEST_KEY: "write-only" });
+  t.after(() => h.restart({ INGEST_KEY: "" }));
+  const refused = await visit(t, distant("/refused", "<p>refused"));
+  await until(() => refused.evaluate(() => window.sessionReplay.state.reason === "refused: key"), "the reason");
+});
+
+// parting is a script for a page's start: when the page is left it records marks
+// that have no ack, behind a closed socket (as Firefox has it) if that is asked for.
+const parting = ({ closes = false, room = Infinity }) => `
+  const Theirs = window.WebSocket, { setItem } = Storage.prototype;
+  let socket;
+  window.WebSocket = class extends Theirs { constructor(...args) { super(...args); socket = this; } };
+  Storage.prototype.setItem = function (name, value) {
+    if (value.length > ${room}) throw new Error("full");
+    return setItem.call(this, name, value);
+  };
+  window.addEventListener("pagehide", () => {
+    if (${closes} && socket) socket.close();
+    for (const i of window.last ?? []) window.sessionReplay.event("mark", i);
+    window.sessionReplay.event("filler", "x".repeat(30_000));
+  }, { capture: true });`;
+
+// last sets marks that the page is to record when it is left.
+async function last(page, n) {
+  await page.evaluate((marks) => { window.last = marks; }, Array.from({ length: n }, (_, i) => page.marks + i));
+  page.marks += n;
+}
+
+for (const [name, options] of [["and the next page sends it again", {}], ["alone", { closes: true, room: 20_000 }]]) {
+  test(`a page's last POST, ${name}, before and after the next page has connected`, async (t) => {
+    using(t, {});
+    const page = await visit(t, null, { script: parting(options) });
+    await page.goto(distant("/parting", "<p>parting"));
+    const id = await established(page);
+    await last(page, 3);
+    await page.reload();
+    await mark(page, 2);
+    await arrived(page, id);
+
+    let release;
+    using(t, { hold: new Promise((done) => { release = done; }) });
+    await last(page, 3);
+    await page.reload();
+    if (options.closes) await until(() => page.evaluate(() => window.sessionReplay.sessionId), "the next page's session");
+    else await until(async () => await transport(page) === "websocket", "the next page's connection");
+    await mark(page, 2);
+    if (!options.closes) await arrived(page, id);
+    await until(() => proxy.posts.length, "the POST");
+    release();
+    await until(() => proxy.posts.every(({ answer }) => answer.includes("events_ack")), "its answer");
+    await mark(page, 2);
+    const events = await arrived(page, id);
+    assert.ok(proxy.posts[0].answer.includes("later_page") || options.closes, proxy.posts[0].answer);
+    assert.equal(customs(events, "gap").length, 0);
+    assert.equal(customs(events, "filler").length, 2);
+    assert.equal(await sessionOf(page), id);
+    assert.equal(await transport(page), "websocket");
+    await playable(t, events);
+  });
+}
+
+test("a last POST that never comes is a gap", async (t) => {
+  using(t, {});
+  const page = await visit(t, null, { script: parting({ closes: true, room: 20_000 }) });
+  await page.goto(distant("/nevercame", "<p>never came"));
+  const id = await established(page);
+  using(t, { hold: new Promise(() => {}) });
+  await page.reload();
+  await mark(page, 2);
+  const events = await arrived(page, id);
+  assert.ok(customs(events, "gap").length > 0);
+  await playable(t, events);
+});
+
+test("what happened just before a link to another origin, behind a closed socket, arrives", async (t) => {
+  using(t, {});
+  const page = await visit(t, null, { script: parting({ closes: true }) });
+  await page.goto(distant("/away", "<p>away"));
+  const id = await established(page);
+  await last(page, 3);
+  await page.goto(`${h.url}/demo`);
+  await arrived({ ...page, marks: page.marks }, id);
+});
+
+// visits opens a page n times, clicks, and ends each visit as end says. It gives
+// how many have their snapshot and their click.
+async function visits(t, name, n, body, end) {
+  const context = await browser.newContext();
+  t.after(() => context.close());
+  const users = Array.from({ length: n }, (_, i) => `${name}-${i}`);
+  await Promise.all([0, 1, 2, 3].map(async (lane) => {
+    for (const user of users.filter((_, i) => i % 4 === lane)) {
+      const page = await context.newPage();
+      await page.goto(distant(`/${user}`, body, `data-user="${user}"`));
+      await page.evaluate(() => document.getElementById("b").click());
+      await end(page, user);
+      await page.close();
+    }
+  }));
+  const stored = async (user) => {
+    const { sessions: [session] } = await h.json(`/sessions?userId=${user}`);
+    const events = session ? await h.events(session.sessionId) : [];
+    return events.some((e) => e.type === 2) && events.some((e) => e.data.source === 2 && e.data.type === 2);
+  };
+  let count = 0;
+  await until(async () => (count = (await Promise.all(users.map(stored))).filter(Boolean).length) === n, "all", 4000).catch(() => {});
+  return count;
+}
+
+test("visits that end at once have their snapshot and their click", async (t) => {
+  using(t, { delay: 75 });
+  const page = (size) => `<button id=b>press</button><p>${"many words ".repeat(size / 11)}`;
+  for (const after of [0, 100, 250]) {
+    const count = await visits(t, `after${after}`, 20, page(20_000), () => sleep(after));
+    t.diagnostic(`closed ${after} ms after load, at a round trip of 150 ms: ${count} of 20 have snapshot and click`);
+    assert.ok(count >= 19, `${count} of 20`);
+  }
+  for (const [size, all] of [[50_000, true], [70_000, false]]) {
+    const count = await visits(t, `size${size}`, 4, page(size), () => {});
+    t.diagnostic(`closed at once with a snapshot of ${size} bytes: ${count} of 4`);
+    assert.equal(count === 4, all);
+  }
+});
+
+test("visits that end later have everything", async (t) => {
+  using(t, { delay: 75 });
+  const ends = [["closed", () => {}], ["left", (page) => page.goto(`${h.url}/demo`)], ["reloaded", (page) => page.reload()]];
+  for (const [name, end] of ends) {
+    const count = await visits(t, name, 4, `<button id=b>press</button>`, async (page) => {
+      await until(() => page.evaluate(() => window.sessionReplay.state.transport), "the connection");
+      await page.evaluate(() => document.getElementById("b").click());
+      await end(page);
+    });
+    assert.equal(count, 4, name);
+  }
+});
