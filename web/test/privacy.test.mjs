@@ -3,7 +3,7 @@
 import assert from "node:assert/strict";
 import { readFileSync } from "node:fs";
 import { after, before, test } from "node:test";
-import { sleep, until } from "./harness.mjs";
+import { until } from "./harness.mjs";
 import { arrived, close, customs, embed, established, everything, h, mark, movable, open, pages, playable, sessionOf, site, visit } from "./recorded.mjs";
 
 before(() => open({ LOG_LEVEL: "debug" }));
@@ -118,9 +118,9 @@ test("what is private never leaves the page", async (t) => {
       $("slider").style.backgroundImage = `url("/d?sig=${s.style}")`;
       document.styleSheets[0].insertRule(`i { background: url(d?sig=${s.style}) }`);
     }, 100);
-    setTimeout(() => { throw new Error(`see ${location.origin}/x?token=${s.stack}`); }, 150);
+    setTimeout(() => { window.changed = true; throw new Error(`see ${location.origin}/x?token=${s.stack}`); }, 150);
   }, secrets);
-  await sleep(400);
+  await until(() => page.evaluate(() => window.changed), "the changes");
   await page.reload(); // the browser restores what was typed into the fields
   await page.evaluate(() => history.replaceState(null, "", "/private"));
   await mark(page, 1);
