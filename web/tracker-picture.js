@@ -270,7 +270,7 @@ const picture = (() => {
     roots.add(root);
     if (root.adoptedStyleSheets) worn.set(root, met.has(root) && root.host ? [] : [...root.adoptedStyleSheets]);
     met.add(root);
-    root.addEventListener("load", loaded, { capture: true, signal: listeners.signal });
+    on(root, "load", loaded, true);
   }
 
   function meet(serialized, isNew) {
@@ -324,14 +324,13 @@ const picture = (() => {
 
   // begin goes on until listeners are aborted.
   function begin() {
-    const { signal } = listeners;
-    for (const f of FEATURES) matchMedia(`(${f})`).addEventListener("change", soon, { signal });
-    document.fonts.addEventListener("loadingdone", safe(() => {
+    for (const f of FEATURES) on(matchMedia(`(${f})`), "change", soon);
+    on(document.fonts, "loadingdone", safe(() => {
       for (const el of icons) if (el.isConnected) fresh.push(el); else icons.delete(el);
       soon();
-    }), { signal });
+    }));
     const idle = setInterval(safe(() => { if (!document.hidden && stopRecorder && roots.size) look(); }), IDLE_LOOK_MS);
-    signal.addEventListener("abort", () => clearInterval(idle));
+    listeners.signal.addEventListener("abort", () => clearInterval(idle));
   }
 
   return { begin, look, mend, took };

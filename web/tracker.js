@@ -158,8 +158,7 @@ function startRecorder() {
     maskInputOptions: { input: true, textarea: true, select: true }, // by element: every type of input
     maskInputFn: maskInput,
     ignoreSelector: IGNORED,
-    slimDOMOptions: { script: true, comment: true, headFavicon: true, headWhitespace: true, headMetaSocial: true,
-      headMetaRobots: true, headMetaHttpEquiv: true, headMetaVerification: true, headMetaAuthorship: true, headMetaDescKeywords: true },
+    slimDOMOptions: "all", // notePage tells of titles
     sampling: { scroll: 150, media: 800, canvas: Number(options.recordCanvas) || undefined },
     recordCanvas: Number(options.recordCanvas) > 0,
     dataURLOptions: { type: "image/webp", quality: 0.7 },
@@ -391,10 +390,12 @@ function listen() {
 // Without Web Locks (insecure origins) the duplicate takes it over: the server
 // closes the other's connection, and that one stops.
 
-const newId = () => (crypto.randomUUID ? crypto.randomUUID()
-  : Array.from(crypto.getRandomValues(new Uint8Array(16)), (b) => b.toString(16).padStart(2, "0")).join(""));
+const newId = () => Array.from(crypto.getRandomValues(new Uint8Array(16)), (b) => b.toString(16).padStart(2, "0")).join("");
 
-const sizeOf = (batches) => batches.reduce((sum, batch) => sum + batch.text.length, 0);
+function hold(batches) {
+  held = batches;
+  heldSize = batches.reduce((sum, batch) => sum + batch.text.length, 0);
+}
 
 function load() {
   try {
@@ -458,7 +459,7 @@ function newSession() {
   lock(id);
   return { id, resume: newId(), started: now(), at: now(), entry: page.href, title: page.title, referrer: cutAddress(document.referrer),
     next: 1, acked: 0, // numbers of batches
-    page: 0, first: 1, posted: 0, // the page's number in its tab, its first batch's, that of the last which a page sent when it was left
+    page: 0, first: 1, // the page's number in its tab, and its first batch's
     pages: 0, clicks: 0, // as lists show them
     unopened: 0, socketAt: 0 }; // WebSockets in a row that could not be opened; when one is tried again
 }
@@ -468,9 +469,8 @@ async function begin() {
   const mine = ++turn;
   const { held: before = [], ...found } = await claim() || {};
   if (mine !== turn) return; // left or stopped meanwhile
-  held = before.concat(held);
+  hold(before.concat(held));
   stored = before.length > 0;
-  heldSize = sizeOf(held);
   goOnWith(found.id ? found : newSession());
 }
 
@@ -502,16 +502,13 @@ function startAfresh() {
 // leave leaves all that is held to the next page, which may be this one again,
 // from the back/forward cache.
 function leave() {
-  noteMissed();
-  flush();
-  if (session) sendLast();
   keep(true);
+  if (session) sendLast();
   sayNews();
   disconnect();
   letGo();
   session = null;
-  held = [];
-  heldSize = 0;
+  hold([]);
 }
 
 function letGo() {
@@ -617,9 +614,7 @@ function sendLast(...more) {
   let lines = [startText(), ...numbered().map(batchText), ...more], room = LAST_SIZE;
   if (ready && !socket.post && new Blob(lines).size + lines.length > room) lines.splice(1, sent);
   lines = lines.filter((line) => (room -= new Blob([line]).size + 1) >= 0); // the oldest, without a hole
-  if (lines.length < 2) return;
-  session.posted = session.next - 1;
-  fetch(options.posts, { method: "POST", body: lines.join("\n"), keepalive: true }).catch(() => {});
+  if (lines.length > 1) fetch(options.posts, { method: "POST", body: lines.join("\n"), keepalive: true }).catch(() => {});
 }
 
 // watch gives the connection up when the server owes an answer for too long.
@@ -667,7 +662,7 @@ function sendLess() {
   limit = Math.min(limit, bytesOf(largest.text)) / 2;
   if (limit < 50_000) return halt("refused: too_large", forget());
   Object.assign(largest, { text: toText(customEvent("gap", {})), snap: false });
-  heldSize = sizeOf(held);
+  hold(held);
   disconnect();
   takeSnapshot();
   retry();
@@ -683,8 +678,9 @@ function halt(why) {
   letGo();
   for (const timer of [flushTimer, mendTimer, newsTimer]) clearTimeout(timer);
   session = null;
-  held = [], pending = [];
-  heldSize = pendingSize = flushTimer = fullSince = mendTimer = newsTimer = 0;
+  hold([]);
+  pending = [];
+  pendingSize = flushTimer = fullSince = mendTimer = newsTimer = 0;
 }
 
 function receive({ type, data = {} }) {
@@ -698,7 +694,7 @@ function started({ sessionId, resume, lastSeq, accepted = lastSeq }) {
   session.resume = resume;
   if (ready && sessionId === session.id) return; // the answer to identify()
   if (sessionId !== session.id || lastSeq < session.acked) startOver(sessionId, lastSeq);
-  else if (lastSeq < session.posted && lastSeq + 1 < nextSeq() && retries < 4) return reconnect(); // that POST may be on its way
+  else if (accepted + 1 < nextSeq() && retries < 4) return reconnect(); // the last POST of the page before may be on its way
   else align(lastSeq, accepted);
   ready = true;
   if (stopRecorder || fullSince) reason = "";
@@ -716,10 +712,9 @@ function startOver(id, lastSeq) {
   unlock();
   lock(id);
   const first = held.findIndex((batch) => batch.snap);
-  held = held.filter((batch, i) => batch.kind || first >= 0 && i >= first);
-  heldSize = sizeOf(held);
+  hold(held.filter((batch, i) => batch.kind || first >= 0 && i >= first));
   for (const batch of held) batch.seq = 0;
-  Object.assign(session, { id, next: lastSeq + 1, first: lastSeq + 1, acked: lastSeq, posted: 0, started: now() });
+  Object.assign(session, { id, next: lastSeq + 1, first: lastSeq + 1, acked: lastSeq, started: now() });
   sent = 0;
   if (first < 0) takeSnapshot();
 }
@@ -734,8 +729,7 @@ function align(lastSeq, accepted) {
   drop(lastSeq);
   const missing = [];
   for (let seq = lastSeq + 1; seq < nextSeq(); seq++) missing.push({ seq, snap: false, text: toText(customEvent("gap", {})) });
-  held = missing.concat(held);
-  heldSize = sizeOf(held);
+  hold(missing.concat(held));
   session.next = Math.max(session.next, accepted + 1);
   sent = 0;
 }
