@@ -759,7 +759,8 @@ function transmit() {
 
 function refused({ code, message }) {
   if (/^session_(full|deleted)$/.test(code)) halt(`refused: ${code}`, forget());
-  else if (/^(taken|later_page)$/.test(code)) halt("taken over");
+  else if (code === "taken") halt("taken over");
+  else if (code === "later_page") halt("taken over", forget()); // by a copy of this tab: the next page begins another session
   else if (code === "too_large") sendLess();
   else if (/^(sequence_gap|too_many_sessions|unavailable)$/.test(code)) { // a new connection says where we stand
     if (code !== "sequence_gap") explain(`refused: ${code}`);
