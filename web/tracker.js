@@ -38,7 +38,7 @@ const { record } = rrwebRecord;
 const { stringify } = JSON; // pages replace such things; these are from before
 const { WebSocket: Socket, Event: PlainEvent, File: PlainFile, fetch } = window;
 
-const FLUSH_MS = 500, FLUSH_EVENTS = 50;
+const FLUSH_MS = 500, FIRST_FLUSH_MS = 100, FLUSH_EVENTS = 50; // first: until there is an ack
 const BUFFER = 8 << 20; // UTF-16 units of JSON that may wait for an ack, the newest full snapshot apart
 const QUOTA = 2 << 20; // UTF-16 units of them in sessionStorage
 const IDLE_MS = 30 * 60_000; // a page that loads after this begins a new session
@@ -48,6 +48,7 @@ const RETRY_MS = 500, RETRY_MAX_MS = 30_000;
 const POST_MS = 1000, POST_SIZE = 500_000; // between two POSTs; what one has, so that proxies let it pass
 const POSTS_MS = 3 * 60_000; // of POSTs, until a WebSocket is tried again
 const LAST_SIZE = 60_000; // bytes: browsers let a fetch outlive its page up to 64 KiB
+const PACK_SIZE = 800_000; // UTF-16 units of JSON; more of it would not become so small
 const MAX_ERRORS = 100; // a page, so that a loop of errors cannot flood
 const MEND_MS = 10_000; // between two snapshots that mend what an exception broke
 const TELL_MS = 5000; // between two messages about pages and clicks
@@ -270,7 +271,10 @@ function push(event) {
   const snap = event.type === FULL;
   if (snap) [snapshotSize, snapshotAt] = [pendingSize, event.timestamp];
   if (snap || pending.length >= FLUSH_EVENTS) flush(snap);
-  else if (!flushTimer) flushTimer = setTimeout(safe(() => { noteMissed(); flush(); }), FLUSH_MS);
+  else {
+    const pause = session && session.acked ? FLUSH_MS : FIRST_FLUSH_MS;
+    flushTimer ||= setTimeout(safe(() => { noteMissed(); flush(); }), pause);
+  }
 }
 
 // What controls hold, by id, as it was recorded last. Frameworks set values past
@@ -299,6 +303,7 @@ function flush(snap = false) {
   pending = [];
   pendingSize = 0;
   transmit();
+  pack();
 }
 
 const numbered = () => held.map((batch) => { batch.seq ||= session.next++; return batch; });
@@ -390,7 +395,7 @@ function listen() {
 // Without Web Locks (insecure origins) the duplicate takes it over: the server
 // closes the other's connection, and that one stops.
 
-const newId = () => Array.from(crypto.getRandomValues(new Uint8Array(16)), (b) => b.toString(16).padStart(2, "0")).join("");
+const newId = () => Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => (byte + 256).toString(16).slice(1)).join("");
 
 function hold(batches) {
   held = batches;
@@ -457,7 +462,8 @@ async function claim() {
 function newSession() {
   const id = newId();
   lock(id);
-  return { id, resume: newId(), started: now(), at: now(), entry: page.href, title: page.title, referrer: cutAddress(document.referrer),
+  return { id, resume: newId(), started: now(), at: now(),
+    entry: page.href, title: page.title, referrer: cutAddress(document.referrer),
     next: 1, acked: 0, // numbers of batches
     page: 0, first: 1, // the page's number in its tab, and its first batch's
     pages: 0, clicks: 0, // as lists show them
@@ -482,6 +488,7 @@ function goOnWith(found) {
   session.user = options.user || session.user || visitor();
   session.traits = { ...session.traits, ...options.traits };
   connect();
+  pack();
 }
 
 // A tab is left when nothing happens for long: what its visitor does then begins
@@ -545,7 +552,8 @@ function startText() {
   news = false;
   const { id, resume, acked, page: nth, first, started, entry, title, referrer, user, traits, pages, clicks } = session;
   return toText({ type: "session_start", data: {
-    sessionId: id, resume, create: !acked, page: nth, firstSeq: first, userId: user, traits, startTime: started, url: entry, title, referrer,
+    sessionId: id, resume, create: !acked, page: nth, firstSeq: first,
+    userId: user, traits, startTime: started, url: entry, title, referrer,
     lastUrl: page.href, lastTitle: page.title, pages, clicks, userAgent: navigator.userAgent,
     viewport: { width: innerWidth, height: innerHeight, devicePixelRatio },
     timeZone: Intl.DateTimeFormat().resolvedOptions().timeZone,
@@ -608,13 +616,29 @@ function poster() {
   return made;
 }
 
+const unacked = (...more) => [startText(), ...numbered().map(batchText), ...more];
+
+// pack compresses what waits for a session's first ack, a page's first snapshot for
+// one, for a last POST: when the page is left it is too late to begin with that.
+let packed = {};
+const pack = () => packNow().catch(() => {}); // old browsers cannot
+async function packNow() {
+  if (!session || ready || session.acked || heldSize < LAST_SIZE / 2 || heldSize > PACK_SIZE) return;
+  const { id } = session, text = new Blob([unacked().join("\n")]);
+  packed = { id, body: await new Response(text.stream().pipeThrough(new CompressionStream("gzip"))).blob() };
+}
+
 // sendLast sends what has no ack by a fetch that outlives the page; if that is too
-// much, what the WebSocket has not been given.
+// much, what was packed before, or what the WebSocket has not been given.
 function sendLast(...more) {
-  let lines = [startText(), ...numbered().map(batchText), ...more], room = LAST_SIZE;
-  if (ready && !socket.post && new Blob(lines).size + lines.length > room) lines.splice(1, sent);
-  lines = lines.filter((line) => (room -= new Blob([line]).size + 1) >= 0); // the oldest, without a hole
-  if (lines.length > 1) fetch(options.posts, { method: "POST", body: lines.join("\n"), keepalive: true }).catch(() => {});
+  const lines = unacked(...more), isTooMuch = new Blob(lines).size + lines.length > LAST_SIZE;
+  if (isTooMuch && ready && !socket.post) lines.splice(1, sent);
+  let room = LAST_SIZE;
+  const fitting = lines.filter((line) => (room -= new Blob([line]).size + 1) >= 0); // the oldest, without a hole
+  const isPacked = isTooMuch && !ready && packed.id === session.id && packed.body.size <= LAST_SIZE;
+  if (!isPacked && fitting.length < 2) return;
+  const body = isPacked ? packed.body : fitting.join("\n");
+  fetch(options.posts, { method: "POST", body, keepalive: true }).catch(() => {});
 }
 
 // watch gives the connection up when the server owes an answer for too long.
@@ -694,7 +718,7 @@ function started({ sessionId, resume, lastSeq, accepted = lastSeq }) {
   session.resume = resume;
   if (ready && sessionId === session.id) return; // the answer to identify()
   if (sessionId !== session.id || lastSeq < session.acked) startOver(sessionId, lastSeq);
-  else if (accepted + 1 < nextSeq() && retries < 4) return reconnect(); // the last POST of the page before may be on its way
+  else if (accepted + 1 < nextSeq() && retries < 4) return reconnect(); // a last POST may bring what is missing
   else align(lastSeq, accepted);
   ready = true;
   if (stopRecorder || fullSince) reason = "";
@@ -728,7 +752,7 @@ const nextSeq = () => held.length && held[0].seq || session.next;
 function align(lastSeq, accepted) {
   drop(lastSeq);
   const missing = [];
-  for (let seq = lastSeq + 1; seq < nextSeq(); seq++) missing.push({ seq, snap: false, text: toText(customEvent("gap", {})) });
+  for (let seq = lastSeq + 1; seq < nextSeq(); seq++) missing.push({ seq, text: toText(customEvent("gap", {})) });
   hold(missing.concat(held));
   session.next = Math.max(session.next, accepted + 1);
   sent = 0;
@@ -760,7 +784,7 @@ function transmit() {
 function refused({ code, message }) {
   if (/^session_(full|deleted)$/.test(code)) halt(`refused: ${code}`, forget());
   else if (code === "taken") halt("taken over");
-  else if (code === "later_page") halt("taken over", forget()); // by a copy of this tab: the next page begins another session
+  else if (code === "later_page") halt("taken over", forget()); // by a copy of this tab
   else if (code === "too_large") sendLess();
   else if (/^(sequence_gap|too_many_sessions|unavailable)$/.test(code)) { // a new connection says where we stand
     if (code !== "sequence_gap") explain(`refused: ${code}`);
@@ -883,7 +907,8 @@ window.sessionReplay = {
   get sessionId() { return session ? session.id : null; },
   get state() {
     const recording = wanted && !!stopRecorder, waiting = held.length + Math.sign(pending.length);
-    return { recording, reason: why(), transport: !ready ? "" : socket.post ? "post" : "websocket", waiting, errors: troubles };
+    const transport = !ready ? "" : socket.post ? "post" : "websocket";
+    return { recording, reason: why(), transport, waiting, errors: troubles };
   },
 };
 

@@ -102,13 +102,14 @@ test("where WebSockets are refused the demo is recorded whole, by POST, and seen
 
 test("a refusal by POST has a reason; stop() sends what waits", async (t) => {
   using(t, { refusal: "403 Forbidden" });
+  await h.restart({ SESSION_GRACE_PERIOD: "600000" });
   const page = await visit(t, distant("/stopped", "<p>stopped"));
   const id = await established(page);
   await page.evaluate(() => { window.sessionReplay.event("mark", 1); window.sessionReplay.stop(); });
   page.marks = 2;
   await arrived(page, id);
-  await until(async () => !(await h.json(`/sessions/${id}`)).isActive, "the end of the session, before its grace period is over", 10_000);
-  await h.restart({ INGEST_KEY: "write-only" });
+  await until(async () => !(await h.json(`/sessions/${id}`)).isActive, "the end of the session");
+  await h.restart({ INGEST_KEY: "write-only", SESSION_GRACE_PERIOD: "" });
   t.after(() => h.restart({ INGEST_KEY: "" }));
   const refused = await visit(t, distant("/refused", "<p>refused"));
   await until(() => refused.evaluate(() => window.sessionReplay.state.reason === "refused: key"), "the reason");
@@ -243,11 +244,26 @@ test("visits that end at once have their snapshot and their click", async (t) =>
   for (const after of [0, 100, 250]) {
     const all = await visits(t, `after${after}`, 20, page(20_000), () => sleep(after));
     const count = await whole(all);
-    t.diagnostic(`closed ${after} ms after load, at a round trip of 150 ms: ${count} of 20 have snapshot and click, ${all.ended.size} ran to their end`);
+    t.diagnostic(`closed ${after} ms after load, at a round trip of 150 ms: ${count} of 20 have snapshot and click,`
+      + ` ${all.ended.size} ran to their end`);
   }
   await whole(await visits(t, "small", 4, page(50_000), () => {}));
   const found = await Promise.all(large.users.map((user) => h.json(`/sessions?userId=${user}`)));
   t.diagnostic(`closed at once with a snapshot of 70 KB: ${found.filter(({ sessions }) => sessions.length).length} of 4`);
+});
+
+test("a first snapshot of 300 KB leaves compressed with a page that has no connection yet", async (t) => {
+  using(t, { isMuted: true });
+  const words = Array.from({ length: 15_000 }, (_, i) => (i * 7919 % 9973).toString(36)).join(" ");
+  const spy = `<script>const { blob } = Response.prototype;
+    Response.prototype.blob = async function () { const all = await blob.call(this); window.packed = all.size; return all; };</script>`;
+  const all = await visits(t, "packed", 4, `${spy}<button id=b>press</button><p>${words}${" and so on".repeat(25_000)}`, async (page) => {
+    await page.evaluate(() => { window.packed = 0; document.getElementById("b").click(); });
+    const size = await until(() => page.evaluate(() => window.packed), "what is packed after the click");
+    t.diagnostic(`${size} bytes`);
+  });
+  assert.ok(all.ended.size > 0);
+  t.diagnostic(`${await whole(all, 2)} of 4 have snapshot and clicks, ${all.ended.size} ran to their end`);
 });
 
 test("visits that end later have everything", async (t) => {
