@@ -549,7 +549,6 @@ function visitor() {
 const say = (type, data) => socket.send(toText({ type, data }));
 
 function startText() {
-  news = false;
   const { id, resume, acked, page: nth, first, started, entry, title, referrer, user, traits, pages, clicks } = session;
   return toText({ type: "session_start", data: {
     sessionId: id, resume, create: !acked, page: nth, firstSeq: first,
@@ -560,7 +559,10 @@ function startText() {
   } });
 }
 
-const sayStart = () => socket.send(startText());
+function sayStart() {
+  news = false;
+  socket.send(startText());
+}
 
 const batchText = ({ seq, kind, text }) => (kind ? `{"type":"${kind}","data":{"seq":${seq},${text.slice(1)}}`
   : `{"type":"events_batch","data":{"seq":${seq},"events":[${text}]}}`);
