@@ -258,12 +258,14 @@ test("a first snapshot of 300 KB leaves compressed with a page that has no conne
   const spy = `<script>const { blob } = Response.prototype;
     Response.prototype.blob = async function () { const all = await blob.call(this); window.packed = all.size; return all; };</script>`;
   const all = await visits(t, "packed", 4, `${spy}<button id=b>press</button><p>${words}${" and so on".repeat(25_000)}`, async (page) => {
-    await page.evaluate(() => { window.packed = 0; document.getElementById("b").click(); });
-    const size = await until(() => page.evaluate(() => window.packed), "what is packed after the click");
-    t.diagnostic(`${size} bytes`);
+    for (let i = 0; i < 3; i++) { // one may be packed while the next click comes
+      await page.evaluate(() => { window.packed = 0; document.getElementById("b").click(); });
+      await until(() => page.evaluate(() => window.packed), "what is packed");
+    }
+    t.diagnostic(`${await page.evaluate(() => window.packed)} bytes`);
   });
   assert.ok(all.ended.size > 0);
-  t.diagnostic(`${await whole(all, 2)} of 4 have snapshot and clicks, ${all.ended.size} ran to their end`);
+  t.diagnostic(`${await whole(all, 3)} of 4 have snapshot and clicks, ${all.ended.size} ran to their end`);
 });
 
 test("visits that end later have everything", async (t) => {
