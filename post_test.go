@@ -238,6 +238,20 @@ func TestPostBeginsOnce(t *testing.T) {
 	}
 }
 
+// TestPostStaysLive asks for the state of a session just after a POST. The first
+// answer may come too late.
+func TestPostStaysLive(t *testing.T) {
+	s := startServer(t, "BATCH_INTERVAL=20")
+	for range 5 {
+		postTo(t, s.url+"/ws", lines(postStart("live", 1, 1), postBatch(1, "one")))
+		var active struct{ Sessions []struct{ State string } }
+		if s.getJSON("/sessions/active", &active); len(active.Sessions) == 1 && active.Sessions[0].State == "live" {
+			return
+		}
+	}
+	t.Error("the page is said to have left")
+}
+
 // TestPostPages is about a page's last POST, and the page that follows in the same
 // tab: in any order all that was sent is stored once and in order, and the page that
 // follows keeps the session. Steps: "post" sends the batches 2 and 3 of the first
