@@ -25,7 +25,10 @@ type post struct {
 	sessions []string // that it has recorded
 }
 
-const maxPostTime = 45 * time.Second // the answer may not take longer than http.Server's WriteTimeout
+const (
+	maxPostTime = 45 * time.Second // the answer may not take longer than http.Server's WriteTimeout
+	postPause   = 3 * time.Second  // so long after a post its page, which has a token, is not said to have left
+)
 
 // handlePost takes a tracker's messages, one a line, the first a session_start; of
 // rrweb's client it takes events, all of them or none.
@@ -49,7 +52,14 @@ func (s *server) handlePost(w http.ResponseWriter, r *http.Request) {
 	s.open.Store(&p.conn, nil)
 	defer s.open.Delete(&p.conn)
 	s.hub.send(enter{p.out, false})
-	defer s.hub.send(leave{p.out})
+	defer func() {
+		left := func() { s.hub.send(leave{p.out}) }
+		if p.tracker.token == "" {
+			left()
+		} else {
+			time.AfterFunc(postPause, left)
+		}
+	}()
 	err := p.receive(r.Body)
 	if p.tracker.share {
 		s.answerRecording(w, r, p, err)

@@ -201,6 +201,39 @@ func hearUntil(t testing.TB, ws *websocket.Conn, what string, heard func(msg str
 	}
 }
 
+// TestPostBeginsOnce posts a session's very first messages twice at the same time.
+func TestPostBeginsOnce(t *testing.T) {
+	s := startServer(t, "BATCH_INTERVAL=20")
+	for i := range 20 {
+		id := sessionName(t, i)
+		body := lines(postStart(id, 1, 1), postBatch(1, "one"))
+		var posting sync.WaitGroup
+		for range 3 {
+			posting.Go(func() {
+				if got := s.post("/ws", body); strings.Contains(got.saysOf(), "session_assigned") {
+					t.Errorf("%s: a POST was told %q", id, got.saysOf())
+				}
+			})
+		}
+		posting.Wait()
+		s.checkData(t, id, "one")
+	}
+}
+
+// TestPostStaysLive asks for the state of a session just after a POST. The first
+// answer may come too late.
+func TestPostStaysLive(t *testing.T) {
+	s := startServer(t, "BATCH_INTERVAL=20")
+	for range 5 {
+		s.post("/ws", lines(postStart("live", 1, 1), postBatch(1, "one")))
+		var active struct{ Sessions []struct{ State string } }
+		if s.getJSON("/sessions/active", &active); len(active.Sessions) == 1 && active.Sessions[0].State == "live" {
+			return
+		}
+	}
+	t.Error("the page is said to have left")
+}
+
 // TestPostPages is about a page's last POST, and the page that follows in the same
 // tab: in any order all that was sent is stored once and in order, and the page that
 // follows keeps the session. Steps: "post" sends the batches 2 and 3 of the first

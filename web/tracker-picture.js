@@ -14,7 +14,8 @@
 const picture = (() => {
   const { matches } = Element.prototype; // of a form it may be a field
   const BOXES = /^(img|video|canvas|object|embed)$/;
-  const HOSTS = /-|^(img|input|video|canvas|object|embed|iframe|article|aside|b|div|em|footer|header|i|main|nav|p|section|span)$/;
+  const HOSTS = /-|^(article|aside|div|footer|header|main|nav|p|section|span)$/; // a shadow root can be closed there
+  const OTHERS = /^(img|input|video|canvas|object|embed|iframe|b|em|i)$/; // have a box, or an icon
   const ICON = /[\ue000-\uf8ff]/, ICON_FONT = /^[^,]*(icon|symbol|awesome|glyph)/i; // private use; or words that a font draws
   const STATES = ["popover-open", "fullscreen", "focus", "focus-visible", "target", "indeterminate", "user-invalid"]
     .filter((state) => CSS.supports(`selector(:${state})`));
@@ -161,7 +162,7 @@ const picture = (() => {
   // An empty element has no height of its own, unless there is something in it
   // that nobody sees.
   function isClosed(el) {
-    if (el.firstChild || el.shadowRoot || !el.offsetHeight) return false;
+    if (!HOSTS.test(el.localName) || el.firstChild || el.shadowRoot || !el.offsetHeight) return false;
     const map = el.computedStyleMap && el.computedStyleMap();
     if (!map || ["height", "min-height", "aspect-ratio"].some((name) => !/^(auto|0px)$/.test(map.get(name)))) return false;
     const { paddingTop, paddingBottom, position } = getComputedStyle(el);
@@ -269,7 +270,7 @@ const picture = (() => {
     roots.add(root);
     if (root.adoptedStyleSheets) worn.set(root, met.has(root) && root.host ? [] : [...root.adoptedStyleSheets]);
     met.add(root);
-    root.addEventListener("load", loaded, { capture: true, signal: listeners.signal });
+    on(root, "load", loaded, true);
   }
 
   function meet(serialized, isNew) {
@@ -291,7 +292,7 @@ const picture = (() => {
     if (attributes.style) mendStyle(el, attributes);
     if (BOXES.test(tagName) || attributes.type === "image") sizes.observe(el);
     if (attributes.rr_dataURL && view(el, new Map())) delete attributes.rr_dataURL;
-    if (!el.firstElementChild && HOSTS.test(tagName)) fresh.push(el);
+    if (!el.firstElementChild && (HOSTS.test(tagName) || OTHERS.test(tagName))) fresh.push(el);
   }
 
   function mend({ type, data }) {
@@ -323,14 +324,13 @@ const picture = (() => {
 
   // begin goes on until listeners are aborted.
   function begin() {
-    const { signal } = listeners;
-    for (const f of FEATURES) matchMedia(`(${f})`).addEventListener("change", soon, { signal });
-    document.fonts.addEventListener("loadingdone", safe(() => {
+    for (const f of FEATURES) on(matchMedia(`(${f})`), "change", soon);
+    on(document.fonts, "loadingdone", safe(() => {
       for (const el of icons) if (el.isConnected) fresh.push(el); else icons.delete(el);
       soon();
-    }), { signal });
+    }));
     const idle = setInterval(safe(() => { if (!document.hidden && stopRecorder && roots.size) look(); }), IDLE_LOOK_MS);
-    signal.addEventListener("abort", () => clearInterval(idle));
+    listeners.signal.addEventListener("abort", () => clearInterval(idle));
   }
 
   return { begin, look, mend, took };

@@ -26,7 +26,8 @@
 //
 // window.sessionReplay: start(options), stop(), identify(user, traits),
 // event(name, payload), sessionId, and state: {recording, reason (a word why
-// not, or why nothing arrives), transport, waiting (batches), errors}.
+// not, or why nothing arrives), transport ("websocket", "post" or ""), waiting
+// (batches), errors}.
 // What the owner gives to event() and identify() is recorded as it is.
 //
 // What goes wrong here never reaches the page: every way in goes through safe().
@@ -35,15 +36,19 @@ if (window.sessionReplay && typeof window.sessionReplay.start === "function") re
 const script = document.currentScript || document.querySelector('script[src*="/tracker.js"]');
 const { record } = rrwebRecord;
 const { stringify } = JSON; // pages replace such things; these are from before
-const { WebSocket: Socket, Event: PlainEvent, File: PlainFile } = window;
+const { WebSocket: Socket, Event: PlainEvent, File: PlainFile, fetch } = window;
 
-const FLUSH_MS = 500, FLUSH_EVENTS = 50;
+const FLUSH_MS = 500, FIRST_FLUSH_MS = 100, FLUSH_EVENTS = 50; // first: until there is an ack
 const BUFFER = 8 << 20; // UTF-16 units of JSON that may wait for an ack, the newest full snapshot apart
 const QUOTA = 2 << 20; // UTF-16 units of them in sessionStorage
 const IDLE_MS = 30 * 60_000; // a page that loads after this begins a new session
 const CHECKOUT_MS = 5 * 60_000;
 const SILENCE_MS = 30_000; // without a session_ready or an ack: the connection is dead
 const RETRY_MS = 500, RETRY_MAX_MS = 30_000;
+const POST_MS = 1000, POST_SIZE = 500_000; // between two POSTs; what one has, so that proxies let it pass
+const POSTS_MS = 3 * 60_000; // of POSTs, until a WebSocket is tried again
+const LAST_SIZE = 60_000; // bytes: browsers let a fetch outlive its page up to 64 KiB
+const PACK_SIZE = 800_000; // UTF-16 units of JSON; more of it would not become so small
 const MAX_ERRORS = 100; // a page, so that a loop of errors cannot flood
 const MEND_MS = 10_000; // between two snapshots that mend what an exception broke
 const TELL_MS = 5000; // between two messages about pages and clicks
@@ -59,15 +64,14 @@ let options = {};
 let wanted = false; // between start() and stop()
 let stopRecorder = null;
 let listeners = null; // an AbortController: ends every listener at once
-let session = null; // {id, resume, next, acked, started, at, entry, title, referrer, user, traits, pages, clicks}
+let session = null; // what the tab's pages hand on: see newSession
 let reason = "not-started"; // why nothing is recorded, or arrives
 let troubles = 0, mendTimer = 0, mendedAt = -Infinity; // exceptions of the recorder's own
 let unlock = () => {};
 let turn = 0; // raised when a begin() that waits is of no use any more
-let held = []; // batches that are not acked: {seq (0: not sent yet), snap, text}
+let held = []; // batches and errors that are not acked: {seq (0: not sent yet), snap, text, kind (of an error)}
 let heldSize = 0;
-let notes = []; // errors that wait for a connection
-let noted = 0;
+let noted = 0; // errors
 let pending = [], pendingSize = 0, flushTimer = 0; // events of the next batch
 let snapshotSize = 0, snapshotAt = 0; // of the newest full snapshot
 let limit = (32 << 20) - (64 << 10); // bytes that one message may have
@@ -77,7 +81,6 @@ let stored = false; // sessionStorage has batches
 let news = false, newsTimer = 0; // something is to be said since the last session_start
 let sent = 0; // how many of held went over this connection
 let retries = 0, retryTimer = 0, silence = 0, refusals = 0;
-let unopened = 0; // connections in a row that could not be opened
 
 const complain = (...what) => console.debug("session-replay:", ...what);
 
@@ -156,8 +159,7 @@ function startRecorder() {
     maskInputOptions: { input: true, textarea: true, select: true }, // by element: every type of input
     maskInputFn: maskInput,
     ignoreSelector: IGNORED,
-    slimDOMOptions: { script: true, comment: true, headFavicon: true, headWhitespace: true, headMetaSocial: true,
-      headMetaRobots: true, headMetaHttpEquiv: true, headMetaVerification: true, headMetaAuthorship: true, headMetaDescKeywords: true },
+    slimDOMOptions: "all", // notePage tells of titles
     sampling: { scroll: 150, media: 800, canvas: Number(options.recordCanvas) || undefined },
     recordCanvas: Number(options.recordCanvas) > 0,
     dataURLOptions: { type: "image/webp", quality: 0.7 },
@@ -269,7 +271,10 @@ function push(event) {
   const snap = event.type === FULL;
   if (snap) [snapshotSize, snapshotAt] = [pendingSize, event.timestamp];
   if (snap || pending.length >= FLUSH_EVENTS) flush(snap);
-  else if (!flushTimer) flushTimer = setTimeout(safe(() => { noteMissed(); flush(); }), FLUSH_MS);
+  else {
+    const pause = session && session.acked ? FLUSH_MS : FIRST_FLUSH_MS;
+    flushTimer ||= setTimeout(safe(() => { noteMissed(); flush(); }), pause);
+  }
 }
 
 // What controls hold, by id, as it was recorded last. Frameworks set values past
@@ -298,7 +303,10 @@ function flush(snap = false) {
   pending = [];
   pendingSize = 0;
   transmit();
+  pack();
 }
+
+const numbered = () => held.map((batch) => { batch.seq ||= session.next++; return batch; });
 
 // A full buffer stops the recorder: what is held stays playable. When half of it
 // is acked recording goes on, with a word about the gap and a fresh snapshot.
@@ -347,7 +355,9 @@ function noteError(type, error, data) {
   Object.assign(data, { stack: error && error.stack, timestamp: now() });
   for (const key of Object.keys(data)) if (typeof data[key] === "string") data[key] = cleanWords(data[key]).slice(0, 8192);
   data.url = cutAddress(location.href, document);
-  notes.push(toText({ type, data }));
+  const text = toText(data);
+  held.push({ seq: 0, kind: type, text });
+  heldSize += text.length;
   transmit();
 }
 
@@ -374,7 +384,7 @@ function listen() {
   hear(document, "freeze", () => { keep(); disconnect(); }, true);
   hear(document, "resume", connect, true);
   hear(window, "online", () => { if (!ready) { disconnect(); connect(); } });
-  hear(window, "offline", () => { disconnect(); retry(); });
+  hear(window, "offline", reconnect);
   hearTyping(window);
   picture.begin();
 }
@@ -385,10 +395,12 @@ function listen() {
 // Without Web Locks (insecure origins) the duplicate takes it over: the server
 // closes the other's connection, and that one stops.
 
-const newId = () => (crypto.randomUUID ? crypto.randomUUID()
-  : Array.from(crypto.getRandomValues(new Uint8Array(16)), (b) => b.toString(16).padStart(2, "0")).join(""));
+const newId = () => Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => (byte + 256).toString(16).slice(1)).join("");
 
-const sizeOf = (batches) => batches.reduce((sum, batch) => sum + batch.text.length, 0);
+function hold(batches) {
+  held = batches;
+  heldSize = batches.reduce((sum, batch) => sum + batch.text.length, 0);
+}
 
 function load() {
   try {
@@ -401,23 +413,24 @@ function load() {
 
 // keep stores what a next page needs. Every batch has its number by then, so
 // that what does not fit is missed there, and said to be a gap. A page that is
-// left before it has its session adds to what the page before it kept.
+// left before it has its session adds to what the page before it kept. Where
+// nothing can be stored the next page begins another session.
 function keep(leaving = false) {
   noteMissed();
   flush();
   const tab = session || leaving && load();
   if (!tab) return;
-  const all = session ? held : (tab.held || []).concat(held);
-  if (session) for (const batch of all) batch.seq ||= session.next++;
+  const all = session ? numbered() : (tab.held || []).concat(held);
   let room = QUOTA;
   const fitting = all.filter((batch) => (room -= batch.text.length) >= 0); // the oldest, without a hole
   for (const some of [fitting, []]) {
     try {
-      sessionStorage.setItem(STORE, toText({ ...tab, held: some, notes: session ? notes : (tab.notes || []).concat(notes) }));
+      sessionStorage.setItem(STORE, toText({ ...tab, held: some }));
       stored = some.length > 0;
       return;
     } catch { /* the page has used the space, or there is none */ }
   }
+  forget();
 }
 
 const forget = safe(() => sessionStorage.removeItem(STORE));
@@ -444,31 +457,38 @@ async function claim() {
   return null;
 }
 
+// newSession makes the session's token, too: what a page sends when it is left
+// before the server has answered, the next page can go on with.
 function newSession() {
   const id = newId();
   lock(id);
-  return { id, resume: "", next: 1, acked: 0, started: now(), at: now(), pages: 0, clicks: 0,
-    entry: page.href, title: page.title, referrer: cutAddress(document.referrer) };
+  return { id, resume: newId(), started: now(), at: now(),
+    entry: page.href, title: page.title, referrer: cutAddress(document.referrer),
+    next: 1, acked: 0, // numbers of batches
+    page: 0, first: 1, // the page's number in its tab, and its first batch's
+    pages: 0, clicks: 0, // as lists show them
+    unopened: 0, socketAt: 0 }; // WebSockets in a row that could not be opened; when one is tried again
 }
 
 // begin finds the tab's session, while the recorder already fills held.
 async function begin() {
   const mine = ++turn;
-  const { held: before = [], notes: said = [], ...found } = await claim() || {};
+  const { held: before = [], ...found } = await claim() || {};
   if (mine !== turn) return; // left or stopped meanwhile
-  held = before.concat(held);
+  hold(before.concat(held));
   stored = before.length > 0;
-  notes = said.concat(notes);
-  heldSize = sizeOf(held);
-  session = found.id ? found : newSession();
-  session.pages++;
-  nameVisitor();
-  connect();
+  goOnWith(found.id ? found : newSession());
 }
 
-function nameVisitor() {
+function goOnWith(found) {
+  session = found;
+  session.pages++;
+  session.page++;
+  session.first = session.next;
   session.user = options.user || session.user || visitor();
   session.traits = { ...session.traits, ...options.traits };
+  connect();
+  pack();
 }
 
 // A tab is left when nothing happens for long: what its visitor does then begins
@@ -482,10 +502,7 @@ function startAfresh() {
   disconnect();
   letGo();
   setClock();
-  session = newSession();
-  session.pages = 1;
-  nameVisitor();
-  connect();
+  goOnWith(newSession());
   takeSnapshot();
 }
 
@@ -493,12 +510,12 @@ function startAfresh() {
 // from the back/forward cache.
 function leave() {
   keep(true);
+  if (session) sendLast();
   sayNews();
   disconnect();
   letGo();
   session = null;
-  held = [], notes = [];
-  heldSize = 0;
+  hold([]);
 }
 
 function letGo() {
@@ -531,36 +548,105 @@ function visitor() {
 
 const say = (type, data) => socket.send(toText({ type, data }));
 
-function sayStart() {
-  news = false;
-  const { id, resume, started, entry, title, referrer, user, traits, pages, clicks } = session;
-  say("session_start", {
-    sessionId: id, resume, userId: user, traits, startTime: started, url: entry, title, referrer,
+function startText() {
+  const { id, resume, acked, page: nth, first, started, entry, title, referrer, user, traits, pages, clicks } = session;
+  return toText({ type: "session_start", data: {
+    sessionId: id, resume, create: !acked, page: nth, firstSeq: first,
+    userId: user, traits, startTime: started, url: entry, title, referrer,
     lastUrl: page.href, lastTitle: page.title, pages, clicks, userAgent: navigator.userAgent,
     viewport: { width: innerWidth, height: innerHeight, devicePixelRatio },
     timeZone: Intl.DateTimeFormat().resolvedOptions().timeZone,
-  });
+  } });
 }
+
+function sayStart() {
+  news = false;
+  socket.send(startText());
+}
+
+const batchText = ({ seq, kind, text }) => (kind ? `{"type":"${kind}","data":{"seq":${seq},${text.slice(1)}}`
+  : `{"type":"events_batch","data":{"seq":${seq},"events":[${text}]}}`);
 
 function connect() {
   if (socket || !wanted || !session) return;
   clearTimeout(retryTimer);
   let opened;
   try {
-    opened = socket = new Socket(options.url);
+    opened = socket = session.unopened > 1 && navigator.onLine ? poster() : new Socket(options.url);
   } catch { // ws: from an https: page, for one
-    return retry();
+    return closed();
   }
-  opened.onopen = safe(() => { if (opened === socket) sayStart(unopened = 0); });
+  opened.onopen = safe(() => { if (opened === socket) sayStart(session.unopened = -1); }); // its end makes it 0
   opened.onmessage = safe((e) => { if (opened === socket) receive(JSON.parse(e.data)); });
   opened.onclose = safe((e) => { if (opened === socket) closed(e.code); });
   watch();
 }
 
+// poster is a connection by HTTP, with a socket's ways, for networks that refuse
+// WebSockets: what it is given goes with the next POST. A WebSocket is tried again
+// when the first POST is answered, because the server may just have been away, and
+// then every few minutes.
+function poster() {
+  const cancel = new AbortController();
+  let lines = [], timer = setTimeout(safe(post)); // set, too, while a POST is under way
+  const made = { post: true, readyState: 1,
+    send(line) { lines.push(line); timer ||= setTimeout(safe(post), POST_MS); },
+    close() { clearTimeout(timer); cancel.abort(); } };
+  function post() {
+    let n = 0;
+    for (let size = 0; n < lines.length && (!n || size + lines[n].length < POST_SIZE); n++) size += lines[n].length;
+    const some = lines.splice(0, n);
+    if (!n || !some[0].startsWith('{"type":"session_start"')) some.unshift(startText());
+    fetch(options.posts, { method: "POST", body: some.join("\n"), signal: cancel.signal })
+      .then(async (answer) => { answered(answer.status, await answer.text()); })
+      .catch(safe(() => { if (made === socket) closed(session.unopened = 0); }));
+  }
+  function answered(status, text) {
+    if (made !== socket) return;
+    if (status === 413) return sendLess();
+    if (status === 401 || status === 403) return halt(`refused: ${status === 401 ? "key" : "origin"}`);
+    for (const line of text.split("\n")) if (line && made === socket) receive(JSON.parse(line));
+    if (made !== socket) return;
+    timer = lines.length && setTimeout(safe(post), POST_MS);
+    if (status !== 200) closed();
+    else if (now() > session.socketAt) {
+      Object.assign(session, { socketAt: now() + POSTS_MS, unopened: 1 });
+      retries = 0;
+      reconnect();
+    }
+  }
+  return made;
+}
+
+const unacked = (...more) => [startText(), ...numbered().map(batchText), ...more];
+
+// pack compresses what waits for a session's first ack, a page's first snapshot for
+// one, for a last POST: when the page is left it is too late to begin with that.
+let packed = {};
+const pack = () => packNow().catch(() => {}); // old browsers cannot
+async function packNow() {
+  if (!session || ready || session.acked || heldSize < LAST_SIZE / 2 || heldSize > PACK_SIZE) return;
+  const { id } = session, text = new Blob([unacked().join("\n")]);
+  packed = { id, body: await new Response(text.stream().pipeThrough(new CompressionStream("gzip"))).blob() };
+}
+
+// sendLast sends what has no ack by a fetch that outlives the page; if that is too
+// much, what was packed before, or what the WebSocket has not been given.
+function sendLast(...more) {
+  const lines = unacked(...more), isTooMuch = new Blob(lines).size + lines.length > LAST_SIZE;
+  if (isTooMuch && ready && !socket.post) lines.splice(1, sent);
+  let room = LAST_SIZE;
+  const fitting = lines.filter((line) => (room -= new Blob([line]).size + 1) >= 0); // the oldest, without a hole
+  const isPacked = isTooMuch && !ready && packed.id === session.id && packed.body.size <= LAST_SIZE;
+  if (!isPacked && fitting.length < 2) return;
+  const body = isPacked ? packed.body : fitting.join("\n");
+  fetch(options.posts, { method: "POST", body, keepalive: true }).catch(() => {});
+}
+
 // watch gives the connection up when the server owes an answer for too long.
 function watch() {
   clearTimeout(silence);
-  if (socket && (!ready || held.length)) silence = setTimeout(safe(() => { disconnect(); retry(); }), SILENCE_MS);
+  if (socket && (!ready || held.length)) silence = setTimeout(safe(() => closed()), SILENCE_MS);
 }
 
 function disconnect() {
@@ -572,20 +658,26 @@ function disconnect() {
   if (closing) closing.close();
 }
 
+function reconnect() {
+  disconnect();
+  retry();
+}
+
 function retry() {
   if (!wanted) return;
   const pause = Math.min(RETRY_MAX_MS, RETRY_MS * 2 ** retries++);
+  if (retries === 3 && navigator.onLine) explain("blocked");
   clearTimeout(retryTimer);
   retryTimer = setTimeout(safe(connect), pause * (0.5 + Math.random() / 2));
 }
 
 function closed(code) {
   if (ready && now() - readyAt > 10_000) retries = 0;
+  if (navigator.onLine) session.unopened++;
   disconnect();
   if (code === 4001) return halt("taken over"); // by another page, which has its storage
   if (code === 4004) return halt("refused: deleted", forget());
   if (code === 1009) return sendLess();
-  if (!ready && ++unopened === 2) explain(why());
   retry();
 }
 
@@ -596,7 +688,7 @@ function sendLess() {
   limit = Math.min(limit, bytesOf(largest.text)) / 2;
   if (limit < 50_000) return halt("refused: too_large", forget());
   Object.assign(largest, { text: toText(customEvent("gap", {})), snap: false });
-  heldSize = sizeOf(held);
+  hold(held);
   disconnect();
   takeSnapshot();
   retry();
@@ -612,8 +704,9 @@ function halt(why) {
   letGo();
   for (const timer of [flushTimer, mendTimer, newsTimer]) clearTimeout(timer);
   session = null;
-  held = [], pending = [], notes = [];
-  heldSize = pendingSize = flushTimer = fullSince = mendTimer = newsTimer = 0;
+  hold([]);
+  pending = [];
+  pendingSize = flushTimer = fullSince = mendTimer = newsTimer = 0;
 }
 
 function receive({ type, data = {} }) {
@@ -627,8 +720,10 @@ function started({ sessionId, resume, lastSeq, accepted = lastSeq }) {
   session.resume = resume;
   if (ready && sessionId === session.id) return; // the answer to identify()
   if (sessionId !== session.id || lastSeq < session.acked) startOver(sessionId, lastSeq);
+  else if (accepted + 1 < nextSeq() && retries < 4) return reconnect(); // a last POST may bring what is missing
   else align(lastSeq, accepted);
   ready = true;
+  if (stopRecorder || fullSince) reason = "";
   readyAt = now();
   if (news) sayStart();
   transmit();
@@ -643,13 +738,14 @@ function startOver(id, lastSeq) {
   unlock();
   lock(id);
   const first = held.findIndex((batch) => batch.snap);
-  held = first < 0 ? [] : held.slice(first);
-  heldSize = sizeOf(held);
+  hold(held.filter((batch, i) => batch.kind || first >= 0 && i >= first));
   for (const batch of held) batch.seq = 0;
-  Object.assign(session, { id, next: lastSeq + 1, acked: lastSeq, started: now() });
+  Object.assign(session, { id, next: lastSeq + 1, first: lastSeq + 1, acked: lastSeq, started: now() });
   sent = 0;
   if (first < 0) takeSnapshot();
 }
+
+const nextSeq = () => held.length && held[0].seq || session.next;
 
 // align makes what is held go on where the server stands. Numbers of batches
 // that did not fit into storage are used up with a word about the gap; the page
@@ -657,11 +753,9 @@ function startOver(id, lastSeq) {
 // are not used again: after a crash of the page nobody here knows of them.
 function align(lastSeq, accepted) {
   drop(lastSeq);
-  const first = held.length && held[0].seq || session.next;
   const missing = [];
-  for (let seq = lastSeq + 1; seq < first; seq++) missing.push({ seq, snap: false, text: toText(customEvent("gap", {})) });
-  held = missing.concat(held);
-  heldSize = sizeOf(held);
+  for (let seq = lastSeq + 1; seq < nextSeq(); seq++) missing.push({ seq, text: toText(customEvent("gap", {})) });
+  hold(missing.concat(held));
   session.next = Math.max(session.next, accepted + 1);
   sent = 0;
 }
@@ -684,23 +778,20 @@ function acked(seq) {
 }
 
 function transmit() {
-  if (!ready) return;
+  if (!ready || socket.readyState !== 1) return; // Firefox closes it before pagehide
   if (!sent && held.length) watch();
-  for (; sent < held.length; sent++) {
-    const batch = held[sent];
-    batch.seq ||= session.next++;
-    socket.send(`{"type":"events_batch","data":{"seq":${batch.seq},"events":[${batch.text}]}}`);
-  }
-  for (const note of notes.splice(0)) socket.send(note);
+  for (numbered(); sent < held.length; sent++) socket.send(batchText(held[sent]));
 }
 
 function refused({ code, message }) {
   if (/^session_(full|deleted)$/.test(code)) halt(`refused: ${code}`, forget());
+  else if (code === "taken") halt("taken over");
+  else if (code === "later_page") halt("taken over", forget()); // by a copy of this tab
   else if (code === "too_large") sendLess();
   else if (/^(sequence_gap|too_many_sessions|unavailable)$/.test(code)) { // a new connection says where we stand
-    disconnect();
+    if (code !== "sequence_gap") explain(`refused: ${code}`);
     retries = Math.max(retries, 3);
-    retry();
+    reconnect();
   } else if (code === "not_stored") renew();
   else complain(code, message);
 }
@@ -709,7 +800,7 @@ function refused({ code, message }) {
 function renew() {
   if (++refusals > 3) return halt("refused: not_stored", forget());
   startOver(newId(), 0);
-  session.resume = "";
+  session.resume = newId();
   ready = false;
   sayStart();
 }
@@ -723,6 +814,7 @@ function readOptions(given) {
   url.protocol = url.protocol.replace("http", "ws");
   url.search = "?type=tracker" + (all.key ? "&key=" + encodeURIComponent(all.key) : "");
   all.url = url.href;
+  all.posts = url.href.replace("ws", "http");
   all.allowQuery = String(all.allowQuery ?? false) !== "false";
   return all;
 }
@@ -760,13 +852,12 @@ function explain(why) {
 // why tells what keeps events from being recorded, or from arriving.
 function why() {
   if (!wanted || !stopRecorder || ready) return reason;
-  return !navigator.onLine ? "offline" : unopened > 1 ? "blocked" : "connecting";
+  return !navigator.onLine ? "offline" : reason || "connecting";
 }
 
 function start(given) {
   if (wanted) return;
   options = readOptions(given);
-  if (!Socket) return explain("no WebSocket");
   if (isInRecordedPage()) return explain("recorded by the page around this frame");
   if (navigator.globalPrivacyControl && options.gpc !== "ignore") return explain("gpc");
   const join = (selector, more) => (more ? `${selector}, ${more}` : selector);
@@ -795,8 +886,9 @@ function stop() {
   endRecorder();
   flush();
   forget();
-  if (ready) say("session_end", { sessionId: session.id });
-  halt("stopped"); // closing sends what was given to the socket before
+  const end = '{"type":"session_end","data":{}}';
+  if (ready) if (socket.post) sendLast(end); else socket.send(end); // closing sends what a socket was given
+  halt("stopped");
 }
 
 function identify(user, traits) {
@@ -817,7 +909,8 @@ window.sessionReplay = {
   get sessionId() { return session ? session.id : null; },
   get state() {
     const recording = wanted && !!stopRecorder, waiting = held.length + Math.sign(pending.length);
-    return { recording, reason: why(), transport: ready ? "websocket" : "", waiting, errors: troubles };
+    const transport = !ready ? "" : socket.post ? "post" : "websocket";
+    return { recording, reason: why(), transport, waiting, errors: troubles };
   },
 };
 
