@@ -27,7 +27,7 @@ const picture = (() => {
     .flatMap((line) => line.split(":")[1].split(" ").map((value) => `${line.split(":")[0]}:${value}`));
   const LOOK_MS = 100, IDLE_LOOK_MS = 1000;
   // A browser's own text of a shorthand with var(), of which a longhand is set later.
-  const BROKEN = /(?<![\w-])(?!--)[a-z-]+: ;/, EMPTY = /(?<![\w-])(?!--)([a-z-]+): ;/g;
+  const BROKEN = /(^|[^\w-])(?!--)[a-z-]+: ;/, EMPTY = /(^|[^\w-])(?!--)([a-z-]+): (?=;)/g;
 
   const roots = new Set(); // documents and shadow roots that are recorded
   const met = new WeakSet(); // roots that rrweb knows: it tells of their adopted sheets once
@@ -47,7 +47,7 @@ const picture = (() => {
   function note(el, name, value, key = value) {
     if (record.mirror.getId(el) < 1) return;
     const known = told.get(el) || {};
-    if ((known[name] ?? null) === key) return;
+    if ((name in known ? known[name] : null) === key) return;
     told.set(el, { ...known, [name]: key });
     news.set(el, { ...news.get(el), [name]: value });
   }
@@ -61,7 +61,7 @@ const picture = (() => {
     sending = false;
   }
 
-  const soon = () => { timer ||= setTimeout(safe(() => look()), LOOK_MS); };
+  const soon = () => { timer = timer || setTimeout(safe(() => look()), LOOK_MS); };
 
   function look(timestamp) {
     clearTimeout(timer);
@@ -173,7 +173,7 @@ const picture = (() => {
 
   // Style sheets.
 
-  const fill = (css, el) => css.replace(EMPTY, (_, name) => `${name}: ${getComputedStyle(el).getPropertyValue(name)};`);
+  const fill = (css, el) => css.replace(EMPTY, (_, before, name) => `${before}${name}: ${getComputedStyle(el).getPropertyValue(name)}`);
 
   // repair fills in what an element has that the rule is for, if there is one.
   function repair(css, rules, root) {

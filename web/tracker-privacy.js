@@ -8,6 +8,13 @@
 // srcdoc, handlers, tokens in meta elements, what addresses carry; and, wherever
 // it comes up again, what was typed.
 
+// Browsers before Chrome 90, Firefox 86 and Safari 15 would never let go of a
+// listener: nothing happens in them. They have to read this script for that, so
+// the tracker keeps to the syntax of 2019; otherwise it would be an error in each page.
+let endsListeners = false;
+addEventListener("", null, { get signal() { endsListeners = true; } });
+if (!endsListeners) return;
+
 let maskSelector, blockSelector, anySelector; // the owner's two, and these with EDITORS
 const IGNORED = "[data-replay-ignore], [data-replay-ignore] *";
 const SHOWN = "[data-replay-show]";
@@ -44,7 +51,7 @@ const isControl = (el) => CONTROLS.test(localName(el));
 // masked controls and runs of keys, from SHORTEST characters up. hide() masks
 // these strings, in any case of letters, wherever they come up again.
 
-const SHORTEST = 4, LONGEST = 20_000, MOST = 2000;
+const SHORTEST = 4, LONGEST = 20000, MOST = 2000;
 const DRAWN_MS = 2000; // after a key: what appears and is part of what was typed was drawn by an editor
 const typed = new Set(); // folded, the oldest first
 const typedInto = new WeakSet(); // elements that are or were edited: masked whole
@@ -133,7 +140,7 @@ const names = new Set();
 function hideInName(value) {
   if (names.has(value)) return value;
   if (hide(value) !== value) return value.split(/\s+/).map((word) => (names.has(word) ? word : hide(word))).join(" ");
-  if (names.size > 50_000 || value.length > 500) return value;
+  if (names.size > 50000 || value.length > 500) return value;
   names.add(value);
   if (value.includes(" ")) for (const word of value.split(/\s+/)) names.add(word);
   return value;
@@ -144,7 +151,7 @@ function hideInName(value) {
 function isDrawn(text) {
   const piece = fold(text).trim();
   if (!piece) return false;
-  haystack ??= [...typed].join("\n");
+  haystack = haystack || [...typed].join("\n");
   return fold(run).includes(piece) || piece.length >= SHORTEST && haystack.includes(piece);
 }
 

@@ -41,16 +41,16 @@ const { WebSocket: Socket, Event: PlainEvent, File: PlainFile, fetch } = window;
 const FLUSH_MS = 500, FIRST_FLUSH_MS = 100, FLUSH_EVENTS = 50; // first: until there is an ack
 const BUFFER = 8 << 20; // UTF-16 units of JSON that may wait for an ack, the newest full snapshot apart
 const QUOTA = 2 << 20; // UTF-16 units of them in sessionStorage
-const IDLE_MS = 30 * 60_000; // a page that loads after this begins a new session
-const CHECKOUT_MS = 5 * 60_000;
-const SILENCE_MS = 30_000; // without a session_ready or an ack: the connection is dead
-const RETRY_MS = 500, RETRY_MAX_MS = 30_000;
-const POST_MS = 1000, POST_SIZE = 500_000; // between two POSTs; what one has, so that proxies let it pass
-const POSTS_MS = 3 * 60_000; // of POSTs, until a WebSocket is tried again
-const LAST_SIZE = 60_000; // bytes: browsers let a fetch outlive its page up to 64 KiB
-const PACK_SIZE = 800_000; // UTF-16 units of JSON; more of it would not become so small
+const IDLE_MS = 30 * 60000; // a page that loads after this begins a new session
+const CHECKOUT_MS = 5 * 60000;
+const SILENCE_MS = 30000; // without a session_ready or an ack: the connection is dead
+const RETRY_MS = 500, RETRY_MAX_MS = 30000;
+const POST_MS = 1000, POST_SIZE = 500000; // between two POSTs; what one has, so that proxies let it pass
+const POSTS_MS = 3 * 60000; // of POSTs, until a WebSocket is tried again
+const LAST_SIZE = 60000; // bytes: browsers let a fetch outlive its page up to 64 KiB
+const PACK_SIZE = 800000; // UTF-16 units of JSON; more of it would not become so small
 const MAX_ERRORS = 100; // a page, so that a loop of errors cannot flood
-const MEND_MS = 10_000; // between two snapshots that mend what an exception broke
+const MEND_MS = 10000; // between two snapshots that mend what an exception broke
 const TELL_MS = 5000; // between two messages about pages and clicks
 const LEFT_OUT = "data:,left-out"; // stands for a data: address that was too large to be sent
 const STORE = "session-replay";
@@ -176,7 +176,7 @@ function startRecorder() {
 function mend(error) {
   trouble(error);
   unguard();
-  mendTimer ||= setTimeout(safe(() => {
+  mendTimer = mendTimer || setTimeout(safe(() => {
     mendTimer = 0;
     mendedAt = now();
     takeSnapshot();
@@ -306,7 +306,7 @@ function flush(snap = false) {
   pack();
 }
 
-const numbered = () => held.map((batch) => { batch.seq ||= session.next++; return batch; });
+const numbered = () => held.map((batch) => { batch.seq = batch.seq || session.next++; return batch; });
 
 // A full buffer stops the recorder: what is held stays playable. When half of it
 // is acked recording goes on, with a word about the gap and a fresh snapshot.
@@ -341,7 +341,7 @@ function notePage() {
 // tell says soon, with another session_start, what lists show of a session.
 function tell() {
   news = true;
-  newsTimer ||= setTimeout(safe(sayNews), TELL_MS);
+  newsTimer = newsTimer || setTimeout(safe(sayNews), TELL_MS);
 }
 
 function sayNews() {
@@ -590,7 +590,7 @@ function poster() {
   const cancel = new AbortController();
   let lines = [], timer = setTimeout(safe(post)); // set, too, while a POST is under way
   const made = { post: true, readyState: 1,
-    send(line) { lines.push(line); timer ||= setTimeout(safe(post), POST_MS); },
+    send(line) { lines.push(line); timer = timer || setTimeout(safe(post), POST_MS); },
     close() { clearTimeout(timer); cancel.abort(); } };
   function post() {
     let n = 0;
@@ -672,7 +672,7 @@ function retry() {
 }
 
 function closed(code) {
-  if (ready && now() - readyAt > 10_000) retries = 0;
+  if (ready && now() - readyAt > 10000) retries = 0;
   if (navigator.onLine) session.unopened++;
   disconnect();
   if (code === 4001) return halt("taken over"); // by another page, which has its storage
@@ -686,7 +686,7 @@ function closed(code) {
 function sendLess() {
   const largest = held.reduce((a, b) => (b.text.length > a.text.length ? b : a), { text: "" });
   limit = Math.min(limit, bytesOf(largest.text)) / 2;
-  if (limit < 50_000) return halt("refused: too_large", forget());
+  if (limit < 50000) return halt("refused: too_large", forget());
   Object.assign(largest, { text: toText(customEvent("gap", {})), snap: false });
   hold(held);
   disconnect();
@@ -815,7 +815,7 @@ function readOptions(given) {
   url.search = "?type=tracker" + (all.key ? "&key=" + encodeURIComponent(all.key) : "");
   all.url = url.href;
   all.posts = url.href.replace("ws", "http");
-  all.allowQuery = String(all.allowQuery ?? false) !== "false";
+  all.allowQuery = all.allowQuery != null && String(all.allowQuery) !== "false";
   return all;
 }
 
@@ -825,7 +825,7 @@ function sampled() {
   if (rate >= 1 || load()) return true;
   let draw = Math.random();
   try {
-    draw = Number(sessionStorage.getItem(`${STORE}:draw`) ?? draw);
+    draw = Number(sessionStorage.getItem(`${STORE}:draw`) || draw);
     sessionStorage.setItem(`${STORE}:draw`, draw);
   } catch { /* one draw a page, then */ }
   return draw < rate;

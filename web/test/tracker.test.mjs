@@ -656,6 +656,19 @@ test("the server's key", async (t) => {
   assert.equal((await fetch(`${h.url}/sessions/${id}`)).status, 404);
 });
 
+test("an older browser reads the script, and is left alone", async (t) => {
+  const script = () => {
+    const { addEventListener } = EventTarget.prototype;
+    EventTarget.prototype.addEventListener = function (type, f, { capture } = {}) { addEventListener.call(this, type, f, { capture }); };
+  };
+  const page = await visit(t, embed("/older", "<p>older"), { script });
+  assert.equal(await page.evaluate(() => window.sessionReplay), undefined);
+  assert.deepEqual(page.wrong, []);
+  const ours = ["tracker.js", "tracker-picture.js", "tracker-privacy.js"].map((name) => readFileSync(new URL(`../${name}`, import.meta.url), "utf8"));
+  const newer = /\?\?|\|\|=|&&=|\?\.[\w[(]|\(\?<[!=]|\d_\d/; // than 2019
+  assert.doesNotMatch(ours.join(), newer);
+});
+
 test("the script is small, compressed and cacheable", async (t) => {
   const answer = await fetch(`${h.url}/tracker.js`);
   const body = Buffer.from(await answer.arrayBuffer());
