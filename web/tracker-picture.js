@@ -25,7 +25,8 @@ const picture = (() => {
     "forced-colors:none active", "inverted-colors:none inverted", "hover:none hover", "any-hover:none hover",
     "pointer:none coarse fine", "any-pointer:none coarse fine"]
     .flatMap((line) => line.split(":")[1].split(" ").map((value) => `${line.split(":")[0]}:${value}`));
-  const LOOK_MS = 100, IDLE_LOOK_MS = 1000;
+  const LOOK_MS = 100, IDLE_LOOK_MS = 1000, IDLE_LOOK_MAX_MS = 30000;
+  const SHARE = 20; // between two looks is this many times the time of one
   // A browser's own text of a shorthand with var(), of which a longhand is set later.
   const BROKEN = /(^|[^\w-])(?!--)[a-z-]+: ;/, EMPTY = /(^|[^\w-])(?!--)([a-z-]+): (?=;)/g;
 
@@ -41,6 +42,7 @@ const picture = (() => {
   let news = new Map(); // element → {attribute: value}, to be sent
   let fresh = []; // elements whose box is to be looked at
   let timer = 0, sending = false;
+  let cost = 0, idle = 0, pause = IDLE_LOOK_MS; // ms: of the last look; until the next one of an idle page
 
   // What is told.
 
@@ -61,9 +63,26 @@ const picture = (() => {
     sending = false;
   }
 
-  const soon = () => { timer = timer || setTimeout(safe(() => look()), LOOK_MS); };
+  function soon() {
+    if (pause > IDLE_LOOK_MS) rest(IDLE_LOOK_MS);
+    timer = timer || setTimeout(safe(() => look()), Math.min(Math.max(LOOK_MS, SHARE * cost), IDLE_LOOK_MS));
+  }
+
+  function rest(ms) {
+    pause = ms;
+    clearTimeout(idle);
+    idle = setTimeout(safe(idleLook), Math.max(pause, SHARE * cost));
+  }
+
+  // idleLook is for what no event tells, sheet.disabled = true and the like. It
+  // comes less and less often while nothing happens.
+  function idleLook() {
+    rest(Math.min(2 * pause, IDLE_LOOK_MAX_MS));
+    if (!document.hidden && stopRecorder && roots.size) look();
+  }
 
   function look(timestamp) {
+    const begun = performance.now();
     clearTimeout(timer);
     timer = 0;
     const now = new Map(), moving = new Map();
@@ -81,7 +100,9 @@ const picture = (() => {
     for (const [el, list] of moving) note(el, "replay-motion", stringify(list), stringify(list.map((m) => ({ ...m, at: m.paused && m.at }))));
     for (const el of fresh.splice(0)) measure(el);
     note(document.documentElement, "replay-media", FEATURES.filter((f) => matchMedia(`(${f})`).matches).join(" "));
+    if (news.size) rest(IDLE_LOOK_MS);
     send(timestamp);
+    cost = performance.now() - begun;
   }
 
   // CSS's own animations run by themselves in the replay.
@@ -329,8 +350,8 @@ const picture = (() => {
       for (const el of icons) if (el.isConnected) fresh.push(el); else icons.delete(el);
       soon();
     }));
-    const idle = setInterval(safe(() => { if (!document.hidden && stopRecorder && roots.size) look(); }), IDLE_LOOK_MS);
-    listeners.signal.addEventListener("abort", () => clearInterval(idle));
+    rest(IDLE_LOOK_MS);
+    listeners.signal.addEventListener("abort", () => clearTimeout(idle));
   }
 
   return { begin, look, mend, took };

@@ -273,7 +273,7 @@ function push(event) {
   if (snap || pending.length >= FLUSH_EVENTS) flush(snap);
   else {
     const pause = session && session.acked ? FLUSH_MS : FIRST_FLUSH_MS;
-    flushTimer ||= setTimeout(safe(() => { noteMissed(); flush(); }), pause);
+    flushTimer = flushTimer || setTimeout(safe(() => { noteMissed(); flush(); }), pause);
   }
 }
 
@@ -375,6 +375,7 @@ function listen() {
   for (const type of ["popstate", "hashchange"]) hear(window, type, notePage);
   if (window.navigation) hear(navigation, "currententrychange", notePage);
   hear(document, "visibilitychange", () => {
+    push(customEvent("visibility", { hidden: document.hidden }));
     if (ready) say("visibility_change", { hidden: document.hidden, timestamp: now() });
     if (document.hidden) keep();
     else if (!socket) connect();
