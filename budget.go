@@ -13,8 +13,9 @@ type budget struct {
 	mu        sync.Mutex
 	changed   *sync.Cond
 	free      int64 // below 0 while one message goes beyond the bound
-	growing   int64 // taken by messages of which only a part is read
+	growing   int64 // taken by grow and not finished
 	half      int64
+	beyond    any // the owner that may take more; nil for none
 	unbounded bool
 }
 
@@ -35,27 +36,23 @@ func (b *budget) take(ctx context.Context, n int64) error {
 	})
 }
 
-// grow takes room for n bytes more of a message of which some is read, and gives
-// what it took. Such messages may hold half of the budget together. A message
-// holds room while it waits for more, so that several could wait for each other
-// without end: therefore one at a time goes beyond both bounds, and takes most,
-// which is all that it may need.
-func (b *budget) grow(ctx context.Context, n, most int64) (took int64, err error) {
-	n = min(n, most)
-	err = b.wait(ctx, func() bool {
+// grow takes room for n bytes more of what owner, a pointer, makes or reads. What
+// grows holds room while it waits for more, and so could several wait for each
+// other without end: therefore all of them take half of the budget at most, and
+// one at a time goes beyond both bounds, until its owner has finished.
+func (b *budget) grow(ctx context.Context, owner any, n int64) error {
+	return b.wait(ctx, func() bool {
 		switch {
-		case b.unbounded || b.free >= n && b.growing+n <= b.half:
-			took = n
-		case b.free >= 0 && b.growing <= b.half:
-			took = most
+		case b.unbounded, b.beyond == owner, b.free >= n && b.growing+n <= b.half:
+		case b.beyond == nil && b.free >= 0 && b.growing <= b.half:
+			b.beyond = owner
 		default:
 			return false
 		}
-		b.free -= took
-		b.growing += took
+		b.free -= n
+		b.growing += n
 		return true
 	})
-	return took, err
 }
 
 // wait returns when try has succeeded, or with ctx.
@@ -81,15 +78,18 @@ func (b *budget) wait(ctx context.Context, try func() bool) error {
 }
 
 // give gives room back. A negative n takes it without waiting.
-func (b *budget) give(n int64) { b.finish(n, 0) }
+func (b *budget) give(n int64) { b.finish(nil, n, 0) }
 
-// finish gives back what is left of a message's room; grown of it was taken by
-// grow.
-func (b *budget) finish(n, grown int64) {
+// finish gives n bytes back, and ends the growing of so many. With an owner it ends
+// that one's right to go beyond.
+func (b *budget) finish(owner any, n, grown int64) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.free += n
 	b.growing -= grown
+	if owner != nil && b.beyond == owner {
+		b.beyond = nil
+	}
 	b.changed.Broadcast()
 }
 

@@ -64,38 +64,34 @@ func TestBudget(t *testing.T) {
 	})
 }
 
-// Messages of which a part is read take at most half of the budget, so that
-// those who stall do not keep out the others; but one of them may always go on,
-// beyond the half and the budget: they would wait for each other.
+// What grows takes at most half of the budget, so that those who stall do not keep
+// out the others; but one of them may always go on, beyond the half and the budget:
+// they would wait for each other.
 func TestBudgetGrow(t *testing.T) {
 	inBudget(t, 100, func(b *budgetTest) {
-		grow := func(n, most int64) func(context.Context) error {
-			return func(ctx context.Context) error {
-				took, err := b.grow(ctx, n, most)
-				if err == nil && took != n && took != most {
-					b.Errorf("grow %d of %d: took %d", n, most, took)
-				}
-				return err
-			}
+		grow := func(owner *int, n int64) func(context.Context) error {
+			return func(ctx context.Context) error { return b.grow(ctx, owner, n) }
 		}
-		ctx := context.Background()
-		b.wait(ctx, "a", grow(40, 1000))
-		b.check("within the half", 60, "a")
-		b.wait(ctx, "b", grow(40, 30))
-		b.check("beyond the half, but no more than it may need", 30, "b")
+		ctx, one, two, three := context.Background(), new(int), new(int), new(int)
+		b.wait(ctx, "one", grow(one, 40))
+		b.check("within the half", 60, "one")
+		b.wait(ctx, "two", grow(two, 30))
+		b.check("two goes beyond the half", 30, "two")
 		gone, leave := context.WithCancel(ctx)
-		b.wait(gone, "c", grow(10, 500))
-		b.wait(ctx, "d", grow(10, 500))
-		b.check("others are beyond the half", 30)
+		b.wait(gone, "three", grow(three, 1))
+		b.wait(ctx, "one again", grow(one, 50))
+		b.check("others wait", 30)
+		b.wait(ctx, "two again", grow(two, 500))
+		b.check("two is never waiting", -470, "two again")
 		leave()
-		b.wait(ctx, "e", func(ctx context.Context) error { return b.take(ctx, 30) })
-		b.check("who begins a message need not wait for those who grow", 0, "c gave up", "e")
-		b.finish(0, 30)
-		b.check("one message is whole", -500, "d")
-		b.wait(ctx, "f", func(ctx context.Context) error { return b.take(ctx, 1) })
-		b.give(500)
-		b.check("no room yet", 0)
-		b.give(101)
-		b.check("room", 100, "f")
+		b.check("three has gone", -470, "three gave up")
+		b.finish(nil, 0, 530)
+		b.check("two has handed over, and is not finished", -470)
+		b.finish(two, 510, 0)
+		b.check("it is now one's turn", -10, "one again")
+		b.wait(ctx, "three", grow(three, 0))
+		b.check("two at a time do not go beyond", -10)
+		b.finish(one, 90, 90)
+		b.check("all is finished", 80, "three")
 	})
 }

@@ -198,7 +198,7 @@ func (c *conn) readAll(r io.Reader) ([]byte, error) {
 	for {
 		room := c.reserved - c.inflater
 		if int64(len(buf)) == room {
-			if err := c.grow(room, int64(c.maxMessage)+1-room); err != nil {
+			if err := c.grow(min(room, int64(c.maxMessage)+1-room)); err != nil {
 				return buf, err
 			}
 			room = c.reserved - c.inflater
@@ -234,19 +234,21 @@ func (c *conn) reserveIndex(msg []byte) error {
 	}
 	index := eventCost * int64(min(bytes.Count(msg, []byte("{")), maxBatchEvents+1))
 	if lack := int64(len(msg)) + index - c.reserved; lack > 0 {
-		return c.grow(lack, lack)
+		return c.grow(lack)
 	}
 	return nil
 }
 
-// grow takes room for n bytes more of this message, or for most, as budget.grow
-// does. The time that it waits does not count as the peer's.
-func (c *conn) grow(n, most int64) error {
+// grow takes room for n bytes more of this message. The time that it waits does not
+// count as the peer's.
+func (c *conn) grow(n int64) error {
 	c.readTimer.Stop()
 	begun := time.Now()
-	took, err := c.budget.grow(c.ctx, n, most)
-	c.reserved += took
-	c.grown += took
+	err := c.budget.grow(c.ctx, c, n)
+	if err == nil {
+		c.reserved += n
+		c.grown += n
+	}
 	c.readBy = c.readBy.Add(time.Since(begun))
 	c.readTimer.Reset(time.Until(c.readBy))
 	return err
@@ -258,7 +260,7 @@ func (c *conn) release(msg []byte) {
 	if msg != nil {
 		keepBuffer(msg)
 	}
-	c.budget.finish(c.reserved, c.grown)
+	c.budget.finish(c, c.reserved, c.grown)
 	c.reserved, c.grown = 0, 0
 	c.busy.Store(false)
 }

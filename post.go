@@ -118,7 +118,7 @@ func (p *post) take(msg []byte) error {
 	p.reserved -= kept
 	taken := min(kept, p.grown) // the hub has it now: it keeps no other message from growing
 	p.grown -= taken
-	p.budget.finish(0, taken)
+	p.budget.finish(nil, 0, taken)
 	if last := p.tracker.last; last != "" && !slices.Contains(p.sessions, last) {
 		p.sessions = append(p.sessions, last)
 	}
@@ -134,9 +134,11 @@ func (p *post) keepRoom(left int64) error {
 		return nil
 	}
 	p.hub.send(awaitCommit{p.tracker.last, make(chan int64, 1)})
-	took, err := p.budget.grow(p.ctx, short, short)
-	p.reserved += took
-	p.grown += took
+	err := p.budget.grow(p.ctx, &p.conn, short)
+	if err == nil {
+		p.reserved += short
+		p.grown += short
+	}
 	return err
 }
 

@@ -145,13 +145,18 @@ func (p *page) add(event []byte) (more bool) {
 
 // grow takes room for a chunk of so much JSON, and for as much of it in the page.
 func (p *page) grow(ctx context.Context, raw int64) error {
-	n := max(0, 2*raw-p.cost)
-	took, err := p.budget.grow(ctx, n, n)
-	p.cost += took
+	more := 2*raw - p.cost
+	if more <= 0 {
+		return nil
+	}
+	err := p.budget.grow(ctx, p, more)
+	if err == nil {
+		p.cost += more
+	}
 	return err
 }
 
-func (p *page) release() { p.budget.finish(p.cost, p.cost) }
+func (p *page) release() { p.budget.finish(p, p.cost, p.cost) }
 
 // eventPage gives the events of a session from one number on, at most limit and
 // about pageBytes, also those not yet committed. Memory is asked first:
