@@ -8,6 +8,7 @@ import (
 	"slices"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
@@ -255,4 +256,29 @@ func (v *testViewer) waitFor(index int) {
 	v.t.Helper()
 	waitUntil(v.t, fmt.Sprintf("the viewer of %s has seen %d events", v.session, index),
 		func() bool { return v.look().next >= index })
+}
+
+// Pages that are made at the same time do not wait for each other without end,
+// though each holds room when it comes upon a larger chunk.
+func TestPagesTogether(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		room := newBudget(outgoingMin)
+		var all sync.WaitGroup
+		for range 20 {
+			all.Go(func() {
+				p := &page{budget: room}
+				for _, raw := range []int64{pageBytes, 1, 3 * pageBytes} {
+					if err := p.grow(t.Context(), raw); err != nil {
+						t.Error(err)
+					}
+					time.Sleep(time.Second)
+				}
+				p.release()
+			})
+		}
+		all.Wait()
+		if room.left() != outgoingMin || room.growing != 0 {
+			t.Errorf("%d bytes are left of %d, and %d grow", room.left(), outgoingMin, room.growing)
+		}
+	})
 }
