@@ -341,6 +341,7 @@ func (h *hubState) takeList(cmd listRead) (news []string) {
 	for id, f := range h.foreign {
 		switch {
 		case !f.seen.Before(cmd.asked) || h.claiming[id].n > 0:
+		case watchedLive(h.watchers[id]): // its row tells the last events before the end
 		case len(cmd.rows) < maxActive:
 			h.endForeign(id)
 		default: // it may be one of those that the list has no room for

@@ -199,6 +199,8 @@ func TestHubForeignWatch(t *testing.T) {
 		t.heard(v, "lagged s 12", "state s left")
 		t.lists(row("s", 5, 12))
 		t.heard(v, "started s") // nobody had heard of it
+		t.lists()
+		t.heard(v) // if it has ended, its row has its last events
 		c := t.idle()
 		t.attach(c, "s", claim{epoch: 6, counters: counters{events: 12}}) // it moves here
 		t.publish(c, "s", 1, 1)
