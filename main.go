@@ -36,7 +36,7 @@ import (
 const (
 	beatEvery    = 2 * time.Second  // that this server is there
 	pulseEvery   = time.Second      // whether the database is
-	maxWaiting   = time.Minute      // of an event for its commit, in health
+	maxWaiting   = time.Minute      // of an event for its commit, after BATCH_INTERVAL, in health
 	shutdownTime = 18 * time.Second // for everything; systemd and others wait about 20
 )
 
@@ -326,14 +326,15 @@ func (s *server) beat(ctx context.Context) {
 // illness says why the server cannot store what it is sent; "" when it can.
 func (s *server) illness(beat error) string {
 	waiting, last := s.stats().oldest, s.store.last.Load()
+	late := waiting > s.cfg.batchInterval+maxWaiting
 	switch {
 	case beat != nil:
 		return fmt.Sprintf("the database takes no writes: %v", beat)
 	case last != nil && isOperatorError(last.err) && time.Since(last.at) < time.Minute:
 		return fmt.Sprintf("the database refuses a statement: %v", last.err)
-	case waiting > maxWaiting && last != nil:
+	case late && last != nil:
 		return fmt.Sprintf("the oldest event has waited %v for its commit: %v", waiting.Round(time.Second), last.err)
-	case waiting > maxWaiting:
+	case late:
 		return fmt.Sprintf("the oldest event has waited %v for its commit", waiting.Round(time.Second))
 	}
 	return ""
