@@ -1,17 +1,6 @@
 // Command session-replay records browser sessions (rrweb events over a
 // WebSocket), shows them live and replays them. It keeps them in PostgreSQL.
-//
-// The way of an event:
-//
-//	page ── WebSocket ──▶ tracker (session.go)      finds the events' bounds (event.go)
-//	                        │ publish
-//	                        ▼
-//	                      hub (hub.go)              numbers it, keeps it, fans it out
-//	                    ┌───┴───────────────┐
-//	                    ▼                   ▼ takes dirty sessions, BATCH_SIZE at a time
-//	viewers ◀── outbox per viewer       writers (writer.go)  gzip, insert, commit
-//	                                        │ committed
-//	                    tracker ◀── ack ── hub
+// README.md shows the way of an event, and in which order to read the files.
 package main
 
 import (
