@@ -312,7 +312,7 @@ func TestPostPages(t *testing.T) {
 func TestRecordings(t *testing.T) {
 	s := startServer(t, "INGEST_KEY=key", "TRACKER_ORIGINS=https://shop.example.com", "BATCH_INTERVAL=600000")
 	meta := `{"type":5,"timestamp":1,"data":{"tag":"recording-meta",` +
-		`"payload":{"userId":"ann","plan":"pro","resume":"x","sessionId":"y","` + "\x7f" + `":1}}}`
+		`"payload":{"` + "\x7f" + `":1,"userId":"ann","plan":"pro","resume":"x","sessionId":"y"}}}`
 	page := `{"type":4,"timestamp":2,"data":{"href":"https://shop.example.com/","width":800,"height":600}}`
 	for _, c := range []struct {
 		name, id, key, origin, body string
