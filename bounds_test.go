@@ -304,10 +304,10 @@ func TestBoundsClocks(t *testing.T) {
 	}
 }
 
-// What has waited for over a minute is an illness, and so is a claim.
+// What has waited for over a minute beyond BATCH_INTERVAL is an illness, and so is a claim.
 func TestBoundsIllness(t *testing.T) {
 	inHub(t, nil, func(t *hubTest) {
-		s := &server{core: core{hub: t.hub, store: &store{}}}
+		s := &server{core: core{cfg: t.cfg, hub: t.hub, store: &store{}}}
 		want := func(when, part string) {
 			t.Helper()
 			if got := s.illness(nil); (got == "") != (part == "") || !strings.Contains(got, part) {
@@ -315,18 +315,18 @@ func TestBoundsIllness(t *testing.T) {
 			}
 		}
 		t.publish(t.tracker("s"), "s", 2, 1)
-		time.Sleep(maxWaiting)
+		time.Sleep(t.cfg.batchInterval + maxWaiting)
 		want("a minute", "")
 		time.Sleep(time.Second)
-		want("more", "has waited 1m1s")
+		want("more", "has waited 1m6s")
 		s.store.last.Store(&failure{errors.New("lock timeout"), time.Now()})
 		want("more, and why", "lock timeout")
 		s.store.last.Store(nil)
 		t.settle(stored, t.later()...)
 		want("stored", "")
 		t.reserve(t.idle(), "claimed", false, 1)
-		time.Sleep(maxWaiting + time.Second)
-		want("a claim", "has waited 1m1s")
+		time.Sleep(t.cfg.batchInterval + maxWaiting + time.Second)
+		want("a claim", "has waited 1m6s")
 		t.do(unreserve{"claimed"})
 		want("given up", "")
 	})

@@ -77,7 +77,10 @@ func (b *budget) wait(ctx context.Context, try func() bool) error {
 	return nil
 }
 
-// give gives room back. A negative n takes it without waiting.
+// force takes room without waiting, also where there is none.
+func (b *budget) force(n int64) { b.finish(nil, -n, 0) }
+
+// give gives room back.
 func (b *budget) give(n int64) { b.finish(nil, n, 0) }
 
 // finish gives n bytes back, and ends the growing of so many. With an owner it ends

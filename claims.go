@@ -11,6 +11,8 @@ func (h *hubState) reserve(cmd reserve) reservation {
 	case cmd.share && s != nil && s.shared && s.tracker != nil && s.tracker != cmd.out:
 		h.recorded[cmd.out] = s
 		return joins
+	case cmd.share && s != nil && !s.shared && s.tracker != nil && s.tracker != cmd.out:
+		return alone
 	case !cmd.byToken && (h.claiming[cmd.id].n > 0 || s != nil && s.tracker != nil && s.tracker != cmd.out):
 		return taken
 	case h.aboutBytes+cmd.cost-s.aboutCost() > int64(h.cfg.maxBufferBytes)/8:
@@ -81,7 +83,7 @@ func (h *hubState) attach(cmd attach) attached {
 
 func (h *hubState) describe(s *session, about *description) {
 	more := about.cost() - s.about.cost()
-	h.budget.give(-more)
+	h.budget.force(more)
 	h.aboutBytes += more
 	s.about = about
 }
@@ -114,16 +116,28 @@ func (h *hubState) detach(out *outbox) {
 		return
 	}
 	s.tracker, s.detachedAt = nil, time.Now()
-	if s.shared {
-		for other, theirs := range h.recorded {
-			if theirs == s {
-				s.tracker = other
-				return
-			}
-		}
+	if others := h.trackersOf(s); len(others) > 0 {
+		s.tracker = others[0]
+		return
 	}
 	h.grace[s] = struct{}{}
 	h.tellState(s)
+}
+
+// trackersOf gives all who record a session: it may be shared.
+func (h *hubState) trackersOf(s *session) (all []*outbox) {
+	if s.tracker != nil {
+		all = append(all, s.tracker)
+	}
+	if !s.shared {
+		return all
+	}
+	for out, theirs := range h.recorded {
+		if theirs == s && out != s.tracker {
+			all = append(all, out)
+		}
+	}
+	return all
 }
 
 // end ends a session: what is left of it is stored at once, then it leaves memory.
@@ -139,9 +153,13 @@ func (h *hubState) end(s *session) {
 	h.enqueue(s)
 }
 
-// abandon forgets a session of which nothing more can be stored, and tells its
-// tracker why.
+// abandon forgets a session of which nothing more can be stored. Its trackers are
+// told why before their posts, which wait for a commit, are answered.
 func (h *hubState) abandon(s *session, why outcome) {
+	for _, out := range h.trackersOf(s) {
+		delete(h.recorded, out)
+		tellAbandoned(out, why)
+	}
 	h.discard(s)
 	h.forget(s)
 	if why == deleted {
@@ -155,11 +173,9 @@ func (h *hubState) abandon(s *session, why outcome) {
 		h.tellEnded(s.id)
 	}
 	s.ended = true
-	out := s.tracker
-	if out == nil {
-		return
-	}
-	delete(h.recorded, out)
+}
+
+func tellAbandoned(out *outbox, why outcome) {
 	switch why {
 	case epochLost:
 		out.closeAfterSending(closeTaken, "the session continues on another connection")

@@ -21,7 +21,7 @@ const (
 	firstRead  = 16 << 10  // room for a message before it is known to be larger
 	inflater   = 48 << 10  // room for what inflates a message
 	writePiece = 256 << 10 // of a large message, each with its own deadline
-	maxErrors  = 100       // in a row, then the connection is closed
+	maxErrors  = 100       // in a row, in a post in all; then the connection is closed
 )
 
 // conn is one WebSocket; what its messages mean is its handler's. Its own
@@ -37,7 +37,7 @@ type conn struct {
 	*core
 	maxMessage int   // bytes
 	inflater   int64 // room for what inflates a message; 0: messages come as they are
-	urgent     bool  // messages are read also while the budget has no room
+	unbudgeted bool  // messages, which are small, are read also while the budget has no room
 
 	readTimer *time.Timer  // closes the connection when one message takes too long
 	pingTimer *time.Timer  // starts the next ping
@@ -125,7 +125,7 @@ func (c *conn) replyError(e *protocolError) {
 	c.metrics.refuse(e.code)
 	c.out.send(errorMessage(e.code, e.reason))
 	if c.errors++; c.errors >= maxErrors {
-		c.out.closeAfterSending(closePolicy, "too many errors in a row")
+		c.out.closeAfterSending(closePolicy, "too many errors")
 	}
 }
 
@@ -182,12 +182,14 @@ func (c *conn) read() ([]byte, error) {
 // readAll reads a message to its end. Room for it is taken from the budget before
 // its bytes are read, or inflated.
 func (c *conn) readAll(r io.Reader) ([]byte, error) {
-	if c.urgent {
-		c.budget.give(-firstRead)
-	} else if err := c.budget.take(c.ctx, firstRead+c.inflater); err != nil {
+	first := firstRead + c.inflater
+	if c.unbudgeted {
+		first = int64(c.maxMessage) + 1 // it never grows
+		c.budget.force(first)
+	} else if err := c.budget.take(c.ctx, first); err != nil {
 		return nil, err
 	}
-	c.reserved = firstRead + c.inflater
+	c.reserved = first
 	c.readBy = time.Now().Add(c.cfg.messageTimeout)
 	c.readTimer = time.AfterFunc(c.cfg.messageTimeout, func() {
 		c.metrics.refuse("message_time")
@@ -229,7 +231,7 @@ func (c *conn) readAll(r io.Reader) ([]byte, error) {
 // is handled: a message of tiny events has an index larger than itself. Each event
 // has a brace; braces within events ask for more than is needed.
 func (c *conn) reserveIndex(msg []byte) error {
-	if c.urgent {
+	if c.unbudgeted {
 		return nil
 	}
 	index := eventCost * int64(min(bytes.Count(msg, []byte("{")), maxBatchEvents+1))

@@ -95,7 +95,8 @@ func newBatch(id string, f frame, seq int64) *batch {
 }
 
 func newReport(kind string, data []byte, seq int64) *batch {
-	return &batch{report: &report{kind: kind, data: bytes.Clone(data)}, seq: seq, cost: int64(len(data)) + 256, received: time.Now()}
+	return &batch{report: &report{kind: kind, data: bytes.Clone(data)}, seq: seq, cost: int64(len(data)) + 256,
+		received: time.Now()}
 }
 
 // eventCost is what the bounds of one event take in memory.
@@ -169,8 +170,9 @@ type claim struct {
 }
 
 // flush is what one session adds to one transaction. The hub makes it, a writer
-// encodes and stores it and hands it back. Its content never changes, so that
-// storing it twice is the same as once.
+// encodes and stores it and hands it back. Its batches and chunks never change, so
+// that storing them twice is the same as once; epoch and ended are what they are of
+// the session at each attempt.
 type flush struct {
 	session string
 	epoch   int64

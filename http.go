@@ -385,7 +385,7 @@ func (s *server) handleWebSocket(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	ws.SetReadLimit(-1) // conn.read has its own
-	c := &conn{core: &s.core, ws: ws, net: h.conn, out: newOutbox(), urgent: isViewer}
+	c := &conn{core: &s.core, ws: ws, net: h.conn, out: newOutbox(), unbudgeted: isViewer}
 	if w.Header().Get("Sec-WebSocket-Extensions") != "" {
 		c.inflater = inflater
 	}

@@ -145,12 +145,9 @@ type (
 		id    string
 		reply chan int64
 	}
-	forward struct { // to the viewers of the tracker's session
-		out *outbox
-		m   message
-	}
-	hide struct { // the tracker's page goes into the background, or comes back
+	visibility struct { // the tracker's page goes into the background, or comes back
 		out    *outbox
+		m      message // for the session's viewers
 		hidden bool
 	}
 	finish struct{ out *outbox } // the tracker ends its session
@@ -212,6 +209,7 @@ const (
 	taken               // a live connection has the session
 	noRoom              // sessions fill their share of the budget
 	joins               // out records the session beside its tracker
+	alone               // its tracker does not share it
 )
 
 // attached answers attach. With outdated, a newer claim came first.
@@ -223,8 +221,8 @@ type attached struct {
 
 // waiting is an awaitCommit that is not answered yet.
 type waiting struct {
-	events, errors int64 // to be committed
-	reply          chan int64
+	upTo  counters // to be committed
+	reply chan int64
 }
 
 // inMemory answers memoryQuery: the batches with the events asked for, in order;
@@ -367,12 +365,9 @@ func (h *hubState) handle(cmd command) {
 		cmd.reply <- h.attach(cmd)
 	case awaitCommit:
 		h.awaitCommit(cmd)
-	case forward:
+	case visibility:
 		if s := h.recorded[cmd.out]; s != nil {
 			h.toWatchers(s.id, cmd.m)
-		}
-	case hide:
-		if s := h.recorded[cmd.out]; s != nil {
 			s.hidden = cmd.hidden
 			h.tellState(s)
 		}
@@ -476,14 +471,14 @@ func (h *hubState) leave(out *outbox) {
 // Events.
 
 // publish takes a tracker's batch, or tells the tracker why not. A batch that was
-// taken before is only acked again.
+// taken before is only acked again, to who has sent it: an earlier page, perhaps.
 func (h *hubState) publish(cmd publish) {
 	s, b := h.sessionOf(cmd), cmd.b
 	switch {
 	case s == nil || s.ended:
 		cmd.out.trySend(errorMessage("no_session", "this connection records no session"), trackerOutbox)
 	case b.seq > 0 && b.seq <= s.now.seq:
-		h.ack(s)
+		s.ack(cmd.out)
 	case b.seq > s.now.seq+1:
 		h.metrics.refuse("sequence_gap")
 		cmd.out.trySend(sequenceGap(s.now.seq+1), trackerOutbox)
@@ -541,7 +536,7 @@ func (h *hubState) awaitCommit(cmd awaitCommit) {
 		cmd.reply <- 0
 		return
 	}
-	s.waiting = append(s.waiting, waiting{s.now.events, s.now.errors, cmd.reply})
+	s.waiting = append(s.waiting, waiting{s.now, cmd.reply})
 	s.answer(false)
 	s.hurry = len(s.pending) > 0
 	h.enqueue(s)
@@ -551,7 +546,7 @@ func (h *hubState) awaitCommit(cmd awaitCommit) {
 // session is gone.
 func (s *session) answer(gone bool) {
 	s.waiting = slices.DeleteFunc(s.waiting, func(w waiting) bool {
-		done := w.events <= s.durable.events && w.errors <= s.durable.errors
+		done := w.upTo.events <= s.durable.events && w.upTo.errors <= s.durable.errors && w.upTo.seq <= s.durable.seq
 		if done {
 			w.reply <- s.durable.seq
 		} else if gone {

@@ -163,7 +163,7 @@ func (t *hubTest) batchOf(id string, seq int64, events ...string) *batch {
 		t.Fatalf("batch: %v", err)
 	}
 	b := newBatch(id, f, seq)
-	t.budget.give(-b.cost)
+	t.budget.force(b.cost)
 	return b
 }
 
@@ -176,7 +176,7 @@ func (t *hubTest) publish(out *outbox, id string, n int, seq int64) *batch {
 
 func (t *hubTest) report(out *outbox, kind string) {
 	b := newReport(kind, []byte(`{}`), 0)
-	t.budget.give(-b.cost)
+	t.budget.force(b.cost)
 	m := message(nil)
 	if kind != "error" {
 		m = text(`{"type":"` + kind + `","data":{"sessionId":"s"}}`)

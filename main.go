@@ -1,17 +1,6 @@
 // Command session-replay records browser sessions (rrweb events over a
 // WebSocket), shows them live and replays them. It keeps them in PostgreSQL.
-//
-// The way of an event:
-//
-//	page ── WebSocket ──▶ tracker (session.go)      finds the events' bounds (event.go)
-//	                        │ publish
-//	                        ▼
-//	                      hub (hub.go)              numbers it, keeps it, fans it out
-//	                    ┌───┴───────────────┐
-//	                    ▼                   ▼ takes dirty sessions, BATCH_SIZE at a time
-//	viewers ◀── outbox per viewer       writers (writer.go)  gzip, insert, commit
-//	                                        │ committed
-//	                    tracker ◀── ack ── hub
+// README.md shows the way of an event, and in which order to read the files.
 package main
 
 import (
@@ -36,7 +25,7 @@ import (
 const (
 	beatEvery    = 2 * time.Second  // that this server is there
 	pulseEvery   = time.Second      // whether the database is
-	maxWaiting   = time.Minute      // of an event for its commit, in health
+	maxWaiting   = time.Minute      // of an event for its commit, after BATCH_INTERVAL, in health
 	shutdownTime = 18 * time.Second // for everything; systemd and others wait about 20
 )
 
@@ -326,14 +315,15 @@ func (s *server) beat(ctx context.Context) {
 // illness says why the server cannot store what it is sent; "" when it can.
 func (s *server) illness(beat error) string {
 	waiting, last := s.stats().oldest, s.store.last.Load()
+	late := waiting > s.cfg.batchInterval+maxWaiting
 	switch {
 	case beat != nil:
 		return fmt.Sprintf("the database takes no writes: %v", beat)
 	case last != nil && isOperatorError(last.err) && time.Since(last.at) < time.Minute:
 		return fmt.Sprintf("the database refuses a statement: %v", last.err)
-	case waiting > maxWaiting && last != nil:
+	case late && last != nil:
 		return fmt.Sprintf("the oldest event has waited %v for its commit: %v", waiting.Round(time.Second), last.err)
-	case waiting > maxWaiting:
+	case late:
 		return fmt.Sprintf("the oldest event has waited %v for its commit", waiting.Round(time.Second))
 	}
 	return ""

@@ -6,6 +6,7 @@ import (
 	"cmp"
 	"compress/gzip"
 	"context"
+	"encoding/json"
 	"errors"
 	"io"
 	"net"
@@ -73,6 +74,8 @@ func (p *post) receive(r io.Reader) error {
 	body, err := p.readAll(&unpacker{wire: bufio.NewReader(counted{from: r, wire: &p.metrics.wireBytes})})
 	defer func() { p.release(body) }()
 	switch {
+	case p.ctx.Err() != nil:
+		return p.ctx.Err() // of what has come so far nothing can be said
 	case err != nil:
 		return err
 	case p.tracker.share:
@@ -82,7 +85,8 @@ func (p *post) receive(r io.Reader) error {
 }
 
 // handleLines handles a body's messages, as conn.serve does those of a WebSocket.
-// What is wrong before a session has started refuses all of them.
+// What is wrong before a session has started refuses all of them, and a hundred
+// errors in all, not in a row, what is left.
 func (p *post) handleLines(body []byte) error {
 	left := int64(len(body))
 	for line := range bytes.Lines(body) {
@@ -180,12 +184,22 @@ func (p *post) answer(w http.ResponseWriter, err error) {
 }
 
 // answerRecording answers rrweb's client, which may not send its events again where
-// their commit takes too long.
+// their commit takes too long. An error in the outbox is of all its events.
 func (s *server) answerRecording(w http.ResponseWriter, r *http.Request, p *post, err error) {
 	if err == nil {
 		p.awaitCommits()
 	}
-	_, last := p.out.next()
+	m, last := p.out.next()
+	for ; m != nil; m, last = p.out.next() {
+		var told struct {
+			Type string
+			Data struct{ Code, Message string }
+		}
+		json.Unmarshal(m.encode(), &told)
+		if told.Type == "error" {
+			err = cmp.Or[error](err, &protocolError{told.Data.Code, told.Data.Message})
+		}
+	}
 	if wrong := refusal(err, last); wrong != nil {
 		s.fail(w, r, cmp.Or(statuses[wrong.code], http.StatusBadRequest), wrong.reason, nil)
 		return

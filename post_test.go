@@ -11,9 +11,11 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"os"
 	"strings"
 	"sync"
 	"testing"
+	"testing/iotest"
 	"time"
 
 	"nhooyr.io/websocket"
@@ -109,6 +111,8 @@ func TestPost(t *testing.T) {
 			200, ready + " error:sequence_gap events_ack:1", "one"},
 		{"an error of the page", "key=key", "", lines(start, one, postReport(2)), plain,
 			200, ready + " events_ack:2", "one"},
+		{"a batch of nothing", "key=key", "", lines(start, `{"type":"events_batch","data":{"seq":1,"events":[]}}`), plain,
+			200, ready + " events_ack:1", ""},
 		{"a wrong line", "key=key", "", lines(start, `{"type":`, one), plain,
 			200, ready + " error:invalid_message events_ack:1", "one"},
 		{"only wrong lines", "key=key", "", lines(start, strings.Repeat("{}\n", 200), one), plain,
@@ -308,7 +312,7 @@ func TestPostPages(t *testing.T) {
 func TestRecordings(t *testing.T) {
 	s := startServer(t, "INGEST_KEY=key", "TRACKER_ORIGINS=https://shop.example.com", "BATCH_INTERVAL=600000")
 	meta := `{"type":5,"timestamp":1,"data":{"tag":"recording-meta",` +
-		`"payload":{"userId":"ann","plan":"pro","resume":"x","sessionId":"y"}}}`
+		`"payload":{"` + "\x7f" + `":1,"userId":"ann","plan":"pro","resume":"x","sessionId":"y"}}}`
 	page := `{"type":4,"timestamp":2,"data":{"href":"https://shop.example.com/","width":800,"height":600}}`
 	for _, c := range []struct {
 		name, id, key, origin, body string
@@ -349,6 +353,64 @@ func TestRecordings(t *testing.T) {
 	}
 }
 
+// TestRecordingsRefused sends events that are not stored, or not in the session that
+// was asked for, and none of them is answered as if it were.
+func TestRecordingsRefused(t *testing.T) {
+	t.Parallel()
+	s := startInside(t, "MAX_SESSION_BYTES=200")
+	execSQL(t, s.database, "alter table session_events add check (session_id <> 'joined' or first_index = 0)")
+	const event = `{"type":3,"timestamp":3}`
+	post := func(id, body string) string {
+		got := s.post("/recordings/"+id+"/events", body)
+		return said(got.status, strings.TrimSpace(got.body))
+	}
+	open := func(id string) *testConn {
+		return dialServer(t, "ws://127.0.0.1:"+s.port+"/recordings/"+id+"/events/ws")
+	}
+	holds(t, "a full session", post("full", strings.Repeat(event+"\n", 20)), "400", "MAX_SESSION_BYTES")
+	first := open("joined")
+	first.sendRaw(event)
+	waitUntil(t, "it is stored", func() bool { return querySQL[int](t, s.database, "select count(*) from session_events") == 1 })
+	holds(t, "what PostgreSQL refuses", post("joined", event), "400", "the database refused")
+	first.wantError("not_stored")
+	page := s.recording("numbered")
+	same(t, "a session that tracker.js records", post("numbered", event), `200 {"ok":true}`)
+	second := open("numbered")
+	second.sendRaw(event)
+	second.sendRaw("[]")
+	if m, err := second.receive(); m.Type != "error" {
+		t.Errorf("rrweb's client is told %s %v, want errors alone", m, err)
+	}
+	page.record(1, 1)
+	same(t, "its events", querySQL[int](t, s.database, "select event_count from sessions where session_id = 'numbered'"), 1)
+}
+
+// TestRecordingsURL begins a session at the second attempt, on another page.
+func TestRecordingsURL(t *testing.T) {
+	t.Parallel()
+	s := startInside(t)
+	allowed := false
+	tr := &tracker{core: &s.server.core, ctx: t.Context(), out: newOutbox(), share: true}
+	tr.mayStart = func() bool { return allowed }
+	c := &rrwebClient{tracker: tr, recording: "r"}
+	for _, url := range []string{"https://shop.example.com/a", "https://shop.example.com/b", "https://shop.example.com/c"} {
+		_, err := c.handle(fmt.Appendf(nil, `{"type":4,"data":{"href":%q,"width":8,"height":6}}`, url))
+		same(t, url+": it is taken", err == nil, allowed)
+		allowed = true
+	}
+	same(t, "the URL", querySQL[string](t, s.database, "select url from sessions"), "https://shop.example.com/b")
+}
+
+// TestPostLate is about a body that is not here in time: it is not said to be wrong.
+func TestPostLate(t *testing.T) {
+	p := &post{conn: conn{core: &core{budget: newBudget(1 << 20), metrics: &metrics{}}, out: newOutbox(), maxMessage: 1 << 20}}
+	p.cfg.messageTimeout = time.Minute
+	p.ctx, p.cancel = context.WithCancel(t.Context())
+	p.cancel()
+	body := io.MultiReader(strings.NewReader(zipped("{}")[:12]), iotest.ErrReader(os.ErrDeadlineExceeded))
+	same(t, "the refusal", refusal(p.receive(body), nil).code, "unavailable")
+}
+
 // TestTrackerFetches asks why nothing is recorded.
 func TestTrackerFetches(t *testing.T) {
 	s := startServer(t, "INGEST_KEY=key", "TRACKER_ORIGINS=https://shop.example.com")
@@ -360,7 +422,7 @@ func TestTrackerFetches(t *testing.T) {
 	ask("/ws", "Origin", "https://shop.example.com")
 	ask("/ws?key=key", "Origin", "https://evil.example.com")
 	ask("/ws?key=key", "Origin", "https://never.example.com")
-	s.post("/ws?key=key", postStart("one", 1, 1), "Origin", "https://shop.example.com")
+	s.post("/ws?key=key", lines(postStart("one", 1, 1), postStart("one", 1, 1)), "Origin", "https://shop.example.com")
 	same(t, "fetches", fmt.Sprintf("%s", s.statsOf().TrackerFetches),
 		`[{"origin":"https://shop.example.com","fetches":2,"sessions":1,"refusals":{"ingest_key":1}} `+
 			`{"origin":"https://evil.example.com","fetches":1,"sessions":0,"refusals":{"origin":1}}]`)

@@ -149,7 +149,7 @@ func (h *hubState) settle(f *flush) {
 // committed acks what is stored and keeps it as the session's tail.
 func (h *hubState) committed(s *session, f *flush) {
 	s.durable, s.flush = f.totals, nil
-	h.ack(s)
+	s.ack(s.ackTo)
 	s.answer(false)
 	if s.ended && f.ended && f.epoch == s.epoch {
 		h.budget.give(f.cost())
@@ -168,9 +168,9 @@ func (h *hubState) committed(s *session, f *flush) {
 	h.enqueue(s)
 }
 
-func (h *hubState) ack(s *session) {
-	if s.ackTo != nil && s.durable.seq > 0 {
-		s.ackTo.ack(s.id, s.durable.seq)
+func (s *session) ack(out *outbox) {
+	if out != nil && s.durable.seq > 0 {
+		out.ack(s.id, s.durable.seq)
 	}
 }
 

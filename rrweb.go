@@ -25,11 +25,12 @@ func (c *rrwebClient) handle(msg []byte) (kept int64, err error) {
 	if err != nil {
 		return 0, &protocolError{"invalid_events", err.Error()}
 	}
-	news, closed := c.told(f)
+	news, located, closed := c.told(f)
 	if c.id == "" || len(news) > len("{}") {
 		if err := c.start(news); err != nil {
 			return 0, err
 		}
+		c.located = located
 	}
 	if kept, err = c.takeBatch(f); err == nil && closed {
 		err = c.endSession(frame{})
@@ -68,10 +69,10 @@ func membersOf(object []byte) (all []member) {
 	return all
 }
 
-// told gives the metadata that events tell, and whether one of them ends the
-// session. The first Meta event has the page's URL.
-func (c *rrwebClient) told(f frame) (metadata []byte, closed bool) {
-	metadata = []byte("{}")
+// told gives the metadata that events tell, whether the page's URL is known with
+// it, which the first Meta event has, and whether an event ends the session.
+func (c *rrwebClient) told(f frame) (metadata []byte, located, closed bool) {
+	metadata, located = []byte("{}"), c.located
 	for _, e := range f.events {
 		if e.kind != metaEvent && e.kind != customEvent {
 			continue
@@ -79,8 +80,8 @@ func (c *rrwebClient) told(f frame) (metadata []byte, closed bool) {
 		data := fields(f.msg[e.start:e.end], "data")["data"]
 		d := fields(data, "href", "width", "height", "tag", "payload")
 		switch tag := unquote(d["tag"]); {
-		case e.kind == metaEvent && !c.located && d["href"] != nil && d["width"] != nil && d["height"] != nil:
-			c.located = true
+		case e.kind == metaEvent && !located && d["href"] != nil && d["width"] != nil && d["height"] != nil:
+			located = true
 			page := fmt.Appendf(nil, `{"url":%s,"viewport":{"width":%s,"height":%s}}`,
 				d["href"], d["width"], d["height"])
 			metadata = rewrite(page, nil, 0, membersOf(metadata))
@@ -90,7 +91,7 @@ func (c *rrwebClient) told(f frame) (metadata []byte, closed bool) {
 			closed = true
 		}
 	}
-	return metadata, closed
+	return metadata, located, closed
 }
 
 // rrweb's event types that tell of a recording.

@@ -1,6 +1,6 @@
 -- The schema, applied at every start, in one transaction under an advisory
--- lock. Every key contains session_id, which is never updated, so that the
--- tables can be distributed by it.
+-- lock. Every key but that of servers contains session_id, which is never updated,
+-- so that the tables can be distributed by it.
 
 create table if not exists sessions (
     session_id       text primary key,
@@ -13,8 +13,8 @@ create table if not exists sessions (
     ended_at         timestamptz,
     event_count      bigint not null default 0,
     error_count      bigint not null default 0,
-    raw_bytes        bigint not null default 0, -- JSON of its events
-    stored_bytes     bigint not null default 0, -- the chunks they are in
+    raw_bytes        bigint not null default 0, -- JSON of its events and errors
+    stored_bytes     bigint not null default 0, -- the chunks, and JSON of the errors
     first_event_time bigint,                    -- least and greatest timestamp of
     last_event_time  bigint,                    -- its events, in milliseconds
     snapshot_index   bigint,                    -- number of the newest full snapshot

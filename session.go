@@ -57,7 +57,7 @@ type tracker struct {
 	share bool   // several may record one session: they cannot number their events
 
 	mayStart func() bool // counts the sessions that its address begins
-	started  func()      // called when a session has started, if set
+	started  func()      // called when the connection has started a session, if set
 }
 
 // handle does what a message asks. kept is how much of the message's room in the
@@ -185,8 +185,7 @@ func (t *tracker) passOn(f frame) error {
 	}
 	var page struct{ Hidden bool }
 	json.Unmarshal(f.data, &page) // what is no bool leaves it false
-	t.hub.send(forward{t.out, m})
-	t.hub.send(hide{t.out, page.Hidden})
+	t.hub.send(visibility{t.out, m, page.Hidden})
 	return nil
 }
 
@@ -283,12 +282,12 @@ func rewrite(object []byte, names []string, most int, defaults []member) []byte 
 			value = encodeJSON(cut(unquote(value), most))
 		}
 		if len(value) <= 2*most && len(out)+len(value) < maxMetadata && !nests(value, maxNesting) {
-			out = fmt.Appendf(out, "%q:%s,", name, value) // twice: a string grows by its escapes
+			out = fmt.Appendf(out, "%s:%s,", encodeJSON(name), value) // twice: a string grows by its escapes
 		}
 	}
 	for _, d := range defaults {
 		if last[d.key] == nil {
-			out = fmt.Appendf(out, "%q:%s,", d.key, d.value)
+			out = fmt.Appendf(out, "%s:%s,", encodeJSON(d.key), d.value)
 		}
 	}
 	return append(bytes.TrimSuffix(out, []byte(",")), '}')
@@ -357,10 +356,10 @@ func (t *tracker) startSession(f frame) error {
 		return err
 	}
 	t.id, t.asked, t.last, t.token = st.id, asked, st.id, st.token
-	if t.started != nil {
+	if t.started != nil && t.id != known {
 		t.started()
 	}
-	if t.id != asked && t.id != known {
+	if t.id != asked && t.id != known && !t.share { // rrweb's client shows what it is told on the console
 		t.out.send(envelope("session_assigned", sessionID{t.id}))
 	}
 	if st.resume {
@@ -418,6 +417,8 @@ func (t *tracker) claim(st *start, resuming bool) (attached, error) {
 		return attached{}, net.ErrClosed
 	case r == taken:
 		return attached{}, errTaken
+	case r == alone:
+		return attached{}, errToken
 	case r == noRoom:
 		return attached{}, &protocolError{"too_many_sessions", "too many sessions are live: try again later"}
 	case r == joins:

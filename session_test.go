@@ -212,6 +212,21 @@ func TestMessageTimeout(t *testing.T) {
 	})
 }
 
+// What a viewer says is read also where events have left no room.
+func TestViewersNeedNoRoom(t *testing.T) {
+	t.Parallel()
+	s := startInside(t)
+	all := s.server.budget.left()
+	s.server.budget.force(all)
+	defer s.server.budget.give(all)
+	v := s.viewer()
+	for _, size := range []int{maxViewerMessage - 100, maxViewerMessage} {
+		v.send("no_such_type", `"`+strings.Repeat("x", size)+`"`)
+	}
+	v.wantError("unknown_type")
+	v.wantError("too_large")
+}
+
 // ---- heartbeats ----
 
 // Connections that do not answer pings are gone from memory and /stats; those

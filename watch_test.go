@@ -96,7 +96,7 @@ func TestHubJoinWhileLagging(t *testing.T) {
 			v.trySend(sessionEnded("x"), 1<<20)
 		}
 		t.publish(c, "s", 3, 1)
-		t.do(forward{c, text("{}")})
+		t.do(visibility{c, text("{}"), false})
 		t.join(v, "s")
 		t.publish(c, "s", 1, 2)
 		all := slices.DeleteFunc(t.messages(v), func(m string) bool { return m == "list" || m == "ended x" })

@@ -59,7 +59,7 @@ func (w *writer) run(ctx context.Context) {
 	}
 }
 
-// write stores a batch in one transaction. When the database refuses it, the
+// write stores flushes in one transaction. When the database refuses it, the
 // sessions are tried one by one, so that none suffers for another.
 func (w *writer) write(ctx context.Context, work []*flush) {
 	err := w.commit(ctx, work)
@@ -99,9 +99,9 @@ func (w *writer) keep(work []*flush, err error) {
 	if len(work) == 1 && isDataError(err) {
 		result = refused
 		w.metrics.refusedSessions.Add(1)
-		w.log.Error("session refused by the database", "session", work[0].session, "first", work[0].totals.events, "err", err)
+		w.log.Error("session refused by the database", "session", work[0].session, "events_up_to", work[0].totals.events, "err", err)
 	} else {
-		w.log.Warn("batch not stored, will try again", "sessions", len(work), "attempt", work[0].attempts+1, "err", err)
+		w.log.Warn("transaction not stored, will try again", "sessions", len(work), "attempt", work[0].attempts+1, "err", err)
 	}
 	for _, f := range work {
 		f.outcome = result
@@ -109,6 +109,7 @@ func (w *writer) keep(work []*flush, err error) {
 }
 
 const (
+	// ended_at is now() or null. Citus takes no now() in a case.
 	updateRow = `update sessions set event_count = $3, error_count = $4, raw_bytes = $5, stored_bytes = $6,
 		first_event_time = nullif($7::bigint, 0), last_event_time = nullif($8::bigint, 0), snapshot_index = nullif($9::bigint, -1),
 		last_seq = $10, is_active = $11, ended_at = now() + case when $11 then null else interval '0' end, updated_at = now()
@@ -125,17 +126,17 @@ const (
 // flush's epoch only: the first locks the row, so the others see the same. All
 // values are absolute and never go back, and all rows have their keys: storing
 // twice changes nothing, be it because a commit's answer was lost, or because
-// PostgreSQL had been given up and carries out an old batch after a newer one.
+// PostgreSQL had been given up and carries out an old transaction after a newer one.
 func (w *writer) commit(ctx context.Context, work []*flush) error {
 	ctx, cancel := context.WithTimeout(ctx, commitTimeout)
 	defer cancel()
-	batch := &pgx.Batch{}
-	batch.Queue("select set_config('lock_timeout', $1, true)", lockTimeout)
+	statements := &pgx.Batch{}
+	statements.Queue("select set_config('lock_timeout', $1, true)", lockTimeout)
 	for _, f := range work {
 		f.outcome = stored
-		queue(batch, f)
+		queue(statements, f)
 	}
-	if err := w.store.pool.SendBatch(ctx, batch).Close(); err != nil {
+	if err := w.store.pool.SendBatch(ctx, statements).Close(); err != nil {
 		return err
 	}
 	w.store.last.Store(nil)
@@ -143,9 +144,9 @@ func (w *writer) commit(ctx context.Context, work []*flush) error {
 	return nil
 }
 
-func queue(batch *pgx.Batch, f *flush) {
+func queue(statements *pgx.Batch, f *flush) {
 	t := f.totals
-	batch.Queue(updateRow, f.session, f.epoch, t.events, t.errors, t.raw, t.stored, t.firstTime, t.endTime, t.snapshot,
+	statements.Queue(updateRow, f.session, f.epoch, t.events, t.errors, t.raw, t.stored, t.firstTime, t.endTime, t.snapshot,
 		t.seq, !f.ended).Exec(func(tag pgconn.CommandTag) error {
 		if tag.RowsAffected() == 0 {
 			f.outcome = epochLost
@@ -153,11 +154,11 @@ func queue(batch *pgx.Batch, f *flush) {
 		return nil
 	})
 	for _, c := range f.chunks {
-		batch.Queue(insertChunk, f.session, f.epoch, c.first, c.count, c.startTime, c.endTime, c.snapshot, c.raw, c.events)
+		statements.Queue(insertChunk, f.session, f.epoch, c.first, c.count, c.startTime, c.endTime, c.snapshot, c.raw, c.events)
 	}
 	for _, b := range f.batches {
 		if r := b.report; r != nil {
-			batch.Queue(insertReport, f.session, f.epoch, r.id, r.kind, string(r.data))
+			statements.Queue(insertReport, f.session, f.epoch, r.id, r.kind, string(r.data))
 		}
 	}
 }
