@@ -314,8 +314,8 @@ func (h *hubState) tellRow(r foreignRow) {
 		case h.tell(out, r.live):
 			w.next = w.end
 		}
-		if r.isActive && w.state != r.state && h.tell(out, sessionState(r.id, r.state)) {
-			w.state = r.state
+		if r.isActive && w.state != r.state {
+			h.tellStateTo(out, r.id, w, r.state)
 		}
 	}
 	if !r.isActive {
@@ -361,7 +361,7 @@ func (h *hubState) takeForeign(cmd appeared) {
 		}
 	}
 	if many {
-		h.toViewers(activeSessions(h.live()))
+		h.toViewers(activeSessions(h.live(h.share())))
 	}
 }
 

@@ -238,7 +238,7 @@ func TestHubForeignLag(t *testing.T) {
 		t.reads(over, row("goes on", 5, 0))
 		t.messages(v)
 		time.Sleep(time.Second)
-		t.heard(v, "list", "lagged s 3", "ended s")
+		t.heard(v, "lagged s 3", "ended s", "list")
 		t.reads(row("goes on", 5, 1))
 		t.heard(v, "lagged goes on 1", "state goes on live")
 	})

@@ -45,8 +45,14 @@ func (v *viewer) handle(msg []byte) (kept int64, err error) {
 func (v *viewer) listSessions() error {
 	reply := make(chan []summary, 1)
 	live, _ := ask(v.hub, reply, liveQuery{reply})
-	v.out.send(activeSessions(live))
-	return nil
+	list := activeSessions(live)
+	room := int64(list.size())
+	if err := v.outgoing.take(v.ctx, room); err != nil {
+		return err
+	}
+	defer v.outgoing.give(room)
+	v.out.send(list)
+	return v.out.wait(v.ctx)
 }
 
 // sessionRequest is the data of a viewer's messages.
