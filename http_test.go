@@ -428,7 +428,7 @@ func unpacked(t testing.TB, a answer) string {
 	return string(text)
 }
 
-// A chunk is sent as it is stored, for ever.
+// A chunk is sent as it is stored, and kept for a day.
 func restChunk(t *testing.T, s *testServer) {
 	const path = "/sessions/old/chunks/100"
 	packed, plain := s.ask("GET", path, "Accept-Encoding: br, gzip, zstd"), s.ask("GET", path)
@@ -439,7 +439,7 @@ func restChunk(t *testing.T, s *testServer) {
 	same(t, "a client without gzip", plain.header.Get("Content-Encoding")+plain.body, unpacked(t, packed))
 	for _, a := range []answer{packed, plain} {
 		a.wantJSON(t, "chunk")
-		holds(t, "Cache-Control", a.header.Get("Cache-Control"), "private", "immutable", "max-age=31536000")
+		holds(t, "Cache-Control", a.header.Get("Cache-Control"), "private", "immutable", "max-age=86400")
 		holds(t, "Vary", fmt.Sprint(a.header["Vary"]), "Accept-Encoding")
 		same(t, "Content-Length", a.header.Get("Content-Length"), len(a.body))
 	}
