@@ -23,11 +23,13 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"net"
 	"net/http"
 	"os"
 	"os/signal"
 	"runtime/debug"
+	"slices"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -340,6 +342,12 @@ func (s *server) illness(beat error) string {
 }
 
 func (s *server) cleanUp(ctx context.Context) {
+	reply := make(chan map[string]string, 1)
+	if held, ok := ask(s.hub, reply, stateQuery{nil, reply}); ok {
+		if err := s.store.endLost(ctx, slices.AppendSeq([]string{}, maps.Keys(held))); err != nil {
+			s.store.failed(err)
+		}
+	}
 	n, err := s.store.removeOld(ctx, s.cfg.retention, int64(s.cfg.maxStorageBytes))
 	if err != nil && ctx.Err() == nil {
 		s.logs.rejected.Error("cleanup failed", "err", err)

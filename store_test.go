@@ -470,5 +470,24 @@ func TestStoreBeat(t *testing.T) {
 	beat(other, "there") // one that beats for the first time counts as there
 }
 
+// Active sessions of this server that its hub does not hold end.
+func TestStoreEndLost(t *testing.T) {
+	st := newStoreTest(t)
+	for _, id := range []string{"held", "lost"} {
+		st.begin(id)
+	}
+	st.exec("update sessions set updated_at = now() - interval '1 hour'")
+	st.begin("new") // the hub does not know it yet
+	ends := func(active string, held ...string) {
+		t.Helper()
+		if err := st.endLost(t.Context(), held); err != nil {
+			t.Fatal(err)
+		}
+		st.holds("active", active, "select string_agg(session_id, ' ' order by session_id) from sessions where is_active")
+	}
+	ends("held new", "held")
+	ends("new", []string{}...)
+}
+
 // anyRoom is room in memory for what is read.
 func anyRoom(context.Context, int64) error { return nil }
