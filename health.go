@@ -68,7 +68,7 @@ func (s *server) handleStats(w http.ResponseWriter, r *http.Request) error {
 	st, m := s.stats(), s.metrics
 	s.write(w, http.StatusOK, map[string]any{
 		"totalClients": st.trackers + st.viewers, "viewers": st.viewers, "trackers": st.trackers,
-		"activeSessions": st.live, "totalEvents": st.events, "uptime": s.uptime(), "trackerFetches": s.origins.recent(),
+		"activeSessions": st.live, "totalEvents": st.events, "uptime": s.uptime(), "trackerFetches": s.fetches.recent(),
 		"refusedSessions": m.refusedSessions.Load(), "viewersLagged": m.viewersLagged.Load(),
 		"refusals": json.RawMessage(m.refusals.String()),
 	})

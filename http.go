@@ -30,7 +30,7 @@ type server struct {
 	writers []*writer
 	access  *access
 	audit   *audit
-	origins *origins
+	fetches *fetches
 	started time.Time
 	files   map[string]asset
 	reason  atomic.Pointer[string] // why the server is unhealthy, "" when it is not
@@ -186,7 +186,7 @@ func (s *server) deny(w http.ResponseWriter, r *http.Request, page bool, d *deni
 		s.audit.note(s.access.address(r), "sign-in refused")
 	}
 	if isTracker(r) {
-		s.origins.count(originOf(r), func(c *originCounts) { c.Refusals[d.reason]++ })
+		s.fetches.count(originOf(r), func(c *originCounts) { c.Refusals[d.reason]++ })
 	}
 	h := w.Header()
 	if d.retryAfter > 0 {
@@ -420,7 +420,7 @@ func (s *server) newTracker(c *conn, r *http.Request, addr netip.Addr) *tracker 
 	origin, recording := originOf(r), r.PathValue("id")
 	t := &tracker{core: &s.core, ctx: c.ctx, out: c.out, share: recording != ""}
 	t.mayStart = func() bool { return s.access.mayStart(addr, s.cfg.maxSessionsPerMinute) }
-	t.started = func() { s.origins.count(origin, func(c *originCounts) { c.Sessions++ }) }
+	t.started = func() { s.fetches.count(origin, func(c *originCounts) { c.Sessions++ }) }
 	c.maxMessage, c.handle = s.cfg.maxMessageBytes, t.handle
 	if recording != "" {
 		c.handle = (&rrwebClient{tracker: t, recording: recording}).handle

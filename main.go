@@ -108,7 +108,7 @@ func assemble(cfg config, logs *logs) (*server, error) {
 	b := newBudget(int64(cfg.maxBufferBytes))
 	h := newHub(cfg, b, m)
 	s := &server{core: core{cfg: cfg, hub: h, store: st, budget: b, outgoing: newBudget(outgoingBytes(cfg)),
-		metrics: m, logs: logs, log: logs.app}, started: time.Now(), origins: &origins{},
+		metrics: m, logs: logs, log: logs.app}, started: time.Now(), fetches: &fetches{},
 		access: newAccess(cfg.accessConfig, cfg.host, cfg.port, logs.app),
 		audit:  &audit{log: logs.app, opened: map[string]time.Time{}}}
 	starting := "the database has not answered yet"

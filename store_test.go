@@ -470,23 +470,17 @@ func TestStoreBeat(t *testing.T) {
 	beat(other, "there") // one that beats for the first time counts as there
 }
 
-// Active sessions of this server that its hub does not hold end.
+// Active sessions of this server that its hub does not hold end, but for those that
+// were claimed just now.
 func TestStoreEndLost(t *testing.T) {
-	st := newStoreTest(t)
-	for _, id := range []string{"held", "lost"} {
-		st.begin(id)
-	}
-	st.exec("update sessions set updated_at = now() - interval '1 hour'")
-	st.begin("new") // the hub does not know it yet
-	ends := func(active string, held ...string) {
-		t.Helper()
-		if err := st.endLost(t.Context(), held); err != nil {
-			t.Fatal(err)
-		}
-		st.holds("active", active, "select string_agg(session_id, ' ' order by session_id) from sessions where is_active")
-	}
-	ends("held new", "held")
-	ends("new", []string{}...)
+	t.Parallel()
+	s := startInside(t, "SESSION_CLEANUP_INTERVAL=50", "BATCH_INTERVAL=3600000")
+	s.recording("held")
+	execSQL(t, s.database, `insert into sessions (session_id, user_id, url, metadata, is_active, server)
+		select id, '', '', '{}', true, $1 from unnest('{lost,new}'::text[]) id`, s.server.store.server)
+	execSQL(t, s.database, "update sessions set updated_at = now() - interval '1 hour' where session_id <> 'new'")
+	const active = "select string_agg(session_id, ' ' order by session_id) from sessions where is_active"
+	waitUntil(t, "what is lost ends", func() bool { return querySQL[string](t, s.database, active) == "held new" })
 }
 
 // anyRoom is room in memory for what is read.
