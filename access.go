@@ -55,11 +55,11 @@ type access struct {
 
 	unnamed sync.Once // says once that a proxy named no address
 
-	mu      sync.Mutex
-	sockets map[netip.Addr]int // open WebSockets by address
-	total   int                // of these
-	starts  map[netip.Addr]int // sessions begun since startsSince, by address
-	closed  bool               // the server stops: no more of them
+	mu     sync.Mutex
+	conns  map[netip.Addr]int // WebSockets and trackers' POSTs that are open, by address
+	total  int                // of these
+	starts map[netip.Addr]int // sessions begun since startsSince, by address
+	closed bool               // the server stops: no more of them
 
 	startsSince time.Time
 }
@@ -67,7 +67,7 @@ type access struct {
 // newAccess makes a token where a missing one would open the server to a network.
 func newAccess(c accessConfig, host, port string, log *slog.Logger) *access {
 	a := &access{accessConfig: c, log: log, cookieName: "session-replay-" + port,
-		sockets: map[netip.Addr]int{}, starts: map[netip.Addr]int{}}
+		conns: map[netip.Addr]int{}, starts: map[netip.Addr]int{}}
 	addr, _ := netip.ParseAddr(host)
 	a.open = c.token == "" && (host == "localhost" || addr.IsLoopback())
 	if a.generated = c.token == "" && !a.open; a.generated {
@@ -162,6 +162,9 @@ func (a *access) checkToken(r *http.Request, byLink bool) *denial {
 	}
 	return nil
 }
+
+// isToken says whether this is the access token, where there is one.
+func (a *access) isToken(token string) bool { return !a.open && equalSecret(token, a.token) }
 
 // signedIn says whether a request has the cookie that stands for the token.
 func (a *access) signedIn(r *http.Request) bool {
@@ -291,12 +294,12 @@ func (a *access) enter(addr netip.Addr) *denial {
 		return &denial{http.StatusServiceUnavailable, "stopping", "the server stops", 1}
 	case a.total >= a.maxConnections:
 		return &denial{http.StatusServiceUnavailable, "connections", "too many connections: MAX_CONNECTIONS", 5}
-	case a.sockets[addr] >= a.maxPerAddress && (a.trustProxy || !addr.IsLoopback()):
+	case a.conns[addr] >= a.maxPerAddress && (a.trustProxy || !addr.IsLoopback()):
 		return &denial{http.StatusTooManyRequests, "connections_per_address",
 			"too many connections: MAX_CONNECTIONS_PER_ADDRESS", 5}
 	}
 	a.total++
-	a.sockets[addr]++
+	a.conns[addr]++
 	return nil
 }
 
@@ -313,7 +316,7 @@ func (a *access) mayStart(addr netip.Addr, most int) bool {
 	return a.starts[addr] <= most || addr.IsLoopback() && !a.trustProxy
 }
 
-// close lets no more WebSockets in, and gives how many are left.
+// close lets no more connections in, and gives how many are left.
 func (a *access) close() int {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -325,7 +328,7 @@ func (a *access) leave(addr netip.Addr) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.total--
-	if a.sockets[addr]--; a.sockets[addr] == 0 {
-		delete(a.sockets, addr)
+	if a.conns[addr]--; a.conns[addr] == 0 {
+		delete(a.conns, addr)
 	}
 }

@@ -98,8 +98,14 @@ func checkDatabase(ctx context.Context, cfg config, report func(what, found stri
 	var now time.Time
 	const ask = "select current_setting('server_version_num')::int / 10000, pg_backend_pid(), clock_timestamp()"
 	err = conn.QueryRow(ctx, ask, pgx.QueryExecModeExec).Scan(&version, &process, &now)
-	ahead := time.Until(now).Round(time.Millisecond)
+	if err == nil && version < 12 {
+		err = fmt.Errorf("%d is older than 12, the oldest that is known", version)
+	}
 	report("PostgreSQL", fmt.Sprintf("%d (12 to 18 are known)", version), err)
+	if err != nil {
+		return
+	}
+	ahead := time.Until(now).Round(time.Millisecond)
 	if ahead.Abs() > maxClockSkew {
 		err = errors.New("the clocks of the database and of this machine differ: nothing is deleted for its age")
 	}

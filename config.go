@@ -179,23 +179,25 @@ func (r *settings) refuse(name, format string, args ...any) {
 
 func (r *settings) text(name, preset string) string { return cmp.Or(r.getenv(name), preset) }
 
-// unit may follow a number, by its name or the beginning of it: 5s, 5 sec, 5 seconds.
+// unit may follow a number, by one of its names, in any case; the first is for people.
 type unit struct {
-	size int64
-	name string
+	size  int64
+	names []string
 }
 
 var (
-	sizes = []unit{{1, "bytes"}, {1 << 10, "KB"}, {1 << 20, "MB"}, {1 << 30, "GB"}, {1 << 40, "TB"}}
-	times = []unit{{int64(time.Millisecond), "ms"}, {int64(time.Second), "seconds"}, {int64(time.Minute), "minutes"},
-		{int64(time.Hour), "hours"}, {int64(24 * time.Hour), "days"}}
+	sizes = []unit{{1, []string{"bytes", "b"}}, {1 << 10, []string{"KB", "k"}}, {1 << 20, []string{"MB", "m"}},
+		{1 << 30, []string{"GB", "g"}}, {1 << 40, []string{"TB", "t"}}}
+	times = []unit{{int64(time.Millisecond), []string{"ms"}}, {int64(time.Second), []string{"seconds", "s", "sec", "second"}},
+		{int64(time.Minute), []string{"minutes", "m", "min", "minute"}}, {int64(time.Hour), []string{"hours", "h", "hour"}},
+		{int64(24 * time.Hour), []string{"days", "d", "day"}}}
 )
 
 // inWords gives a number in the largest unit that divides it: "30 days".
 func inWords(n int64, units []unit) string {
 	for i, u := range slices.Backward(units) {
 		if n%u.size == 0 && (n > u.size || i == 0) {
-			return fmt.Sprint(n/u.size, " ", u.name)
+			return fmt.Sprint(n/u.size, " ", u.names[0])
 		}
 	}
 	return strconv.FormatInt(n, 10)
@@ -210,8 +212,8 @@ func (r *settings) quantity(name, preset string, units []unit, plain, least, mos
 	if letters != "" {
 		size = 0
 	}
-	for _, u := range units { // m is for minutes, the last that begins so
-		if n := len(letters); n > 0 && n <= len(u.name) && strings.EqualFold(u.name[:n], letters) {
+	for _, u := range units {
+		if slices.ContainsFunc(u.names, func(name string) bool { return strings.EqualFold(name, letters) }) {
 			size = u.size
 		}
 	}

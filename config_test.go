@@ -130,7 +130,7 @@ func TestSettingsRefused(t *testing.T) {
 			bad = append(bad, name+"=0")
 		}
 	}
-	bad = append(bad, "PORT=65536", "DB_PORT=65536", "BATCH_SIZE=5s", "BATCH_SIZE=5b", "BATCH_INTERVAL=5MB",
+	bad = append(bad, "PORT=65536", "DB_PORT=65536", "BATCH_SIZE=5s", "BATCH_SIZE=5b", "BATCH_INTERVAL=5MB", "BATCH_INTERVAL=3 minu", "MAX_SESSION_BYTES=5 byte s",
 		"MAX_BUFFER_BYTES=5d", "MAX_BUFFER_BYTES=1023KB",
 		"RETENTION_HOURS=59m", "BATCH_INTERVAL=101 years", "LOG_LEVEL=loud", "LOG_MAX_FILES=1w", "LOG_ZIPPED=perhaps",
 		"TRUST_PROXY=perhaps", "METRICS_OPEN=2",
@@ -371,6 +371,9 @@ func TestCheck(t *testing.T) {
 	_, port, _ := net.SplitHostPort(taken.Addr().String())
 	readOnly := database + map[bool]string{true: "&", false: "?"}[strings.Contains(database,
 		"?")] + "default_transaction_read_only=on"
+	ancient := strings.Replace(readOnly, "default_transaction_read_only=on", "search_path=ancient,pg_catalog", 1)
+	execSQL(t, database, "create schema ancient")
+	execSQL(t, database, `create function ancient.current_setting(text) returns text language sql as $$ select '110022' $$`)
 	t.Chdir(t.TempDir()) // no .env of a developer's
 	file := filepath.Join(t.TempDir(), "file")
 	os.WriteFile(file, nil, 0o600)
@@ -391,6 +394,7 @@ func TestCheck(t *testing.T) {
 		{[]string{"DATABASE_URL=postgres://u:the-password@127.0.0.1:1/none"}, []string{"LOG_DIR"},
 			[]string{"database"}, "connection refused"},
 		{[]string{"DATABASE_URL=" + readOnly}, []string{"database", "clocks"}, []string{"writes"}, "read-only"},
+		{[]string{"DATABASE_URL=" + ancient}, []string{"database"}, []string{"PostgreSQL"}, "11 is older than 12"},
 	} {
 		dir := t.TempDir()
 		env := append(append([]string{"HOST=127.0.0.1", "PORT=" + freePort(t), "DATABASE_URL=" + database,

@@ -544,6 +544,7 @@ func sendAll(st *storeTest) {
 	execSQL(st, st.database, "update sessions set event_count = 1 where session_id = 'old'")
 	must(st.beat(ctx))
 	must(st.beat(ctx))
+	must(st.endLost(ctx, []string{"s"}))
 	if n, err := st.removeOld(ctx, time.Hour, 1<<40); err != nil || n != 3 {
 		st.Errorf("removeOld: got %d, %v, want the three that are over", n, err)
 	}

@@ -22,9 +22,8 @@ const (
 	markFresh   = 2 * markEvery
 	quietAfter  = 6 * time.Second // without a sign of a server nobody records its sessions
 
-	maxFollowed = 1000 // sessions in one look, and
-	maxRead     = 100  // of these, those whose events are read; viewers page through the others'
-	maxMarked   = 50   // and those that are marked
+	maxFollowed = 1000 // sessions in one look, of which pageBytes of events are read; viewers page through the others'
+	maxMarked   = 50   // of these, those that are marked
 	manyNews    = 100  // sessions that have begun since the last look
 )
 
@@ -46,8 +45,8 @@ type foreignRow struct {
 	unmarked       bool   // the last mark is old
 	state          string // as session.state
 
-	first int64 // of the events in live, up to events; live is nil when viewers have to page
-	live  message
+	first int64 // of the events in news, up to events; news is nil when viewers have to page
+	news  message
 }
 
 // foreignSession is a live session of another server. The hub's goroutine owns it.
@@ -119,7 +118,7 @@ func (f *follower) readRows(ctx context.Context, all []watched) error {
 		return err
 	}
 	var unmarked []string
-	reads := 0
+	left := pageBytes
 	for _, w := range all {
 		r, there := rows[w.id]
 		if !there || r.server == f.store.server {
@@ -129,9 +128,8 @@ func (f *follower) readRows(ctx context.Context, all []watched) error {
 		if f.others[r.server] {
 			r.state = "live"
 		}
-		if r.events > w.next && reads < maxRead {
-			reads++
-			f.store.readLive(ctx, &r, w.next)
+		if r.events > w.next {
+			left -= f.store.readLive(ctx, &r, w.next, left)
 		}
 		rows[w.id] = r
 		if r.isActive && r.unmarked && len(unmarked) < maxMarked {
@@ -193,24 +191,26 @@ func (st *store) foreignRows(ctx context.Context, all []watched) (map[string]for
 	return found, err
 }
 
-// readLive reads the events of a row from one number on, about pageBytes, as a
-// live message; the next look reads the rest. There is no message when a chunk is
-// larger than that, or cannot be read, or when no look follows.
-func (st *store) readLive(ctx context.Context, r *foreignRow, from int64) {
+// readLive reads the events of a row from one number on, up to most bytes, as news
+// for viewers, and says how many; the next look reads the rest. There is no news
+// when a chunk is larger than that, or cannot be read, or when no look follows.
+func (st *store) readLive(ctx context.Context, r *foreignRow, from int64, most int) (size int) {
 	p := page{text: []byte(`{"type":"events_batch","data":{"sessionId":"` + r.id + `","events":[`)}
 	err := st.events(ctx, r.id, from, r.events, func(_ context.Context, raw int64) error {
-		if raw > pageBytes {
+		if raw > int64(most) {
 			return errTooMuch
 		}
 		return nil
-	}, p.add)
-	if end := from + p.count; err == nil && (r.isActive || end == r.events) {
+	}, func(event []byte) bool { return len(p.text)+len(event) < most && p.add(event) })
+	if end := from + p.count; err == nil && p.count > 0 && (r.isActive || end == r.events) {
 		r.first, r.events = from, end
-		r.live = text(fmt.Appendf(p.text, `],"fromIndex":%d}}`, from))
+		r.news = text(fmt.Appendf(p.text, `],"fromIndex":%d}}`, from))
+		return len(p.text)
 	}
+	return 0
 }
 
-var errTooMuch = errors.New("too much for a live message")
+var errTooMuch = errors.New("too much for one look")
 
 // liveElsewhere gives the newest live sessions of other servers. Nothing is known
 // of those beyond maxActive.
@@ -309,13 +309,13 @@ func (h *hubState) tellRow(r foreignRow) {
 		}
 		switch w.end = r.events; {
 		case w.next >= w.end:
-		case r.live == nil || w.next != r.first:
+		case r.news == nil || w.next != r.first:
 			h.tellLagged(out, r.id, w)
-		case h.tell(out, r.live):
+		case h.tell(out, r.news):
 			w.next = w.end
 		}
-		if r.isActive && w.state != r.state && h.tell(out, sessionState(r.id, r.state)) {
-			w.state = r.state
+		if r.isActive && w.state != r.state {
+			h.tellStateTo(out, r.id, w, r.state)
 		}
 	}
 	if !r.isActive {
@@ -362,7 +362,7 @@ func (h *hubState) takeForeign(cmd appeared) {
 		}
 	}
 	if many {
-		h.toViewers(activeSessions(h.live()))
+		h.toViewers(activeSessions(h.live(h.share())))
 	}
 }
 

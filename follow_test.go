@@ -175,6 +175,36 @@ func TestHubForeignBounds(t *testing.T) {
 	})
 }
 
+// One look holds no more than a page of events; viewers page through the rest.
+func TestFollowBytes(t *testing.T) {
+	st := newStoreTest(t)
+	other := openTestStore(t, st.database)
+	other.server = "other"
+	var all []watched
+	for _, id := range []string{"a", "b", "c"} {
+		c, err := other.claim(t.Context(), id, aboutNobody, false, "", false, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		large := []byte(`{"x":"` + strings.Repeat("x", 900<<10) + `"}`)
+		st.stored(st.flush(id, c, large, large))
+		all = append(all, watched{id, 0})
+	}
+	f := follower{hub: newHub(config{}, nil, nil), store: st.store, others: map[string]bool{"other": true}}
+	if err := f.readRows(t.Context(), all); err != nil {
+		t.Fatal(err)
+	}
+	size, news := 0, 0
+	for _, r := range (<-f.hub.cmds).(rowsRead).rows {
+		if r.news != nil {
+			size, news = size+r.news.size(), news+1
+		}
+	}
+	if size > pageBytes+1000 || news < 2 {
+		t.Errorf("got %d bytes of %d sessions in one look, want %d at most", size, news, pageBytes)
+	}
+}
+
 // Who watches a session of another server gets its events, pages where there are
 // none to send, and hears where it is, of its end, and of its deletion.
 func TestHubForeignWatch(t *testing.T) {
@@ -188,7 +218,7 @@ func TestHubForeignWatch(t *testing.T) {
 		t.joinStored(late, "s", stored)
 		batch := row("s", 5, 9)
 		batch.first = 5
-		batch.live = text(`{"type":"events_batch","data":{"sessionId":"s","events":[{},{},{},{}],"fromIndex":5}}`)
+		batch.news = text(`{"type":"events_batch","data":{"sessionId":"s","events":[{},{},{},{}],"fromIndex":5}}`)
 		t.reads(batch)
 		t.reads(batch)
 		t.heard(v, "live s 5+4")
@@ -240,7 +270,7 @@ func TestHubForeignLag(t *testing.T) {
 		t.reads(over, row("goes on", 5, 0))
 		t.messages(v)
 		time.Sleep(time.Second)
-		t.heard(v, "list", "lagged s 3", "ended s")
+		t.heard(v, "lagged s 3", "ended s", "list")
 		t.reads(row("goes on", 5, 1))
 		t.heard(v, "lagged goes on 1", "state goes on live")
 	})

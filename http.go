@@ -30,7 +30,7 @@ type server struct {
 	writers []*writer
 	access  *access
 	audit   *audit
-	origins *origins
+	fetches *fetches
 	started time.Time
 	files   map[string]asset
 	reason  atomic.Pointer[string] // why the server is unhealthy, "" when it is not
@@ -59,13 +59,13 @@ func (s *server) table() []route {
 		{"GET /health", anyone, s.query(s.handleHealth)},
 		{"GET /stats", viewers, s.query(s.handleStats)},
 		{"GET /metrics", scrapers, s.query(s.handleMetrics)},
-		{"GET /sessions", viewers, s.query(s.handleSessions, append(filterNames, "limit", "offset")...)},
+		{"GET /sessions", viewers, s.query(s.withRoom(s.handleSessions), append(filterNames, "limit", "offset")...)},
 		{"DELETE /sessions", viewers, s.query(s.handleDeleteUser, "userId")},
-		{"GET /sessions/export", viewers, s.query(s.handleExportUser, "userId")},
-		{"GET /sessions/active", viewers, s.query(s.handleActive)},
-		{"GET /sessions/{id}", viewers, s.query(s.handleSession)},
+		{"GET /sessions/export", viewers, s.query(s.withRoom(s.handleExportUser), "userId")},
+		{"GET /sessions/active", viewers, s.query(s.withRoom(s.handleActive))},
+		{"GET /sessions/{id}", viewers, s.query(s.withRoom(s.handleSession))},
 		{"GET /sessions/{id}/events", viewers, s.query(s.handleEvents, "fromIndex", "limit")},
-		{"GET /sessions/{id}/errors", viewers, s.query(s.handleErrors)},
+		{"GET /sessions/{id}/errors", viewers, s.query(s.withRoom(s.handleErrors))},
 		{"GET /sessions/{id}/chunks/{index}", viewers, s.query(s.handleChunk, "of")},
 		{"GET /sessions/{id}/export", viewers, s.query(s.handleExport)},
 		{"DELETE /sessions/cleanup", viewers, s.query(s.handleCleanup, "maxAgeHours")},
@@ -164,9 +164,10 @@ func (s *server) guard(route route) http.HandlerFunc {
 			return
 		}
 		if query := r.URL.Query(); page && query.Has("token") {
+			if s.access.isToken(query.Get("token")) { // a cookie may have let in what the token does not
+				s.signIn(w, r)
+			}
 			query.Del("token")
-			s.access.signIn(w, r, signInAge)
-			s.audit.note(s.access.address(r), "signed in")
 			w.Header().Set("Referrer-Policy", "no-referrer")
 			clean := url.URL{Path: r.URL.Path, RawPath: r.URL.RawPath, RawQuery: query.Encode()}
 			http.Redirect(w, r, clean.String(), http.StatusSeeOther)
@@ -185,7 +186,7 @@ func (s *server) deny(w http.ResponseWriter, r *http.Request, page bool, d *deni
 		s.audit.note(s.access.address(r), "sign-in refused")
 	}
 	if isTracker(r) {
-		s.origins.count(originOf(r), func(c *originCounts) { c.Refusals[d.reason]++ })
+		s.fetches.count(originOf(r), func(c *originCounts) { c.Refusals[d.reason]++ })
 	}
 	h := w.Header()
 	if d.retryAfter > 0 {
@@ -223,13 +224,19 @@ func (s *server) handleSignIn(w http.ResponseWriter, r *http.Request) {
 		s.fail(w, r, http.StatusBadRequest, `the body must be {"token": …}`, nil)
 		return
 	}
-	if !s.access.open && !equalSecret(body.Token, s.access.token) {
+	if s.access.isToken(body.Token) {
+		s.signIn(w, r)
+	} else if !s.access.open {
 		s.deny(w, r, false, deniedToken)
 		return
 	}
+	w.WriteHeader(http.StatusNoContent)
+}
+
+// signIn gives the cookie to a browser that has the token.
+func (s *server) signIn(w http.ResponseWriter, r *http.Request) {
 	s.access.signIn(w, r, signInAge)
 	s.audit.note(s.access.address(r), "signed in")
-	w.WriteHeader(http.StatusNoContent)
 }
 
 // handleSignOut takes the cookie away, and the recordings that the browser has
@@ -248,23 +255,19 @@ func (s *server) fail(w http.ResponseWriter, r *http.Request, status int, reason
 	s.write(w, status, map[string]string{"error": reason})
 }
 
+// write answers with JSON. The request may have waited longer than WriteTimeout
+// for room or for the database: the answer has a minute of its own.
 func (s *server) write(w http.ResponseWriter, status int, v any) {
+	http.NewResponseController(w).SetWriteDeadline(time.Now().Add(time.Minute))
 	w.Header().Set("Content-Type", "application/json; charset=utf-8")
 	w.WriteHeader(status)
 	w.Write(encodeJSON(v))
 }
 
 // query makes a handler of one that takes these parameters and may fail. A handler
-// that fails has written nothing: its error is answered here. A route that reads
-// sessions waits until memory has room for its answer.
-func (s *server) query(handle func(http.ResponseWriter, *http.Request) error, names ...string) http.HandlerFunc {
+// that fails has written nothing: its error is answered here.
+func (s *server) query(handle queryHandler, names ...string) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
-		if strings.HasPrefix(r.URL.Path, "/sessions") {
-			if s.outgoing.take(r.Context(), pageBytes) != nil {
-				return // the client has left
-			}
-			defer s.outgoing.give(pageBytes)
-		}
 		err := checkParams(r, names)
 		if err == nil && strings.Contains(r.Pattern, "{id}") && !validID(r.PathValue("id")) {
 			err = errNotFound
@@ -287,6 +290,19 @@ func (s *server) query(handle func(http.ResponseWriter, *http.Request) error, na
 			}
 			s.fail(w, r, http.StatusServiceUnavailable, "the database does not answer", err)
 		}
+	}
+}
+
+type queryHandler func(http.ResponseWriter, *http.Request) error
+
+// withRoom makes a handler wait until memory has room for a list.
+func (s *server) withRoom(handle queryHandler) queryHandler {
+	return func(w http.ResponseWriter, r *http.Request) error {
+		if s.outgoing.take(r.Context(), pageBytes) != nil {
+			return nil // the client has left
+		}
+		defer s.outgoing.give(pageBytes)
+		return handle(w, r)
 	}
 }
 
@@ -404,7 +420,7 @@ func (s *server) newTracker(c *conn, r *http.Request, addr netip.Addr) *tracker 
 	origin, recording := originOf(r), r.PathValue("id")
 	t := &tracker{core: &s.core, ctx: c.ctx, out: c.out, share: recording != ""}
 	t.mayStart = func() bool { return s.access.mayStart(addr, s.cfg.maxSessionsPerMinute) }
-	t.started = func() { s.origins.count(origin, func(c *originCounts) { c.Sessions++ }) }
+	t.started = func() { s.fetches.count(origin, func(c *originCounts) { c.Sessions++ }) }
 	c.maxMessage, c.handle = s.cfg.maxMessageBytes, t.handle
 	if recording != "" {
 		c.handle = (&rrwebClient{tracker: t, recording: recording}).handle
@@ -490,7 +506,7 @@ func (s *server) handleChunk(w http.ResponseWriter, r *http.Request) error {
 	s.audit.open(s.access.address(r), id)
 	h := w.Header()
 	h.Set("Content-Type", "application/json; charset=utf-8")
-	h.Set("Cache-Control", "private, max-age=31536000, immutable")
+	h.Set("Cache-Control", "private, max-age=86400, immutable")
 	h.Add("Vary", "Accept-Encoding")
 	if takesGzip(r) {
 		h.Set("Content-Encoding", "gzip")
@@ -498,6 +514,8 @@ func (s *server) handleChunk(w http.ResponseWriter, r *http.Request) error {
 		s.fail(w, r, http.StatusInternalServerError, "the chunk is damaged", err)
 		return nil
 	}
+	room.text = data
+	room.shrink()
 	h.Set("Content-Length", strconv.Itoa(len(data)))
 	s.writeSlowly(w, data)
 	return nil
@@ -547,12 +565,12 @@ func toJSON(row storedSession) sessionJSON {
 // listJSON gives the rows of a list, as many as a page has room for. The state of
 // live sessions is known to this server's memory only.
 func (s *server) listJSON(rows []storedSession) []sessionJSON {
-	reply := make(chan []summary, 1)
-	live, _ := ask(s.hub, reply, liveQuery{reply})
-	states := map[string]string{}
-	for _, l := range live {
-		states[l.id] = l.state
+	ids := make([]string, len(rows))
+	for i, row := range rows {
+		ids[i] = row.id
 	}
+	reply := make(chan map[string]string, 1)
+	states, _ := ask(s.hub, reply, stateQuery{ids, reply})
 	all, size := make([]sessionJSON, 0, len(rows)), 0
 	for _, row := range rows {
 		if size += row.listSize(); size > pageBytes && len(all) > 0 {
@@ -616,6 +634,7 @@ func (s *server) handleErrors(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
+	s.audit.open(s.access.address(r), id)
 	s.write(w, http.StatusOK, map[string]any{"sessionId": id, "errors": reports})
 	return nil
 }

@@ -174,6 +174,10 @@ type (
 		reply    chan inMemory
 	}
 	liveQuery  struct{ reply chan []summary }
+	stateQuery struct { // of those sessions that are in memory, of these or, with nil, of all
+		ids   []string
+		reply chan map[string]string
+	}
 	statsQuery struct{ reply chan hubStats }
 	evict      struct { // the session was deleted
 		id    string
@@ -382,7 +386,9 @@ func (h *hubState) handle(cmd command) {
 	case memoryQuery:
 		cmd.reply <- h.inMemory(cmd)
 	case liveQuery:
-		cmd.reply <- h.live()
+		cmd.reply <- h.live(h.share())
+	case stateQuery:
+		cmd.reply <- h.states(cmd.ids)
 	case statsQuery:
 		cmd.reply <- h.stats()
 	case evict:
@@ -427,7 +433,7 @@ func (h *hubState) tick(now time.Time) {
 		}
 	}
 	for out := range h.lagging {
-		if out.isEmpty() {
+		if out.held() == 0 {
 			delete(h.lagging, out)
 			h.catchUp(out)
 		}
@@ -447,7 +453,7 @@ func (h *hubState) enter(cmd enter) {
 		return
 	}
 	h.viewers[cmd.out] = map[string]*watch{}
-	h.tell(cmd.out, activeSessions(h.live()))
+	h.tell(cmd.out, activeSessions(h.live(h.share())))
 }
 
 func (h *hubState) leave(out *outbox) {
@@ -566,10 +572,10 @@ func (h *hubState) inMemory(cmd memoryQuery) inMemory {
 	return inMemory{true, s.summary(), s.memory(cmd.from, cmd.to)}
 }
 
-// live gives the live sessions of all servers, as many as a viewer's share has
-// room for.
-func (h *hubState) live() (all []summary) {
-	size, most := 0, h.share()
+// live gives the live sessions of all servers, as many as have room in a list of
+// most bytes.
+func (h *hubState) live(most int) (all []summary) {
+	size := activeSessions{}.size()
 	add := func(s summary) bool {
 		if size += s.listSize(); size > most {
 			return false

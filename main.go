@@ -12,11 +12,13 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"net"
 	"net/http"
 	"os"
 	"os/signal"
 	"runtime/debug"
+	"slices"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -95,7 +97,7 @@ func assemble(cfg config, logs *logs) (*server, error) {
 	b := newBudget(int64(cfg.maxBufferBytes))
 	h := newHub(cfg, b, m)
 	s := &server{core: core{cfg: cfg, hub: h, store: st, budget: b, outgoing: newBudget(outgoingBytes(cfg)),
-		metrics: m, logs: logs, log: logs.app}, started: time.Now(), origins: &origins{},
+		metrics: m, logs: logs, log: logs.app}, started: time.Now(), fetches: &fetches{},
 		access: newAccess(cfg.accessConfig, cfg.host, cfg.port, logs.app),
 		audit:  &audit{log: logs.app, opened: map[string]time.Time{}}}
 	starting := "the database has not answered yet"
@@ -330,6 +332,12 @@ func (s *server) illness(beat error) string {
 }
 
 func (s *server) cleanUp(ctx context.Context) {
+	reply := make(chan map[string]string, 1)
+	if held, ok := ask(s.hub, reply, stateQuery{nil, reply}); ok {
+		if err := s.store.endLost(ctx, slices.AppendSeq([]string{}, maps.Keys(held))); err != nil {
+			s.store.failed(err)
+		}
+	}
 	n, err := s.store.removeOld(ctx, s.cfg.retention, int64(s.cfg.maxStorageBytes))
 	if err != nil && ctx.Err() == nil {
 		s.logs.rejected.Error("cleanup failed", "err", err)

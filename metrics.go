@@ -75,10 +75,10 @@ func writeMetrics(w io.Writer, all []metric) {
 	}
 }
 
-// origins counts how often pages fetched tracker.js and what came of it, by their
+// fetches counts how often pages fetched tracker.js and what came of it, by their
 // origin, for the last half hour to an hour: why nothing is recorded is often
 // known here alone. It is safe for concurrent use.
-type origins struct {
+type fetches struct {
 	mu          sync.Mutex
 	now, before map[string]*originCounts
 	since       time.Time // of now
@@ -97,15 +97,15 @@ const (
 	originPeriod = 30 * time.Minute
 )
 
-func (o *origins) count(origin string, add func(*originCounts)) {
+func (f *fetches) count(origin string, add func(*originCounts)) {
 	if origin == "" || len(origin) > maxOrigin {
 		return
 	}
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	o.forget()
-	if o.now[origin] != nil || len(o.now) < maxOrigins {
-		add(countsOf(o.now, origin))
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.forget()
+	if f.now[origin] != nil || len(f.now) < maxOrigins {
+		add(countsOf(f.now, origin))
 	}
 }
 
@@ -118,24 +118,24 @@ func countsOf(all map[string]*originCounts, origin string) *originCounts {
 }
 
 // forget drops what is too old.
-func (o *origins) forget() {
-	age := time.Since(o.since)
+func (f *fetches) forget() {
+	age := time.Since(f.since)
 	if age < originPeriod {
 		return
 	}
-	if o.before = o.now; age >= 2*originPeriod {
-		o.before = nil
+	if f.before = f.now; age >= 2*originPeriod {
+		f.before = nil
 	}
-	o.now, o.since = map[string]*originCounts{}, time.Now()
+	f.now, f.since = map[string]*originCounts{}, time.Now()
 }
 
 // recent gives the origins whose pages have fetched tracker.js, most fetches first.
-func (o *origins) recent() []*originCounts {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	o.forget()
+func (f *fetches) recent() []*originCounts {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.forget()
 	sums := map[string]*originCounts{}
-	for _, period := range []map[string]*originCounts{o.before, o.now} {
+	for _, period := range []map[string]*originCounts{f.before, f.now} {
 		for origin, c := range period {
 			sum := countsOf(sums, origin)
 			sum.Fetches += c.Fetches

@@ -18,7 +18,7 @@ type message interface {
 }
 
 func (b *batch) encode() []byte { return b.frame }
-func (b *batch) size() int      { return len(b.frame) }
+func (b *batch) size() int      { return int(b.cost) }
 
 // text is a message that is encoded already.
 type text []byte
@@ -41,7 +41,8 @@ type outbox struct {
 
 	mu       sync.Mutex
 	queue    []message
-	bytes    int
+	bytes    int // of the queue and of what is being sent; answers are left out
+	writing  int // of these, what is being sent
 	acked    ack // the newest that is not sent
 	closing  *closeFrame
 	closed   bool          // nothing is sent any more
@@ -90,26 +91,31 @@ func newOutbox() *outbox {
 	return &outbox{progress: make(chan struct{}, 1), wake: func() {}, abort: func() {}}
 }
 
-// trySend gives the client a message, and reports whether there was room: less
-// than most bytes before it.
+// trySend gives the client a message, and reports whether there was room: most
+// bytes for it and all that is not sent.
 func (o *outbox) trySend(m message, most int) bool {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	if len(o.queue) >= outboxMessages || o.bytes >= most {
+	if len(o.queue) >= outboxMessages || o.bytes+m.size() > most {
 		return false
 	}
 	return o.add(m)
 }
 
-// send gives the client an answer to its request, which has room always. The next
-// request is not read before it is sent: see wait.
+// send gives the client an answer to its request, which has room always: large ones
+// are counted as answers. The next request is not read before it is sent: see wait.
 func (o *outbox) send(m message) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	if o.add(m) {
+	if o.add(uncounted{m}) {
 		o.answer = o.taken + len(o.queue)
 	}
 }
+
+// uncounted is a message that takes no room in the outbox.
+type uncounted struct{ message }
+
+func (uncounted) size() int { return 0 }
 
 func (o *outbox) add(m message) bool {
 	if o.closed || o.closing != nil {
@@ -162,7 +168,7 @@ func (o *outbox) start() {
 func (o *outbox) next() (m message, last *closeFrame) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	o.sent = o.taken
+	o.sent, o.bytes, o.writing = o.taken, o.bytes-o.writing, 0
 	select {
 	case o.progress <- struct{}{}:
 	default:
@@ -174,7 +180,7 @@ func (o *outbox) next() (m message, last *closeFrame) {
 		o.queue[0] = nil
 		o.queue = o.queue[1:]
 		o.taken++
-		o.bytes -= m.size()
+		o.writing = m.size()
 		return m, nil
 	case o.acked.seq > 0:
 		m, o.acked = o.acked, ack{}
@@ -204,11 +210,11 @@ func (o *outbox) wait(ctx context.Context) error {
 	}
 }
 
-// isEmpty reports whether everything is sent.
-func (o *outbox) isEmpty() bool {
+// held is how many bytes wait or are being sent, answers left out.
+func (o *outbox) held() int {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	return len(o.queue) == 0
+	return o.bytes
 }
 
 func (o *outbox) isSending() bool {
@@ -223,7 +229,7 @@ func (o *outbox) end(now bool) (parting bool) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	if parting = o.closing != nil && !o.closed && !now; !parting {
-		o.closed, o.queue, o.bytes = true, nil, 0
+		o.closed, o.queue, o.bytes, o.writing = true, nil, 0, 0
 	}
 	return parting
 }

@@ -24,6 +24,12 @@ func TestHubShare(t *testing.T) {
 				t.Errorf("of %d viewers one got a list of %d bytes, want about %d", n, v.bytes, most)
 			}
 		}
+		for want, ids := range map[int][]string{3 * outgoingMin / 4 / 8000: nil, 1: {"large7", "unknown"}} {
+			states := askHub(t, func(reply chan map[string]string) command { return stateQuery{ids, reply} })
+			if len(states) != want || states["large7"] != "live" {
+				t.Errorf("got the states of %d sessions, want %d", len(states), want)
+			}
+		}
 	})
 }
 

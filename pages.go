@@ -158,7 +158,7 @@ func (s *server) handleAsset(w http.ResponseWriter, r *http.Request) {
 }
 
 func (s *server) handleTracker(w http.ResponseWriter, r *http.Request) {
-	s.origins.count(originOf(r), func(c *originCounts) { c.Fetches++ })
+	s.fetches.count(originOf(r), func(c *originCounts) { c.Fetches++ })
 	w.Header().Set("Access-Control-Allow-Origin", "*")
 	w.Header().Set("Cross-Origin-Resource-Policy", "cross-origin")
 	s.serve(w, r, "tracker.js", "public, max-age=3600")

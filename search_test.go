@@ -340,19 +340,23 @@ func TestAudit(t *testing.T) {
 		resp.Body.Close()
 		return resp.StatusCode
 	}
-	ask("POST", "/signin", `{"token":"`+token+`"}`, "")
+	cookie := withCookie(s.signIn(token)).and("a link", header("Accept", "text/html"))
+	for _, link := range []string{token, wrong, ""} { // the cookie lets them in
+		same(t, "link with "+link, s.as(cookie, "GET", "/?token="+link).status, http.StatusSeeOther)
+	}
 	ask("POST", "/signin", `{"token":"`+wrong+`"}`, "")
 	ask("GET", "/sessions/s1", "", wrong)
 	for range 2 { // a player asks again
 		ask("GET", "/sessions/s1", "", token)
 	}
 	ask("GET", "/sessions/s2/events", "", token)
+	ask("GET", "/sessions/s5/errors", "", token)
 	ask("GET", "/sessions/never", "", token)
 	ask("GET", "/sessions/s3/export", "", token)
 	ask("GET", "/sessions/export?userId=ann", "", token)
 	ask("DELETE", "/sessions/s4", "", token)
 	ask("DELETE", "/sessions?userId=bob", "", token)
-	want := []string{"signed in", "sign-in refused", "sign-in refused", "opened s1", "opened s2", "exported s3", "exported ann", "deleted s4", "deleted bob"}
+	want := []string{"signed in", "signed in", "sign-in refused", "sign-in refused", "opened s1", "opened s2", "opened s5", "exported s3", "exported ann", "deleted s4", "deleted bob"}
 	var got []string
 	waitUntil(t, "the log has it all", func() bool {
 		got = nil

@@ -46,7 +46,7 @@ var (
 // store speaks SQL. Its methods are safe for concurrent use.
 type store struct {
 	pool   *pgxpool.Pool
-	pulses *pgxpool.Pool // of one connection: a pulse waits for nobody else's statement
+	pulses *pgxpool.Pool // used with several hosts alone; of one connection: a pulse waits for nobody else's statement
 	log    *slog.Logger
 	uplink atomic.Pointer[uplink]
 	pooled atomic.Bool // a pooler was met that needs a setting
@@ -155,6 +155,8 @@ func (st *store) claim(ctx context.Context, id string, about *description, keepU
 	return won, err
 }
 
+// scanClaim reads what a claim returns. No row means that an insert has found the
+// session there, or an update none of this id that the token opens: errToken.
 func scanClaim(row pgx.Row) (c claim, err error) {
 	err = row.Scan(&c.epoch, &c.userID, &c.events, &c.errors, &c.raw, &c.stored, &c.firstTime, &c.endTime, &c.snapshot, &c.seq)
 	if errors.Is(err, pgx.ErrNoRows) {
@@ -210,8 +212,8 @@ type storedSession struct {
 const sessionColumns = `session_id, user_id, url, metadata::text, is_active, created_at, updated_at, ended_at, event_count, error_count,
 	raw_bytes, stored_bytes, coalesce(first_event_time, 0), coalesce(last_event_time, 0), coalesce(snapshot_index, -1), last_seq`
 
-// list gives the sessions that a where, order and limit clause choose: as many as
-// are larger than pageBytes by the last of them, if there are so many.
+// list gives the sessions that a where, order and limit clause choose. It stops
+// behind the row with which they are larger than pageBytes.
 func (st *store) list(ctx context.Context, clause string, args ...any) (found []storedSession, err error) {
 	ctx, cancel := context.WithTimeout(ctx, queryTimeout)
 	defer cancel()
@@ -368,8 +370,6 @@ type totals struct {
 }
 
 func (st *store) totals(ctx context.Context) (t totals, err error) {
-	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
-	defer cancel()
 	err = st.pool.QueryRow(ctx, `select count(*), count(*) filter (where is_active), coalesce(sum(event_count), 0)::bigint,
 		coalesce(sum(`+rowBytes+`), 0)::bigint from sessions where event_count > 0 or is_active`).Scan(&t.sessions, &t.active, &t.events, &t.bytes)
 	return t, err
@@ -392,8 +392,8 @@ func (st *store) remove(ctx context.Context, id string) error {
 // removeOld deletes ended sessions, the oldest first, and says how many: those
 // that ended longer ago than age by the database's clock, or a day ago without an
 // event, and, with a limit, as many more as it takes for limit bytes. While this
-// machine's clock and the database's differ, one of them is wrong, and nothing is
-// deleted for its age: errClocks.
+// machine's clock and the database's differ, one of them is wrong, and nothing that
+// has events is deleted for its age: errClocks.
 func (st *store) removeOld(ctx context.Context, age time.Duration, limit int64) (deleted int64, err error) {
 	ctx, cancel := context.WithTimeout(ctx, cleanupTimeout)
 	defer cancel()
@@ -479,11 +479,23 @@ func (st *store) endAbandoned(ctx context.Context) error {
 	}
 	alive, err := pgx.CollectRows(rows, pgx.RowTo[string])
 	if err == nil {
-		_, err = st.each(ctx, "update sessions set is_active = false, ended_at = updated_at",
+		_, err = st.each(ctx, endSession,
 			"is_active and server <> all($1) and updated_at < now() - $2::interval", alive, deadAfter)
 	}
 	return err
 }
+
+// endLost ends active sessions of this server that its hub does not hold and has
+// not stored anything of for long: a claim's answer was lost, or a flush refused.
+func (st *store) endLost(ctx context.Context, held []string) error {
+	ctx, cancel := context.WithTimeout(ctx, commitTimeout)
+	defer cancel()
+	_, err := st.each(ctx, endSession, "is_active and server = $1 and updated_at < now() - $2::interval and session_id <> all($3)",
+		st.server, deadAfter, held)
+	return err
+}
+
+const endSession = "update sessions set is_active = false, ended_at = updated_at"
 
 // each changes the sessions that a condition holds for, and says how many. Each
 // has a transaction of its own and is named in it: servers that do the same at

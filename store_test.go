@@ -470,5 +470,18 @@ func TestStoreBeat(t *testing.T) {
 	beat(other, "there") // one that beats for the first time counts as there
 }
 
+// Active sessions of this server that its hub does not hold end, but for those that
+// were claimed just now.
+func TestStoreEndLost(t *testing.T) {
+	t.Parallel()
+	s := startInside(t, "SESSION_CLEANUP_INTERVAL=50", "BATCH_INTERVAL=3600000")
+	s.recording("held")
+	execSQL(t, s.database, `insert into sessions (session_id, user_id, url, metadata, is_active, server)
+		select id, '', '', '{}', true, $1 from unnest('{lost,new}'::text[]) id`, s.server.store.server)
+	execSQL(t, s.database, "update sessions set updated_at = now() - interval '1 hour' where session_id <> 'new'")
+	const active = "select string_agg(session_id, ' ' order by session_id) from sessions where is_active"
+	waitUntil(t, "what is lost ends", func() bool { return querySQL[string](t, s.database, active) == "held new" })
+}
+
 // anyRoom is room in memory for what is read.
 func anyRoom(context.Context, int64) error { return nil }

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"slices"
 )
 
 // What a viewer may say, and pages of events.
@@ -45,8 +46,14 @@ func (v *viewer) handle(msg []byte) (kept int64, err error) {
 func (v *viewer) listSessions() error {
 	reply := make(chan []summary, 1)
 	live, _ := ask(v.hub, reply, liveQuery{reply})
-	v.out.send(activeSessions(live))
-	return nil
+	list := activeSessions(live)
+	room := int64(list.size())
+	if err := v.outgoing.take(v.ctx, room); err != nil {
+		return err
+	}
+	defer v.outgoing.give(room)
+	v.out.send(list)
+	return v.out.wait(v.ctx)
 }
 
 // sessionRequest is the data of a viewer's messages.
@@ -143,6 +150,8 @@ func (p *page) add(event []byte) (more bool) {
 	return len(p.text) < pageBytes
 }
 
+const pageEnd = 200 // bytes that a caller may add to a page's text
+
 // grow takes room for a chunk of so much JSON, and for as much of it in the page.
 func (p *page) grow(ctx context.Context, raw int64) error {
 	more := 2*raw - p.cost
@@ -154,6 +163,14 @@ func (p *page) grow(ctx context.Context, raw int64) error {
 		p.cost += more
 	}
 	return err
+}
+
+// shrink gives back the room for what the page was made of.
+func (p *page) shrink() {
+	if rest := p.cost - int64(cap(p.text)); rest > 0 {
+		p.cost -= rest
+		p.budget.finish(nil, rest, rest)
+	}
 }
 
 func (p *page) release() { p.budget.finish(p, p.cost, p.cost) }
@@ -196,5 +213,7 @@ func (c *core) eventPage(ctx context.Context, id string, from, limit int64, star
 			p.add(b.body[e.start:e.end])
 		}
 	}
+	p.text = slices.Grow(p.text, pageEnd)
+	p.shrink()
 	return p, nil
 }

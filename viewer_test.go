@@ -273,6 +273,10 @@ func TestPagesTogether(t *testing.T) {
 					}
 					time.Sleep(time.Second)
 				}
+				p.text = make([]byte, pageBytes)
+				if p.shrink(); p.cost != pageBytes {
+					t.Errorf("a page of %d bytes keeps room for %d", pageBytes, p.cost)
+				}
 				p.release()
 			})
 		}

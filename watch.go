@@ -1,6 +1,10 @@
 package main
 
-import "time"
+import (
+	"maps"
+	"slices"
+	"time"
+)
 
 // The hub's viewers. Everything for a viewer goes through tell: a viewer that has
 // no room is lagging, is sent nothing more until it has read what it has, and is
@@ -55,12 +59,30 @@ func (h *hubState) toWatchers(id string, m message) {
 }
 
 func (h *hubState) tellState(s *session) {
-	if state := s.state(); state != "" && len(h.watchers[s.id]) > 0 {
-		h.toWatchers(s.id, sessionState(s.id, state))
-		for _, w := range h.watchers[s.id] {
-			w.state = state
+	for out, w := range h.watchers[s.id] {
+		h.tellStateTo(out, s.id, w, s.state())
+	}
+}
+
+func (h *hubState) tellStateTo(out *outbox, id string, w *watch, state string) {
+	if state != "" && h.tell(out, sessionState(id, state)) {
+		w.state = state
+	}
+}
+
+// states gives the states of sessions that are in memory: of those with these ids
+// or, with nil, of all.
+func (h *hubState) states(ids []string) map[string]string {
+	if ids == nil {
+		ids = slices.Collect(maps.Keys(h.sessions))
+	}
+	states := map[string]string{}
+	for _, id := range ids {
+		if s := h.sessions[id]; s != nil {
+			states[id] = s.state()
 		}
 	}
+	return states
 }
 
 func (h *hubState) tellEnded(id string) {
@@ -94,17 +116,23 @@ func (h *hubState) tellLagged(out *outbox, id string, w *watch) {
 	}
 }
 
-// catchUp tells a viewer that was lagging what it has missed.
+// catchUp tells a viewer that was lagging what it has missed. The list comes last
+// and takes the room that is left: otherwise a long one would leave none for the
+// rest, time and again.
 func (h *hubState) catchUp(out *outbox) {
-	h.tell(out, activeSessions(h.live()))
 	for id, w := range h.viewers[out] {
 		if w.next < w.end {
 			h.tellLagged(out, id, w)
 		}
-		if s := h.sessions[id]; w.owed && (s == nil || s.ended) && h.tell(out, sessionEnded(id)) {
+		s := h.sessions[id]
+		if w.owed && (s == nil || s.ended) && h.tell(out, sessionEnded(id)) {
 			w.owed = false
 		}
+		if s != nil && s.state() != w.state {
+			h.tellStateTo(out, id, w, s.state())
+		}
 	}
+	h.tell(out, activeSessions(h.live(h.share()-out.held())))
 }
 
 func (h *hubState) join(cmd join) bool {
