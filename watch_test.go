@@ -106,7 +106,7 @@ func TestHubStalled(t *testing.T) {
 				}
 			}
 		}
-		t.do(hide{c, true})
+		t.do(visibility{c, text("{}"), true})
 		for v, m := range sending {
 			for _, m := range append(v.queue, m) {
 				held += m.size()

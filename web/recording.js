@@ -76,7 +76,7 @@ export class Recording {
   }
 
   async readChunk(chunk, index) {
-    // A browser keeps chunks for good: another session of the same id is not to be taken for this one.
+    // A browser keeps chunks for a day: another session of the same id is not to be taken for this one.
     const { body, bytes } = await this.fetch(`${this.path}/chunks/${chunk.fromIndex}?of=${Date.parse(this.info.createdAt)}`);
     const from = Math.max(index, chunk.fromIndex);
     this.timeline.take(chunk.fromIndex, body);
