@@ -12,7 +12,7 @@
 // listener: nothing happens in them. They have to read this script for that, so
 // the tracker keeps to the syntax of 2019; otherwise it would be an error in each page.
 let endsListeners = false;
-addEventListener("", null, { get signal() { endsListeners = true; } });
+EventTarget.prototype.addEventListener.call(window, "", null, { get signal() { endsListeners = true; } });
 if (!endsListeners) return;
 
 let maskSelector, blockSelector, anySelector; // the owner's two, and these with EDITORS
