@@ -344,7 +344,7 @@ test("sessionReplay.state says why nothing is recorded", async (t) => {
   const told = [];
   const see = async (path, attributes, script) => {
     const page = await visit(t, null, { script });
-    page.on("console", (m) => { if (m.text().startsWith("session-replay does not")) told.push(m.text()); });
+    page.on("console", (m) => { if (m.type() === "info" && m.text().startsWith("session-replay:")) told.push(m.text()); });
     await page.goto(embed(path, "<p>state", attributes));
     return page;
   };
