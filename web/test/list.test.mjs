@@ -117,6 +117,12 @@ test("filters stand in the page's address, and find", async (t) => {
   await finds(page, "found-bob found-visitor");
   await page.click("#clear");
 
+  await page.goto(`${s.h.url}/?userId=0`); // as good a name as any
+  await page.fill("[name=url]", "shop");
+  await until(() => new URL(page.url()).search === "?userId=0&url=shop" || new URL(page.url()).search === "?url=shop&userId=0", "the question");
+  await page.click("#clear");
+  await finds(page, "found-bob found-visitor");
+
   await page.click("text=bob & co"); // a user leads to all of theirs
   await page.waitForSelector("#of-user:visible");
   await finds(page, "found-bob");

@@ -107,6 +107,14 @@ test("a refusal by POST has a reason; stop() sends what waits", async (t) => {
   page.marks = 2;
   await arrived(page, id);
   await until(async () => !(await h.json(`/sessions/${id}`)).isActive, "the end of the session");
+  using(t, { isMuted: true });
+  const early = await visit(t, distant("/early", "<p>stopped early"));
+  const unanswered = await sessionOf(early);
+  await mark(early, 1);
+  await early.evaluate(() => window.sessionReplay.stop());
+  await arrived(early, unanswered);
+  await until(async () => !(await h.json(`/sessions/${unanswered}`)).isActive, "the end of the other session");
+  using(t, { isMuted: false, refusal: "403 Forbidden" });
   await h.restart({ INGEST_KEY: "write-only", SESSION_GRACE_PERIOD: "" });
   t.after(() => h.restart({ INGEST_KEY: "" }));
   const refused = await visit(t, distant("/refused", "<p>refused"));
