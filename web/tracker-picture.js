@@ -26,7 +26,7 @@ const picture = (() => {
     "pointer:none coarse fine", "any-pointer:none coarse fine"]
     .flatMap((line) => line.split(":")[1].split(" ").map((value) => `${line.split(":")[0]}:${value}`));
   const LOOK_MS = 100, IDLE_LOOK_MS = 1000, IDLE_LOOK_MAX_MS = 30000;
-  const MEASURE_MS = 10; // in one task
+  const MEASURE_MS = 10; // of the elements in one look
   const SHARE = 20; // between two looks is this many times the time of one
   // A browser's own text of a shorthand with var(), of which a longhand is set later.
   const BROKEN = /(^|[^\w-])(?!--)[a-z-]+: ;/, EMPTY = /(^|[^\w-])(?!--)([a-z-]+): (?=;)/g;
@@ -66,7 +66,7 @@ const picture = (() => {
 
   function soon() {
     if (pause > IDLE_LOOK_MS) rest(IDLE_LOOK_MS);
-    timer = timer || setTimeout(safe(look), Math.min(Math.max(LOOK_MS, SHARE * cost), IDLE_LOOK_MS));
+    timer = timer || setTimeout(safe(() => look()), Math.min(Math.max(LOOK_MS, SHARE * cost), IDLE_LOOK_MS));
   }
 
   function rest(ms) {
@@ -84,15 +84,19 @@ const picture = (() => {
     look();
   }
 
-  function look() {
+  function look(most = MEASURE_MS) {
     const begun = performance.now();
     clearTimeout(timer);
     timer = 0;
     const found = new Map(), moving = new Map();
     for (const root of roots) {
       if (!(root.host ? root.isConnected : root.defaultView)) { roots.delete(root); continue; }
-      for (const el of root.querySelectorAll(ANY_STATE)) found.set(el, STATES.filter((s) => matches.call(el, ":" + s)).join(" ") || "undefined");
-      for (const el of root.querySelectorAll("style, link")) if (el.disabled || el.sheet && el.sheet.disabled) found.set(el, "disabled");
+      for (const el of root.querySelectorAll(ANY_STATE)) {
+        found.set(el, STATES.filter((s) => matches.call(el, ":" + s)).join(" ") || "undefined");
+      }
+      for (const el of root.querySelectorAll("style, link")) {
+        if (el.disabled || el.sheet && el.sheet.disabled) found.set(el, "disabled");
+      }
       for (const a of root.getAnimations ? root.getAnimations() : []) noteMotion(a, moving);
       noteAdopted(root);
     }
@@ -101,7 +105,7 @@ const picture = (() => {
     states = found;
     for (const el of told.keys()) if (told.get(el)["replay-motion"] && !moving.has(el)) note(el, "replay-motion", null);
     for (const [el, list] of moving) note(el, "replay-motion", stringify(list), stringify(list.map((m) => ({ ...m, at: m.paused && m.at }))));
-    for (const start = performance.now(); fresh.length && performance.now() - start < MEASURE_MS;) measure(fresh.pop());
+    for (const start = performance.now(); fresh.length && performance.now() - start < most;) measure(fresh.pop());
     if (fresh.length) soon();
     note(document.documentElement, "replay-media", FEATURES.filter((f) => matchMedia(`(${f})`).matches).join(" "));
     if (news.size) rest(IDLE_LOOK_MS);
@@ -123,7 +127,7 @@ const picture = (() => {
   // rrweb sees adoptedStyleSheets set, not pushed to, and not of a root that comes back.
   function noteAdopted(root) {
     const sheets = root.adoptedStyleSheets, before = worn.get(root);
-    if (!sheets || !before || sheets.length === before.length && before.every((sheet, i) => sheet === sheets[i])) return;
+    if (!sheets || !before || sheets.length === before.length && before.every((s, i) => s === sheets[i])) return;
     worn.set(root, [...sheets]);
     root.adoptedStyleSheets = [...sheets]; // rrweb emits here
   }
@@ -355,16 +359,12 @@ const picture = (() => {
       soon();
     }));
     rest(IDLE_LOOK_MS);
-    listeners.signal.addEventListener("abort", stopLooking);
-  }
-
-  function stopLooking() {
-    clearTimeout(idle);
-    clearTimeout(timer);
-    timer = 0;
-    sizes.disconnect();
-    for (const all of [roots, icons]) all.clear();
-    fresh = [];
+    listeners.signal.addEventListener("abort", () => {
+      for (const id of [idle, timer]) clearTimeout(id);
+      timer = 0;
+      sizes.disconnect();
+      roots.clear();
+    });
   }
 
   return { begin, look, complete, took };

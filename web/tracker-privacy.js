@@ -22,6 +22,7 @@ const EDITORS = "textarea, [contenteditable]:not([contenteditable=false i]), [ro
   + "[role~=combobox i], .CodeMirror, .cm-editor, .monaco-editor, .ace_editor, .xterm, .ql-editor, .ProseMirror";
 const CONTROLS = /^(input|textarea|select)$/;
 const CHOICES = /^(radio|checkbox)$/;
+const BUTTONS = /^(button|submit|reset|image)$/;
 const SET = /^(radio|checkbox|range|color|button|submit|reset|image|select-one|select-multiple)$/; // nobody types into these
 const OWN_VALUE = /^(button|option|li|progress|meter|data|param)$/; // their value attribute is the page's
 const URLS = /^(href|src|rr_src|action|formaction|xlink:href|data|poster|cite|background|longdesc|manifest)$/;
@@ -162,7 +163,8 @@ function isDrawn(text) {
 
 const targetOf = (event) => event.composedPath()[0] || event.target;
 const isElement = (node) => !!node && nodeType(node) === 1;
-const shows = (el) => isElement(el) && matches(el, SHOWN) && !/^(password|hidden)$/.test(el.type) && !secrecy(el, new Map());
+const shows = (el) => isElement(el) && matches(el, SHOWN) && !/^(password|hidden)$/.test(el.type)
+  && !secrecy(el, new Map());
 
 // hear learns what a control, or a text node, holds now.
 function hear(holder, text) {
@@ -223,7 +225,7 @@ function hearTyping(win) {
 // ── Controls ─────────────────────────────────────────────────────────────────
 
 function maskValue(value, el) {
-  if (/^(button|submit|reset|image)$/.test(el.type)) return secrecy(el, new Map()) ? stars(value) : cleanWords(value); // its label
+  if (BUTTONS.test(el.type)) return secrecy(el, new Map()) ? stars(value) : cleanWords(value); // its label
   if (shows(el)) return value;
   if (el.type === "hidden" || matches(el, IGNORED)) return "";
   if (el.type === "password" || localName(el) === "select") return value && "********"; // not even its length
@@ -314,7 +316,9 @@ function secrecy(el, seen) {
   if (found === undefined) {
     found = typedInto.has(el) ? EDITOR : OPEN;
     if (matches(el, anySelector) || designMode(ownerDocument(el)) === "on") {
-      found = matches(el, blockSelector) ? BLOCKED : matches(el, maskSelector) ? MASKED : found || isEditor(el) ? EDITOR : OPEN;
+      if (matches(el, blockSelector)) found = BLOCKED;
+      else if (matches(el, maskSelector)) found = MASKED;
+      else if (!found && isEditor(el)) found = EDITOR;
     }
     const around = found < BLOCKED && secrecy(outer(el), seen);
     if (around) found = Math.max(found, around, MASKED);
@@ -414,11 +418,12 @@ function cleanText(node, text, seen, fresh) {
 // cleanMutation also leaves out what happens in a blocked element.
 function cleanMutation(data, seen) {
   const fresh = now() - runAt < DRAWN_MS;
-  data.adds = data.adds.filter(({ node, parentId }) => (secrecy(outer(nodeOf(node.id)), seen) || secrecyAt(parentId, seen)) < BLOCKED);
-  data.removes = data.removes.filter(({ parentId }) => secrecyAt(parentId, seen) < BLOCKED);
-  const isOpen = ({ id }) => nodeOf(id) && secrecyAt(id, seen) < BLOCKED;
-  data.attributes = data.attributes.filter(isOpen);
-  data.texts = data.texts.filter(isOpen);
+  const isSeen = (id) => secrecyAt(id, seen) < BLOCKED, isThere = ({ id }) => nodeOf(id) && isSeen(id);
+  const placeOf = ({ node, parentId }) => secrecy(outer(nodeOf(node.id)), seen) || secrecyAt(parentId, seen);
+  data.adds = data.adds.filter((add) => placeOf(add) < BLOCKED);
+  data.removes = data.removes.filter(({ parentId }) => isSeen(parentId));
+  data.attributes = data.attributes.filter(isThere);
+  data.texts = data.texts.filter(isThere);
   for (const { node } of data.adds) {
     cleanNode(node, seen, fresh);
     if (data.isAttachIframe) hearTyping(viewOf(nodeOf(node.id)));

@@ -316,17 +316,16 @@ function bufferFull() {
   endRecorder();
 }
 
-const hasRoom = () => fullSince && wanted && heldSize <= BUFFER / 2;
+const mayGoOn = () => fullSince && wanted && heldSize <= BUFFER / 2;
 function goOn() {
-  if (!hasRoom()) return;
+  if (!mayGoOn()) return;
   const gap = customEvent("gap", { from: fullSince, to: now() });
   fullSince = 0;
   push(gap);
   startRecorder();
 }
 
-// notePage looks at the address and the title; it is called with every event, and
-// when the page goes from one address to another without any.
+// notePage looks at the address and the title, with every event and where none tells.
 let page = {}, lastAddress, lastTitle;
 function notePage() {
   const title = titleOf(document);
@@ -334,8 +333,7 @@ function notePage() {
   [lastAddress, lastTitle] = [location.href, title];
   const { href: before, title: named } = page;
   page = { href: cutAddress(lastAddress, document), title: hide(title) };
-  if (!before) return;
-  if (page.href === before && page.title === named) return;
+  if (!before || page.href === before && page.title === named) return;
   if (page.href !== before && session) session.pages++;
   tell();
   push(page.href !== before ? customEvent("navigation", page) : customEvent("title", { title: page.title }));
@@ -746,7 +744,7 @@ function started({ sessionId, resume, lastSeq, accepted = lastSeq }) {
   if (news) sayStart();
   transmit();
   watch();
-  if (hasRoom()) mendSoon();
+  if (mayGoOn()) mendSoon();
 }
 
 // startOver turns what is held into the beginning of another session: it can
@@ -792,7 +790,7 @@ function acked(seq) {
   retries = refusals = 0;
   watch();
   transmit();
-  if (hasRoom()) mendSoon();
+  if (mayGoOn()) mendSoon();
 }
 
 function transmit() {
@@ -888,7 +886,9 @@ function start(given) {
   own(Document.prototype.querySelector)(document, anySelector);
   toText([options.user, options.traits]);
   if (!sampled()) return explain("sampled-out");
-  if (document.prerendering === true) return document.addEventListener("prerenderingchange", safe(() => start(given)), { once: true });
+  if (document.prerendering === true) {
+    return document.addEventListener("prerenderingchange", safe(() => start(given)), { once: true });
+  }
   wanted = true;
   reason = "";
   setClock((load() || {}).at);
@@ -901,7 +901,7 @@ function start(given) {
 
 function stop() {
   if (!wanted) return;
-  safe(picture.look)();
+  safe(picture.look)(Infinity);
   endRecorder();
   flush();
   const last = '{"type":"session_end","data":{}}';

@@ -29,8 +29,7 @@ test("live sessions appear first and by themselves, and become recorded ones", a
   await says(page, "#live .state", /In background/);
   await tracker.end();
   await page.waitForSelector('#past a[href="/view/comes-and-goes"]');
-  assert.equal(await page.locator("#live tr").count(), 0);
-  assert.equal(await page.title(), "Sessions");
+  await until(async () => await page.locator("#live tr").count() === 0 && await page.title() === "Sessions", "no live one");
 });
 
 test("a live session whose page has gone says so", async (t) => {

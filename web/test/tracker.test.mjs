@@ -671,6 +671,20 @@ test("a frame inside a page that does not record is recorded; one in a frame of 
   await until(() => innerOf(recorded).evaluate(() => window.sessionReplay.state.reason.startsWith("recorded by")), "the reason");
 });
 
+test("after stop() nothing is looked at any more", async (t) => {
+  const page = await visit(t, embed("/letgo", "<canvas id=c></canvas>"));
+  await established(page);
+  const looks = await page.evaluate(async () => {
+    let looks = 0;
+    window.sessionReplay.stop();
+    document.querySelectorAll = () => { looks++; return []; };
+    document.getElementById("c").width = 500;
+    await new Promise((done) => setTimeout(done, 2000));
+    return looks;
+  });
+  assert.equal(looks, 0);
+});
+
 test("the server's key", async (t) => {
   await h.restart({ INGEST_KEY: "write-only" });
   t.after(() => h.restart({ INGEST_KEY: "" }));
