@@ -131,7 +131,7 @@ function showParts() {
 
 // search takes what is asked for into the page's address and looks anew.
 function search(params) {
-  asked = new URLSearchParams([...params].filter(([, value]) => value !== '' && value !== '0'));
+  asked = new URLSearchParams([...params].filter(([name, value]) => value !== '' && (name !== 'offset' || value !== '0')));
   history.replaceState(null, '', `/${asked.size > 0 ? `?${asked}` : ''}`);
   turn++;
   showFilters();
@@ -237,9 +237,15 @@ async function start() {
   await refresh();
   if ($.note.textContent === 'Loading…') note('');
   connect({ onOpen: refreshSoon, onMessage: receive, onWait });
-  setInterval(() => { if (!document.hidden && rows.live.size > 0) refreshLive().catch(failed); }, REFRESH);
+  refreshLater();
   tellUnrecorded();
 }
+
+// refreshLater waits for an answer before it asks again: the server may be away.
+const refreshLater = () => setTimeout(async () => {
+  if (!document.hidden && rows.live.size > 0) await refreshLive().catch(failed);
+  refreshLater();
+}, REFRESH);
 
 function sayTag({ ingestKey }) {
   const { origin } = location, key = ingestKey?.replaceAll('&', '&amp;').replaceAll('"', '&quot;');

@@ -1,5 +1,5 @@
 // The part of the tracker that notes what the picture needs and rrweb does not
-// record. tracker.js calls picture.mend() with each event before it is pushed, and
+// record. tracker.js calls picture.complete() with each event before it is pushed, and
 // picture.took() after that. The notes are attributes, and travel as rrweb's
 // own mutations, in their place among all others:
 //
@@ -26,6 +26,7 @@ const picture = (() => {
     "pointer:none coarse fine", "any-pointer:none coarse fine"]
     .flatMap((line) => line.split(":")[1].split(" ").map((value) => `${line.split(":")[0]}:${value}`));
   const LOOK_MS = 100, IDLE_LOOK_MS = 1000, IDLE_LOOK_MAX_MS = 30000;
+  const MEASURE_MS = 10; // of the elements in one look
   const SHARE = 20; // between two looks is this many times the time of one
   // A browser's own text of a shorthand with var(), of which a longhand is set later.
   const BROKEN = /(^|[^\w-])(?!--)[a-z-]+: ;/, EMPTY = /(^|[^\w-])(?!--)([a-z-]+): (?=;)/g;
@@ -54,12 +55,12 @@ const picture = (() => {
     news.set(el, { ...news.get(el), [name]: value });
   }
 
-  function send(timestamp = now()) {
+  function send() {
     const attributes = [...news].map(([el, a]) => ({ id: record.mirror.getId(el), attributes: a })).filter(({ id }) => id > 0);
     news = new Map();
     if (!attributes.length) return;
     sending = true;
-    emit({ type: INCREMENTAL, data: { source: MUTATION, texts: [], removes: [], adds: [], attributes }, timestamp });
+    emit({ type: INCREMENTAL, data: { source: MUTATION, texts: [], removes: [], adds: [], attributes } });
     sending = false;
   }
 
@@ -74,34 +75,41 @@ const picture = (() => {
     idle = setTimeout(safe(idleLook), Math.max(pause, SHARE * cost));
   }
 
-  // idleLook is for what no event tells, sheet.disabled = true and the like. It
-  // comes less and less often while nothing happens.
+  // idleLook is for what no event tells, a new title, sheet.disabled = true and the
+  // like. It comes less and less often while nothing happens.
   function idleLook() {
     rest(Math.min(2 * pause, IDLE_LOOK_MAX_MS));
-    if (!document.hidden && stopRecorder && roots.size) look();
+    if (isHidden(document) || !stopRecorder || !roots.size) return;
+    noteMissed();
+    look();
   }
 
-  function look(timestamp) {
+  function look(most = MEASURE_MS) {
     const begun = performance.now();
     clearTimeout(timer);
     timer = 0;
-    const now = new Map(), moving = new Map();
+    const found = new Map(), moving = new Map();
     for (const root of roots) {
       if (!(root.host ? root.isConnected : root.defaultView)) { roots.delete(root); continue; }
-      for (const el of root.querySelectorAll(ANY_STATE)) now.set(el, STATES.filter((s) => matches.call(el, ":" + s)).join(" ") || "undefined");
-      for (const el of root.querySelectorAll("style, link")) if (el.disabled || el.sheet && el.sheet.disabled) now.set(el, "disabled");
+      for (const el of root.querySelectorAll(ANY_STATE)) {
+        found.set(el, STATES.filter((s) => matches.call(el, ":" + s)).join(" ") || "undefined");
+      }
+      for (const el of root.querySelectorAll("style, link")) {
+        if (el.disabled || el.sheet && el.sheet.disabled) found.set(el, "disabled");
+      }
       for (const a of root.getAnimations ? root.getAnimations() : []) noteMotion(a, moving);
       noteAdopted(root);
     }
-    for (const el of states.keys()) if (!now.has(el)) note(el, "replay-state", null);
-    for (const [el, state] of now) note(el, "replay-state", state);
-    states = now;
+    for (const el of states.keys()) if (!found.has(el)) note(el, "replay-state", null);
+    for (const [el, state] of found) note(el, "replay-state", state);
+    states = found;
     for (const el of told.keys()) if (told.get(el)["replay-motion"] && !moving.has(el)) note(el, "replay-motion", null);
     for (const [el, list] of moving) note(el, "replay-motion", stringify(list), stringify(list.map((m) => ({ ...m, at: m.paused && m.at }))));
-    for (const el of fresh.splice(0)) measure(el);
+    for (const start = performance.now(); fresh.length && performance.now() - start < most;) measure(fresh.pop());
+    if (fresh.length) soon();
     note(document.documentElement, "replay-media", FEATURES.filter((f) => matchMedia(`(${f})`).matches).join(" "));
     if (news.size) rest(IDLE_LOOK_MS);
-    send(timestamp);
+    send();
     cost = performance.now() - begun;
   }
 
@@ -118,10 +126,10 @@ const picture = (() => {
 
   // rrweb sees adoptedStyleSheets set, not pushed to, and not of a root that comes back.
   function noteAdopted(root) {
-    const now = root.adoptedStyleSheets, before = worn.get(root);
-    if (!now || !before || now.length === before.length && before.every((sheet, i) => sheet === now[i])) return;
-    worn.set(root, [...now]);
-    root.adoptedStyleSheets = [...now]; // rrweb emits here
+    const sheets = root.adoptedStyleSheets, before = worn.get(root);
+    if (!sheets || !before || sheets.length === before.length && before.every((s, i) => s === sheets[i])) return;
+    worn.set(root, [...sheets]);
+    root.adoptedStyleSheets = [...sheets]; // rrweb emits here
   }
 
   // Boxes.
@@ -156,7 +164,7 @@ const picture = (() => {
   // loses those that load later, and loads others anew.
   function noteImage(img) {
     const { currentSrc, naturalWidth, naturalHeight } = img;
-    if (!img.complete || !naturalWidth || view(img, new Map())) return;
+    if (!img.complete || !naturalWidth || secrecy(img, new Map())) return;
     if ((copies.get(img) || {}).src !== currentSrc) {
       const canvas = document.createElement("canvas");
       const scale = Math.min(1, img.offsetWidth * devicePixelRatio / naturalWidth || 1);
@@ -312,11 +320,11 @@ const picture = (() => {
     if (tagName === "style" || tagName === "link") mendSheet(el, attributes);
     if (attributes.style) mendStyle(el, attributes);
     if (BOXES.test(tagName) || attributes.type === "image") sizes.observe(el);
-    if (attributes.rr_dataURL && view(el, new Map())) delete attributes.rr_dataURL;
+    if (attributes.rr_dataURL && secrecy(el, new Map())) delete attributes.rr_dataURL;
     if (!el.firstElementChild && (HOSTS.test(tagName) || OTHERS.test(tagName))) fresh.push(el);
   }
 
-  function mend({ type, data }) {
+  function complete({ type, data }) {
     if (type === FULL) {
       roots.clear();
       told = new Map();
@@ -328,7 +336,7 @@ const picture = (() => {
         if (attributes.style) mendStyle(nodeOf(id), attributes);
       }
     } else if (type === INCREMENTAL && data.source === CANVAS) {
-      if (view(nodeOf(data.id), new Map())) data.commands = []; // masked
+      if (secrecy(nodeOf(data.id), new Map())) data.commands = []; // masked
     } else if (type === INCREMENTAL && data.source === ADOPTED) {
       const root = nodeOf(data.id).shadowRoot || nodeOf(data.id);
       worn.set(root, [...root.adoptedStyleSheets]);
@@ -338,8 +346,8 @@ const picture = (() => {
     }
   }
 
-  function took({ type, timestamp }) {
-    if (type === FULL) look(timestamp); // a part of the same moment
+  function took({ type }) {
+    if (type === FULL) look(); // a part of the same moment
     else if (type === INCREMENTAL && !sending) soon();
   }
 
@@ -351,8 +359,13 @@ const picture = (() => {
       soon();
     }));
     rest(IDLE_LOOK_MS);
-    listeners.signal.addEventListener("abort", () => clearTimeout(idle));
+    listeners.signal.addEventListener("abort", () => {
+      for (const id of [idle, timer]) clearTimeout(id);
+      timer = 0;
+      sizes.disconnect();
+      roots.clear();
+    });
   }
 
-  return { begin, look, mend, took };
+  return { begin, look, complete, took };
 })();

@@ -12,7 +12,7 @@
 // listener: nothing happens in them. They have to read this script for that, so
 // the tracker keeps to the syntax of 2019; otherwise it would be an error in each page.
 let endsListeners = false;
-addEventListener("", null, { get signal() { endsListeners = true; } });
+EventTarget.prototype.addEventListener.call(window, "", null, { get signal() { endsListeners = true; } });
 if (!endsListeners) return;
 
 let maskSelector, blockSelector, anySelector; // the owner's two, and these with EDITORS
@@ -22,6 +22,7 @@ const EDITORS = "textarea, [contenteditable]:not([contenteditable=false i]), [ro
   + "[role~=combobox i], .CodeMirror, .cm-editor, .monaco-editor, .ace_editor, .xterm, .ql-editor, .ProseMirror";
 const CONTROLS = /^(input|textarea|select)$/;
 const CHOICES = /^(radio|checkbox)$/;
+const BUTTONS = /^(button|submit|reset|image)$/;
 const SET = /^(radio|checkbox|range|color|button|submit|reset|image|select-one|select-multiple)$/; // nobody types into these
 const OWN_VALUE = /^(button|option|li|progress|meter|data|param)$/; // their value attribute is the page's
 const URLS = /^(href|src|rr_src|action|formaction|xlink:href|data|poster|cite|background|longdesc|manifest)$/;
@@ -36,6 +37,7 @@ const getter = (type, name) => own(Object.getOwnPropertyDescriptor(type.prototyp
 const nodeType = getter(Node, "nodeType"), parentNode = getter(Node, "parentNode"), ownerDocument = getter(Node, "ownerDocument");
 const localName = getter(Element, "localName"), childElementCount = getter(Element, "childElementCount");
 const hostOf = getter(ShadowRoot, "host"), viewOf = getter(Document, "defaultView"), designMode = getter(Document, "designMode");
+const isHidden = getter(Document, "hidden"), referrerOf = getter(Document, "referrer");
 const titleOf = getter(Document, "title"), addressOf = getter(Document, "documentURI"), attributesOf = getter(Element, "attributes");
 const matches = own(Element.prototype.matches), attributeOf = own(Element.prototype.getAttribute);
 const attributeNames = own(Element.prototype.getAttributeNames), boxOf = own(Element.prototype.getBoundingClientRect);
@@ -62,7 +64,7 @@ let haystack = null; // all of typed, a line each; null: to be made anew
 let run = "", runIn = null, runAt = -Infinity; // the keys since the last pause, their target, the time of the last one
 
 // fold gives a text in lower case, with every blank a space, as long as it was.
-const lower = (text, low = text.toLowerCase()) => (low.length === text.length ? low : text);
+const lower = (text) => text.replace(/\u0130/g, "i").toLowerCase(); // the only letter whose lower case is longer
 const fold = (text) => lower(text).replace(/\s/g, " ");
 
 // roll goes on with the hash of the last SHORTEST characters.
@@ -74,7 +76,7 @@ const roll = (hash, code) => ((hash << 4) ^ (blank(code) ? 32 : code)) & 0xffff;
 function plant(text, end) {
   const encoded = encodeURIComponent(text.slice(0, 200).replace(/\p{Cs}/gu, "")).toLowerCase();
   for (const form of [text, encoded, encoded.replace(/%20/g, "+")]) {
-    for (const piece of form.match(/.{4,64}/gs)) {
+    for (const piece of form.match(/.{4,64}(?!.{1,3}$)/gs) || []) {
       let node = tree, hash = 0;
       for (let i = 0; i < piece.length; i++) {
         if (i < SHORTEST) hash = roll(hash, piece.charCodeAt(i));
@@ -102,10 +104,14 @@ function learn(text, before = "") {
   haystack = null;
 }
 
+// linesOf gives what is learned of a text: of a long one its lines and sentences, so
+// that a key costs no more than the line it is in.
+const linesOf = (text) => (text.length < 400 ? [text] : text.slice(0, LONGEST).split(/\n|[.!?]\s/));
+
 // Names, numbers and codes are remembered one by one too; of plain words only
 // the whole text, or every page would be full of stars.
 function learnWords(text) {
-  learn(text);
+  for (const line of linesOf(text)) learn(line);
   for (const [word] of text.slice(0, LONGEST).matchAll(/\S{4,}/g)) {
     if (!/^[a-z]+[.,;:!?]*$/.test(word)) learn(word.replace(/[.,;:!?]+$/, ""));
   }
@@ -157,14 +163,17 @@ function isDrawn(text) {
 
 const targetOf = (event) => event.composedPath()[0] || event.target;
 const isElement = (node) => !!node && nodeType(node) === 1;
-const shows = (el) => isElement(el) && matches(el, SHOWN) && !/^(password|hidden)$/.test(el.type) && !view(el, new Map());
+const shows = (el) => isElement(el) && matches(el, SHOWN) && !/^(password|hidden)$/.test(el.type)
+  && !secrecy(el, new Map());
 
 // hear learns what a control, or a text node, holds now.
 function hear(holder, text) {
   const before = live.get(holder) || "";
   if (before.startsWith(text)) return; // something was deleted: its beginning is known
-  learn(text, before);
   live.set(holder, text);
+  const known = linesOf(before), lines = linesOf(text), was = new Set(known), is = new Set(lines);
+  const gone = known.find((line) => !is.has(line));
+  for (const line of lines) if (!was.has(line)) learn(line, gone);
 }
 
 function finish() {
@@ -216,7 +225,8 @@ function hearTyping(win) {
 // ── Controls ─────────────────────────────────────────────────────────────────
 
 function maskValue(value, el) {
-  if (/^(button|submit|reset|image)$/.test(el.type) || shows(el)) return value; // a button's value is its label
+  if (BUTTONS.test(el.type)) return secrecy(el, new Map()) ? stars(value) : cleanWords(value); // its label
+  if (shows(el)) return value;
   if (el.type === "hidden" || matches(el, IGNORED)) return "";
   if (el.type === "password" || localName(el) === "select") return value && "********"; // not even its length
   return "*".repeat(value.length);
@@ -297,27 +307,29 @@ function isEditor(el) {
   return true;
 }
 
-// view tells how an element is recorded: 0 openly, 1 as an editor, whose text
-// is masked and whose own labels are not, 2 masked, 3 not at all. seen remembers
-// the answers for the length of one event.
-function view(el, seen) {
-  if (!el) return 0;
-  let v = seen.get(el);
-  if (v === undefined) {
-    v = typedInto.has(el) ? 1 : 0;
+// secrecy tells how an element is recorded; of an editor the text is masked, its own
+// labels are not. seen remembers the answers for the length of one event.
+const OPEN = 0, EDITOR = 1, MASKED = 2, BLOCKED = 3;
+function secrecy(el, seen) {
+  if (!el) return OPEN;
+  let found = seen.get(el);
+  if (found === undefined) {
+    found = typedInto.has(el) ? EDITOR : OPEN;
     if (matches(el, anySelector) || designMode(ownerDocument(el)) === "on") {
-      v = matches(el, blockSelector) ? 3 : matches(el, maskSelector) ? 2 : v || isEditor(el) ? 1 : 0;
+      if (matches(el, blockSelector)) found = BLOCKED;
+      else if (matches(el, maskSelector)) found = MASKED;
+      else if (!found && isEditor(el)) found = EDITOR;
     }
-    const around = v < 3 && view(outer(el), seen);
-    if (around) v = Math.max(v, around, 2);
-    seen.set(el, v);
+    const around = found < BLOCKED && secrecy(outer(el), seen);
+    if (around) found = Math.max(found, around, MASKED);
+    seen.set(el, found);
   }
-  return v;
+  return found;
 }
 
-function viewAt(id, seen) {
+function secrecyAt(id, seen) {
   const node = nodeOf(id);
-  return node ? view(nodeType(node) === 1 ? node : outer(node), seen) : 0;
+  return node ? secrecy(nodeType(node) === 1 ? node : outer(node), seen) : OPEN;
 }
 
 // A link's fragment may name a section of its own page.
@@ -351,7 +363,7 @@ function cleanAttribute(el, tag, name, value, masked) {
 // A control, or an editor, is labelled by its page: its own words are masked
 // only where the owner says so, or what is around it is masked.
 function cleanAttributes(el, attributes, seen) {
-  const tag = localName(el), masked = view(el, seen) === 2;
+  const tag = localName(el), masked = secrecy(el, seen) === MASKED;
   for (const name of Object.keys(attributes)) {
     const value = attributes[name];
     if (/^on|^srcdoc$|^selected$/.test(name)) delete attributes[name]; // a frame's document is recorded itself
@@ -375,7 +387,7 @@ function cleanBlocked(serialized, el) {
 function cleanNode(serialized, seen, fresh) {
   const node = nodeOf(serialized.id);
   if (serialized.attributes) {
-    if (view(node, seen) === 3) return cleanBlocked(serialized, node);
+    if (secrecy(node, seen) === BLOCKED) return cleanBlocked(serialized, node);
     if (serialized.tagName === "form") cleanForm(serialized, node);
     cleanAttributes(node, serialized.attributes, seen);
     if (isControl(node)) noteControl(serialized.id, node);
@@ -395,7 +407,7 @@ function cleanText(node, text, seen, fresh) {
   const el = outer(node), tag = el && localName(el);
   if (tag === "style") return cleanCSS(text);
   if (tag === "noscript") return ""; // markup as text; a replay never shows it
-  if (view(el, seen)) return stars(text);
+  if (secrecy(el, seen)) return stars(text);
   if (!fresh || !el || !isDrawn(text)) return cleanWords(text);
   if (tag !== "body" && childElementCount(el) < 4) typedInto.add(el);
   return stars(text);
@@ -406,11 +418,12 @@ function cleanText(node, text, seen, fresh) {
 // cleanMutation also leaves out what happens in a blocked element.
 function cleanMutation(data, seen) {
   const fresh = now() - runAt < DRAWN_MS;
-  data.adds = data.adds.filter(({ node, parentId }) => (view(outer(nodeOf(node.id)), seen) || viewAt(parentId, seen)) < 3);
-  data.removes = data.removes.filter(({ parentId }) => viewAt(parentId, seen) < 3);
-  const isOpen = ({ id }) => nodeOf(id) && viewAt(id, seen) < 3;
-  data.attributes = data.attributes.filter(isOpen);
-  data.texts = data.texts.filter(isOpen);
+  const isSeen = (id) => secrecyAt(id, seen) < BLOCKED, isThere = ({ id }) => nodeOf(id) && isSeen(id);
+  const placeOf = ({ node, parentId }) => secrecy(outer(nodeOf(node.id)), seen) || secrecyAt(parentId, seen);
+  data.adds = data.adds.filter((add) => placeOf(add) < BLOCKED);
+  data.removes = data.removes.filter(({ parentId }) => isSeen(parentId));
+  data.attributes = data.attributes.filter(isThere);
+  data.texts = data.texts.filter(isThere);
   for (const { node } of data.adds) {
     cleanNode(node, seen, fresh);
     if (data.isAttachIframe) hearTyping(viewOf(nodeOf(node.id)));
@@ -437,7 +450,7 @@ function clean(event) {
   if (type === FULL) cleanNode(data.node, seen, false);
   if (type !== INCREMENTAL) return true;
   if (data.source === MUTATION) return cleanMutation(data, seen);
-  if (data.id && viewAt(data.id, seen) === 3) return false;
+  if (data.id && secrecyAt(data.id, seen) === BLOCKED) return false;
   if (data.source === INPUT) {
     const el = nodeOf(data.id);
     if (!el) return false; // a mutation that is still to come brings it

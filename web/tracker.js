@@ -4,31 +4,18 @@
 //
 //   <script src="https://replay.example.com/tracker.js" async data-user="ann"></script>
 //
-// Options, as data- attributes or, like maskText, in sessionReplay.start({…}):
-//   user, visitor    who this is; else a random id, unless visitor is "off"
-//   endpoint, key    the server, if not the script's; its INGEST_KEY
-//   sample-rate      0 to 1: the share of tabs that are recorded
-//   autostart        "false": nothing happens before sessionReplay.start() (consent)
-//   gpc              "ignore": record in spite of Global Privacy Control
-//   mask-text        selector of what is masked as by data-replay-mask
-//   block-selector   selector of what is left out as by data-replay-block
-//   allow-query      keep the query strings of URLs
-//   inline-images    "true": copies of the pictures go into the recording
-//   record-canvas    frames a second: canvases are recorded
-//   debug            say on the console why nothing is recorded (always on localhost)
+// README.md has the options (data- attributes or, like maskText, in
+// sessionReplay.start({…})) and window.sessionReplay.
 //
 // What somebody typed never leaves the page, wherever the page repeats it, from
-// four characters up. One attribute makes an exception, of the field it stands on
-// (an input, a text area, an editor): <input data-replay-show>. What is typed into
-// that field is in the recording, readable for everybody who may watch it, letter
-// by letter, with what was deleted again; so it is for search words, and never for
-// names, addresses or free text. Passwords and hidden fields are never shown.
-//
-// window.sessionReplay: start(options), stop(), identify(user, traits),
-// event(name, payload), sessionId, and state: {recording, reason (a word why
-// not, or why nothing arrives), transport ("websocket", "post" or ""), waiting
-// (batches), errors}.
-// What the owner gives to event() and identify() is recorded as it is.
+// four characters up. The page knows only what was typed into it since recording
+// began: what a next page shows of it must be marked with data-replay-mask. One
+// attribute makes an exception, of the field it stands on (an input, a text area, an
+// editor): what is typed into <input data-replay-show> is in the recording, readable
+// for everybody who may watch it, letter by letter, with what was deleted again. So it
+// is for search words, never for names, addresses or free text. Passwords and
+// hidden fields are never shown. What the owner gives to event() and identify() is
+// recorded as it is.
 //
 // What goes wrong here never reaches the page: every way in goes through safe().
 if (window.sessionReplay && typeof window.sessionReplay.start === "function") return; // embedded twice
@@ -50,7 +37,7 @@ const POSTS_MS = 3 * 60000; // of POSTs, until a WebSocket is tried again
 const LAST_SIZE = 60000; // bytes: browsers let a fetch outlive its page up to 64 KiB
 const PACK_SIZE = 800000; // UTF-16 units of JSON; more of it would not become so small
 const MAX_ERRORS = 100; // a page, so that a loop of errors cannot flood
-const MEND_MS = 10000; // between two snapshots that mend what an exception broke
+const MEND_MS = 10000; // between two snapshots that mend what an exception, or a full buffer, broke
 const TELL_MS = 5000; // between two messages about pages and clicks
 const LEFT_OUT = "data:,left-out"; // stands for a data: address that was too large to be sent
 const STORE = "session-replay";
@@ -142,16 +129,19 @@ const emit = safe((event) => {
   if (type === FULL) unguard();
   if (data.positions) for (const at of data.positions) at.timeOffset = Math.max(-500, Math.min(0, at.timeOffset));
   if (type === INCREMENTAL) notePage();
-  safe(picture.mend)(event);
+  safe(picture.complete)(event);
   if (!clean(event)) return; // if it throws, the event is not recorded
-  if (data.source === CLICKS && data.type === 2) tell(session && session.clicks++);
+  if (data.source === CLICKS && data.type === 2) {
+    if (session) session.clicks++;
+    tell();
+  }
   push(event);
   picture.took(event);
   if (type === INCREMENTAL && now() - snapshotAt > CHECKOUT_MS) takeSnapshot();
 }, mend);
 
 function startRecorder() {
-  stopRecorder = () => {}; // rrweb emits before it returns
+  const starting = stopRecorder = () => {}; // rrweb emits before it returns, and may be ended then
   snapshotAt = 0;
   const stop = record({
     emit,
@@ -167,8 +157,12 @@ function startRecorder() {
     // like); any other error in there is rrweb's own.
     errorHandler: (error) => !(error instanceof DOMException) && mend(error),
   });
-  if (stop) stopRecorder = safe(stop);
-  else explain("failed", unguard());
+  if (!stop) {
+    unguard();
+    stopRecorder = null;
+    explain("failed");
+  } else if (stopRecorder === starting) stopRecorder = safe(stop);
+  else stop();
 }
 
 // mend counts an exception within the recorder. What it has broken a full
@@ -176,12 +170,17 @@ function startRecorder() {
 function mend(error) {
   trouble(error);
   unguard();
+  mendSoon();
+  return true;
+}
+
+function mendSoon() {
   mendTimer = mendTimer || setTimeout(safe(() => {
     mendTimer = 0;
     mendedAt = now();
-    takeSnapshot();
+    if (fullSince) goOn();
+    else takeSnapshot();
   }), Math.max(0, mendedAt + MEND_MS - now()));
-  return true;
 }
 
 // A form with a field named nodeType, or fields named host and mode, is none
@@ -284,6 +283,7 @@ const noteControl = (id, el) => controls.set(id, toState(el));
 const toState = (el) => ({ text: maskValue(el.value, el), isChecked: !!el.checked });
 
 function noteMissed() {
+  notePage();
   for (const [id, was] of controls) {
     const el = nodeOf(id), is = el && toState(el);
     if (!el) controls.delete(id);
@@ -308,24 +308,24 @@ function flush(snap = false) {
 
 const numbered = () => held.map((batch) => { batch.seq = batch.seq || session.next++; return batch; });
 
-// A full buffer stops the recorder: what is held stays playable. When half of it
-// is acked recording goes on, with a word about the gap and a fresh snapshot.
+// A full buffer stops the recorder: what is held stays playable. Once half of it is
+// acked mendSoon goes on, with a word about the gap and a fresh snapshot.
 function bufferFull() {
   fullSince = now();
   flush();
   endRecorder();
 }
 
+const mayGoOn = () => fullSince && wanted && heldSize <= BUFFER / 2;
 function goOn() {
-  if (!fullSince || !wanted || heldSize > BUFFER / 2) return;
+  if (!mayGoOn()) return;
   const gap = customEvent("gap", { from: fullSince, to: now() });
   fullSince = 0;
   push(gap);
   startRecorder();
 }
 
-// notePage looks at the address and the title; it is called with every event, and
-// when the page goes from one address to another without any.
+// notePage looks at the address and the title, with every event and where none tells.
 let page = {}, lastAddress, lastTitle;
 function notePage() {
   const title = titleOf(document);
@@ -333,9 +333,10 @@ function notePage() {
   [lastAddress, lastTitle] = [location.href, title];
   const { href: before, title: named } = page;
   page = { href: cutAddress(lastAddress, document), title: hide(title) };
-  if (!before) return;
-  if (page.href !== before) push(customEvent("navigation", page), tell(session && session.pages++));
-  else if (page.title !== named) push(customEvent("title", { title: page.title }), tell());
+  if (!before || page.href === before && page.title === named) return;
+  if (page.href !== before && session) session.pages++;
+  tell();
+  push(page.href !== before ? customEvent("navigation", page) : customEvent("title", { title: page.title }));
 }
 
 // tell says soon, with another session_start, what lists show of a session.
@@ -363,29 +364,29 @@ function noteError(type, error, data) {
 
 function listen() {
   listeners = new AbortController();
-  const hear = (target, type, f, capture) => on(target, type, safe(f), capture);
-  hear(window, "error", (e) => {
+  const listenFor = (target, type, f, capture) => on(target, type, safe(f), capture);
+  listenFor(window, "error", (e) => {
     const { message, filename, lineno, colno, error } = e;
     if (script && filename === script.src && !(error instanceof DOMException)) return mend(error); // rrweb's own
     if (message) noteError("javascript_error", error, { message, filename, lineno, colno });
   });
-  hear(window, "unhandledrejection", ({ reason }) => {
+  listenFor(window, "unhandledrejection", ({ reason }) => {
     noteError("promise_rejection", reason, { reason: String(reason && reason.message || reason) });
   });
-  for (const type of ["popstate", "hashchange"]) hear(window, type, notePage);
-  if (window.navigation) hear(navigation, "currententrychange", notePage);
-  hear(document, "visibilitychange", () => {
-    push(customEvent("visibility", { hidden: document.hidden }));
-    if (ready) say("visibility_change", { hidden: document.hidden, timestamp: now() });
-    if (document.hidden) keep();
+  for (const type of ["popstate", "hashchange"]) listenFor(window, type, notePage);
+  if (window.navigation instanceof EventTarget) listenFor(navigation, "currententrychange", notePage);
+  listenFor(document, "visibilitychange", () => {
+    push(customEvent("visibility", { hidden: isHidden(document) }));
+    if (ready) say("visibility_change", { hidden: isHidden(document), timestamp: now() });
+    if (isHidden(document)) keep();
     else if (!socket) connect();
   }, true);
-  hear(window, "pagehide", leave, true);
-  hear(window, "pageshow", (e) => { if (e.persisted) comeBack(); }, true);
-  hear(document, "freeze", () => { keep(); disconnect(); }, true);
-  hear(document, "resume", connect, true);
-  hear(window, "online", () => { if (!ready) { disconnect(); connect(); } });
-  hear(window, "offline", reconnect);
+  listenFor(window, "pagehide", leave, true);
+  listenFor(window, "pageshow", (e) => { if (e.persisted) comeBack(); }, true);
+  listenFor(document, "freeze", () => { keep(); disconnect(); }, true);
+  listenFor(document, "resume", connect, true);
+  listenFor(window, "online", () => { if (!ready) { disconnect(); connect(); } });
+  listenFor(window, "offline", reconnect);
   hearTyping(window);
   picture.begin();
 }
@@ -405,8 +406,8 @@ function hold(batches) {
 
 function load() {
   try {
-    const stored = JSON.parse(sessionStorage.getItem(STORE));
-    return stored && timeOfDay() - stored.at < IDLE_MS ? stored : null;
+    const saved = JSON.parse(sessionStorage.getItem(STORE));
+    return saved && timeOfDay() - saved.at < IDLE_MS ? saved : null;
   } catch {
     return null;
   }
@@ -441,9 +442,9 @@ function lock(id) {
   const mine = turn;
   return new Promise((done) => {
     navigator.locks.request(`${STORE}:${id}`, { ifAvailable: true }, (got) => {
-      const held = got !== null && mine === turn;
-      done(held);
-      return held && new Promise((release) => { unlock = release; });
+      const isMine = got !== null && mine === turn;
+      done(isMine);
+      return isMine && new Promise((release) => { unlock = release; });
     }).catch(() => done(true)); // no locks here: as if there were no API
   });
 }
@@ -451,8 +452,8 @@ function lock(id) {
 // claim gives the session that this tab had, if it is free. The page before
 // this one may hold its lock for a moment still, and store something more.
 async function claim() {
-  for (let stored = load(), tries = 0; stored && tries < 6; tries++) {
-    if (await lock(stored.id)) return load();
+  for (let saved = load(), tries = 0; saved && tries < 6; tries++) {
+    if (await lock(saved.id)) return load();
     await new Promise((done) => setTimeout(done, 150));
   }
   return null;
@@ -464,7 +465,7 @@ function newSession() {
   const id = newId();
   lock(id);
   return { id, resume: newId(), started: now(), at: now(),
-    entry: page.href, title: page.title, referrer: cutAddress(document.referrer),
+    entry: page.href, title: page.title, referrer: cutAddress(referrerOf(document)),
     next: 1, acked: 0, // numbers of batches
     page: 0, first: 1, // the page's number in its tab, and its first batch's
     pages: 0, clicks: 0, // as lists show them
@@ -577,7 +578,11 @@ function connect() {
   } catch { // ws: from an https: page, for one
     return closed();
   }
-  opened.onopen = safe(() => { if (opened === socket) sayStart(session.unopened = -1); }); // its end makes it 0
+  opened.onopen = safe(() => {
+    if (opened !== socket) return;
+    session.unopened = -1; // its end makes it 0
+    sayStart();
+  });
   opened.onmessage = safe((e) => { if (opened === socket) receive(JSON.parse(e.data)); });
   opened.onclose = safe((e) => { if (opened === socket) closed(e.code); });
   watch();
@@ -600,7 +605,11 @@ function poster() {
     if (!n || !some[0].startsWith('{"type":"session_start"')) some.unshift(startText());
     fetch(options.posts, { method: "POST", body: some.join("\n"), signal: cancel.signal })
       .then(async (answer) => { answered(answer.status, await answer.text()); })
-      .catch(safe(() => { if (made === socket) closed(session.unopened = 0); }));
+      .catch(safe(() => {
+        if (made !== socket) return;
+        session.unopened = 0;
+        closed();
+      }));
   }
   function answered(status, text) {
     if (made !== socket) return;
@@ -677,7 +686,7 @@ function closed(code) {
   if (navigator.onLine) session.unopened++;
   disconnect();
   if (code === 4001) return halt("taken over"); // by another page, which has its storage
-  if (code === 4004) return halt("refused: deleted", forget());
+  if (code === 4004) return endSession("refused: deleted");
   if (code === 1009) return sendLess();
   retry();
 }
@@ -687,12 +696,18 @@ function closed(code) {
 function sendLess() {
   const largest = held.reduce((a, b) => (b.text.length > a.text.length ? b : a), { text: "" });
   limit = Math.min(limit, bytesOf(largest.text)) / 2;
-  if (limit < 50000) return halt("refused: too_large", forget());
+  if (limit < 50000) return endSession("refused: too_large");
   Object.assign(largest, { text: toText(customEvent("gap", {})), snap: false });
   hold(held);
   disconnect();
   takeSnapshot();
   retry();
+}
+
+// endSession ends the tab's session, too: its next page begins another.
+function endSession(why) {
+  forget();
+  halt(why);
 }
 
 // halt ends recording, until the next page load unless start() is called.
@@ -729,7 +744,7 @@ function started({ sessionId, resume, lastSeq, accepted = lastSeq }) {
   if (news) sayStart();
   transmit();
   watch();
-  goOn();
+  if (mayGoOn()) mendSoon();
 }
 
 // startOver turns what is held into the beginning of another session: it can
@@ -775,7 +790,7 @@ function acked(seq) {
   retries = refusals = 0;
   watch();
   transmit();
-  goOn();
+  if (mayGoOn()) mendSoon();
 }
 
 function transmit() {
@@ -785,9 +800,9 @@ function transmit() {
 }
 
 function refused({ code, message }) {
-  if (/^session_(full|deleted)$/.test(code)) halt(`refused: ${code}`, forget());
+  if (/^session_(full|deleted)$/.test(code)) endSession(`refused: ${code}`);
   else if (code === "taken") halt("taken over");
-  else if (code === "later_page") halt("taken over", forget()); // by a copy of this tab
+  else if (code === "later_page") endSession("taken over"); // by a copy of this tab
   else if (code === "too_large") sendLess();
   else if (/^(sequence_gap|too_many_sessions|unavailable)$/.test(code)) { // a new connection says where we stand
     if (code !== "sequence_gap") explain(`refused: ${code}`);
@@ -799,7 +814,7 @@ function refused({ code, message }) {
 
 // renew begins another session, because the server cannot go on with this one.
 function renew() {
-  if (++refusals > 3) return halt("refused: not_stored", forget());
+  if (++refusals > 3) return endSession("refused: not_stored");
   startOver(newId(), 0);
   session.resume = newId();
   ready = false;
@@ -832,10 +847,11 @@ function sampled() {
   return draw < rate;
 }
 
-// A frame that a recorded page of the same origin can see into is in its recording.
-function isInRecordedPage() {
+// A frame is in the recording of a page around it that is recorded and can see into it.
+function isInRecordedPage(frame = window) {
   try {
-    return parent !== window && !!parent.document && !!parent.sessionReplay;
+    const { parent } = frame, { sessionReplay } = parent; // this throws if it may not see it
+    return parent !== frame && (!!sessionReplay && sessionReplay.state.recording || isInRecordedPage(parent));
   } catch {
     return false;
   }
@@ -846,7 +862,7 @@ function explain(why) {
   reason = why;
   const { debug = "false" } = { ...(script && script.dataset), ...options };
   if (why && (debug !== "false" || /^(localhost|127\..*|\[::1\])$/.test(location.hostname))) {
-    console.info(`session-replay does not record: ${why}`);
+    console.info(`session-replay: ${why}`);
   }
 }
 
@@ -870,7 +886,9 @@ function start(given) {
   own(Document.prototype.querySelector)(document, anySelector);
   toText([options.user, options.traits]);
   if (!sampled()) return explain("sampled-out");
-  if (document.prerendering) return document.addEventListener("prerenderingchange", safe(() => start(given)), { once: true });
+  if (document.prerendering === true) {
+    return document.addEventListener("prerenderingchange", safe(() => start(given)), { once: true });
+  }
   wanted = true;
   reason = "";
   setClock((load() || {}).at);
@@ -883,13 +901,13 @@ function start(given) {
 
 function stop() {
   if (!wanted) return;
-  safe(picture.look)();
+  safe(picture.look)(Infinity);
   endRecorder();
   flush();
-  forget();
-  const end = '{"type":"session_end","data":{}}';
-  if (ready) if (socket.post) sendLast(end); else socket.send(end); // closing sends what a socket was given
-  halt("stopped");
+  const last = '{"type":"session_end","data":{}}';
+  if (ready && !socket.post) socket.send(last); // closing sends what a socket was given
+  else if (session) sendLast(last);
+  endSession("stopped");
 }
 
 function identify(user, traits) {

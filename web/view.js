@@ -53,8 +53,8 @@ function sayState({ state, scene }) {
 
 // About.
 
-const TOLD = 'sessionId userId url entryUrl lastUrl referrer startTime viewport timeZone userAgent pages clicks'
-  .split(' ');
+const TOLD = ('sessionId userId url entryUrl title lastUrl lastTitle referrer startTime viewport timeZone userAgent'
+  + ' create page firstSeq pages clicks').split(' ');
 
 function describe() {
   const { info } = recording, meta = info.metadata ?? {}, name = person(info.userId);

@@ -262,8 +262,46 @@ test("addresses carry no secrets", async (t) => {
   assert.deepEqual(navigations, ["/addresses#details", "/addresses#/orders/7"]);
 });
 
+const source = readFileSync(new URL("../tracker-privacy.js", import.meta.url), "utf8");
+const between = (from, to) => source.slice(source.indexOf(from), source.indexOf(to));
+
+test("what is learned of a text is all of it, and of a long one no more than what is new", () => {
+  const code = between("const stars", "// isDrawn") + between("// hear learns", "function finish");
+  const { learn, hide, hear, tree } = new Function("CONTROLS", "localName", "record", `${code}; return { learn, hide, hear, tree };`)();
+  learn("Somebody's words");
+  assert.equal(hide("\u0130 SOMEBODY'S WORDS"), "\u0130 ********** *****");
+  for (let n = 4; n < 200; n++) {
+    const text = Array.from({ length: n }, (_, i) => String.fromCharCode(97 + (i * i * n + i) % 26)).join("");
+    learn(text);
+    assert.equal(hide(text), "*".repeat(n));
+  }
+  learn("\ud800".repeat(5)); // has no form in addresses
+  const holder = {}, lines = Array.from({ length: 100 }, (_, i) => `Line ${i} has ${(i * 7919).toString(36)} and some more words, all its own`);
+  const size = (node = tree) => [...node.values()].reduce((sum, child) => sum + size(child), 1);
+  hear(holder, lines.join("\n"));
+  const before = size();
+  for (let n = 0; n < 100; n++) hear(holder, `${"x".repeat(n)}${lines.join("\n")}`);
+  assert.ok(size() - before < 50_000, `${size() - before} nodes for 100 keys`);
+  assert.doesNotMatch(hide(lines[50]), /\w/);
+});
+
+test("labels of buttons are masked where the owner says so, and tell nothing that was typed", async (t) => {
+  const secrets = { label: secretFor(), typed: secretFor() };
+  const page = await visit(t, embed("/labels", `<div data-replay-mask><input type=submit value="${secrets.label}"></div>
+    <input id=q><input type=button id=b value="Look up"><script>q.onchange = () => { b.value = "Look up " + q.value; };</script>`));
+  const id = await established(page);
+  await page.click("#q");
+  await page.keyboard.type(secrets.typed);
+  await page.keyboard.press("Enter");
+  await mark(page, 1);
+  await page.reload(); // the browser may keep the label
+  await mark(page, 1);
+  const stored = JSON.stringify(await arrived(page, id));
+  assertNowhere(stored, secrets);
+  assert.ok(stored.includes('"Look up'));
+});
+
 test("what remembering costs", async (t) => {
-  const source = readFileSync(new URL("../tracker-privacy.js", import.meta.url), "utf8");
   const page = await visit(t, embed("/remembering", "<p>remembering", "data-autostart=false"));
   const cdp = await page.context().newCDPSession(page);
   await cdp.send("Performance.enable");
@@ -271,7 +309,7 @@ test("what remembering costs", async (t) => {
   await page.evaluate((part) => {
     window.part = new Function("record", "localName", "CONTROLS", `${part}; return { learn, hide };`)();
     window.rows = Array.from({ length: 10_000 }, (_, i) => `Order number ${i} ${i % 10 ? "from here" : "of customer"} ${i * 7919} is on its way`);
-  }, source.slice(source.indexOf("const stars"), source.indexOf("// isDrawn")));
+  }, between("const stars", "// isDrawn"));
   async function median() { // of the processor's time: others may be busy
     const times = [];
     for (let i = 0; i < 21; i++) {

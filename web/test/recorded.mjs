@@ -47,7 +47,7 @@ export async function visit(t, url, { script } = {}) {
   const page = await context.newPage();
   page.wrong = [];
   page.on("pageerror", (error) => page.wrong.push(error.message));
-  page.on("console", (m) => { if (m.text().startsWith("session-replay:")) page.wrong.push(m.text()); });
+  page.on("console", (m) => { if (m.type() === "debug" && m.text().startsWith("session-replay:")) page.wrong.push(m.text()); });
   if (url) await page.goto(url);
   return page;
 }

@@ -121,17 +121,22 @@ test("offline and back", async (t) => {
 test("a full buffer makes an honest gap", async (t) => {
   const page = await visit(t, embed("/full", "<p id=p>full"));
   const id = await established(page);
-  await h.kill();
-  await page.evaluate(() => {
-    for (let i = 0; i < 30; i++) window.sessionReplay.event("big", "x".repeat(1 << 19));
-    document.getElementById("p").textContent = "not seen happening";
-  });
-  await page.evaluate(() => { document.getElementById("p").textContent = "after the gap"; });
-  await h.start();
-  const events = await until(async () => {
-    const all = await h.events(id);
-    return all.filter((e) => e.type === 2).length === 2 && all;
-  }, "a second snapshot");
+  let events, snapshots;
+  for (const n of [2, 3]) {
+    await h.kill();
+    await page.evaluate(() => {
+      for (let i = 0; i < 30; i++) window.sessionReplay.event("big", "x".repeat(1 << 19));
+      document.getElementById("p").textContent = "not seen happening";
+    });
+    await page.evaluate(() => { document.getElementById("p").textContent = "after the gap"; });
+    await h.start();
+    events = await until(async () => {
+      const all = await h.events(id);
+      snapshots = all.filter((e) => e.type === 2);
+      return snapshots.length === n && all;
+    }, "another snapshot");
+  }
+  assert.ok(snapshots[2].timestamp - snapshots[1].timestamp > 9900, "they do not follow each other at once");
   const tail = events.slice(events.findIndex((e) => e.data.tag === "gap")).map((e) => e.type);
   assert.deepEqual(tail.slice(0, 3), [5, 4, 2]);
   const [gap] = customs(events, "gap");
@@ -318,6 +323,12 @@ test("a snapshot larger than a message loses its largest pictures", async (t) =>
 
   const hopeless = await visit(t, embed("/hopeless", `<p>${"many words ".repeat(60_000)}`));
   await until(() => hopeless.evaluate(() => /too.large/.test(window.sessionReplay.state.reason)), "the reason");
+  const { recording } = await hopeless.evaluate(() => {
+    window.sessionReplay.stop();
+    window.sessionReplay.start(); // it knows the limit now, at its first snapshot
+    return window.sessionReplay.state;
+  });
+  assert.equal(recording, false);
 });
 
 test("what lists show of a session is told without its events", async (t) => {
@@ -337,6 +348,8 @@ test("what lists show of a session is told without its events", async (t) => {
   const events = await h.events(id);
   assert.deepEqual(customs(events, "navigation").map(({ href }) => href), [`${site}/told/second`]);
   assert.deepEqual(customs(events, "title"), [{ title: "Second page" }]);
+  await page.evaluate(() => { document.title = "Third page"; }); // and nothing else happens
+  await until(async () => (await h.json(`/sessions/${id}`)).metadata.lastTitle === "Third page", "the third title");
 });
 
 test("sessionReplay.state says why nothing is recorded", async (t) => {
@@ -344,7 +357,7 @@ test("sessionReplay.state says why nothing is recorded", async (t) => {
   const told = [];
   const see = async (path, attributes, script) => {
     const page = await visit(t, null, { script });
-    page.on("console", (m) => { if (m.text().startsWith("session-replay does not")) told.push(m.text()); });
+    page.on("console", (m) => { if (m.type() === "info" && m.text().startsWith("session-replay:")) told.push(m.text()); });
     await page.goto(embed(path, "<p>state", attributes));
     return page;
   };
@@ -600,6 +613,7 @@ test("a page with a module loader, replaced globals and Prototype's toJSON", asy
     window.handled = [];
     window.onerror = (message) => { window.handled.push(message); return true; };
     window.onunhandledrejection = () => false;
+    window.navigation = {};
     window.addEventListener = () => {}; // this page listens to nothing
   </script><script src="${h.url}/tracker.js"></script><script>
     JSON.stringify = () => "{}";
@@ -610,7 +624,7 @@ test("a page with a module loader, replaced globals and Prototype's toJSON", asy
     };
     Promise.resolve().then(() => { throw new Error("rejected"); });
     throw new Error("thrown");
-  </script><p>hostile`;
+  </script><p>hostile<img name=hidden><img name=referrer>`;
   const page = await visit(t, `${site}/hostile`);
   const id = await sessionOf(page);
   await until(async () => (await h.json(`/sessions/${id}`).catch(() => ({}))).errorCount === 2, "two errors");
@@ -620,6 +634,8 @@ test("a page with a module loader, replaced globals and Prototype's toJSON", asy
     window.insert(), window.handled, typeof window.rrwebRecord, Object.hasOwn(Array.prototype, "toJSON")]),
   [0, [], [], "SyntaxError", ["Uncaught Error: thrown"], "undefined", true]);
   await page.evaluate(() => { window.dispatchEvent(new Event("offline")); document.body.append("still going"); });
+  await page.evaluate(() => document.dispatchEvent(new Event("visibilitychange")));
+  await until(async () => customs(await h.events(id), "visibility").some(({ hidden }) => hidden === false), "what the tab is");
   await until(async () => (await everything()).includes("still going"), "what follows, over a new connection");
   assert.deepEqual(page.wrong, []);
 });
@@ -643,6 +659,30 @@ test("a frame inside a recorded page is in that page's recording", async (t) => 
   await until(() => frame.evaluate(() => window.sessionReplay?.state.reason.startsWith("recorded by")), "the reason");
   const events = await until(async () => { const all = await h.events(id).catch(() => []); return JSON.stringify(all).includes("inside") && all; }, "the frame's text");
   await playable(t, events);
+});
+
+test("a frame inside a page that does not record is recorded; one in a frame of one that does is not", async (t) => {
+  const inner = embed("/alone", "<p>alone</p>"), frame = `<iframe src="${inner}"></iframe>`;
+  const page = await visit(t, embed("/silent", frame, "data-autostart=false"));
+  const innerOf = (p) => p.frames().find((f) => f.url() === inner);
+  await sessionOf(innerOf(page));
+  pages["/between"] = frame;
+  const recorded = await visit(t, embed("/around", `<iframe src="${site}/between"></iframe>`));
+  await until(() => innerOf(recorded).evaluate(() => window.sessionReplay.state.reason.startsWith("recorded by")), "the reason");
+});
+
+test("after stop() nothing is looked at any more", async (t) => {
+  const page = await visit(t, embed("/letgo", "<canvas id=c></canvas>"));
+  await established(page);
+  const looks = await page.evaluate(async () => {
+    let looks = 0;
+    window.sessionReplay.stop();
+    document.querySelectorAll = () => { looks++; return []; };
+    document.getElementById("c").width = 500;
+    await new Promise((done) => setTimeout(done, 2000));
+    return looks;
+  });
+  assert.equal(looks, 0);
 });
 
 test("the server's key", async (t) => {
