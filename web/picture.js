@@ -117,10 +117,10 @@ function fill(control) {
 function choose(select) {
   const text = select.getAttribute('value') ?? '';
   if (!/^\*+$/.test(text) || select.value === text || select.type !== 'select-one') return;
-  const width = `${select.offsetWidth}px`; // stars may be wider than what it offers
-  select.append(Object.assign(select.ownerDocument.createElement('option'), { text }));
-  select.value = text;
-  setAll(select, { 'box-sizing': 'border-box', width });
+  const longest = Math.max(1, ...Array.from(select.options, (option) => option.text.length)); // no wider than what it offers
+  const chosen = Object.assign(select.ownerDocument.createElement('option'), { value: text, text: '*'.repeat(Math.min(longest, text.length)) });
+  select.append(chosen);
+  chosen.selected = true;
 }
 
 export class Picture {
