@@ -11,6 +11,7 @@ const MOTIONS = 50; // of an element; a page has no more
 const IMAGE = /^data:image\/(webp|png|jpeg);base64,[\w+/=]*$/;
 const LEFT_OUT = 'data:,left-out'; // stands for an address that was too large to be sent
 const REPLACED = /^(IMG|VIDEO|CANVAS|OBJECT|EMBED|IFRAME|INPUT)$/;
+const STARLESS = /^(date|datetime-local|month|number|time|week)$/; // inputs that refuse them
 const isLeftOut = (node) => node.getAttribute('src') === LEFT_OUT;
 const isSheet = (node) => node.nodeName === 'STYLE' || node.nodeName === 'LINK';
 
@@ -83,12 +84,43 @@ function frameOf({ commands }) {
   return `data:${blob?.type};base64,${blob?.data?.[0]?.base64}`;
 }
 
+// A font that the viewer may load draws its icons itself.
+const family = (style) => style.fontFamily.split(',')[0].replace(/"/g, '');
+async function drawIcon(node, width, height) {
+  const { fonts, defaultView: view } = node.ownerDocument;
+  const used = [null, '::before', '::after'].map((part) => family(view.getComputedStyle(node, part)));
+  const faces = [...fonts].filter((face) => used.includes(family({ fontFamily: face.family })));
+  await Promise.any(faces.map((face) => face.load())).catch(() => { if (node.isConnected) drawBox(node, width, height); });
+}
+
+// pointInside makes the page's own address with a fragment a fragment alone:
+// here the page has another address.
+function pointInside(use) {
+  for (const attribute of use.attributes) {
+    const [address, id] = attribute.value.split('#');
+    if (/href$/.test(attribute.name) && address && id && use.getRootNode().getElementById(id)) attribute.value = `#${id}`;
+  }
+}
+
+// What a control holds that takes no stars: its letters are drawn as dots.
+const STANDS_FOR = { date: '2000-01-01', 'datetime-local': '2000-01-01T00:00', month: '2000-01', time: '00:00', week: '2000-W01' };
+
+// fill shows in such a control that it holds something.
+function fill(control) {
+  const text = control.getAttribute('value') ?? '';
+  if (!/^\*+$/.test(text)) return;
+  control.value = STANDS_FOR[control.type] ?? '0'.repeat(text.length);
+  setAll(control, { '-webkit-text-security': 'disc' });
+}
+
 // choose shows in a select that something is chosen, where nobody may see what.
 function choose(select) {
   const text = select.getAttribute('value') ?? '';
   if (!/^\*+$/.test(text) || select.value === text || select.type !== 'select-one') return;
-  select.append(Object.assign(select.ownerDocument.createElement('option'), { text }));
-  select.value = text;
+  const longest = Math.max(1, ...Array.from(select.options, (option) => option.text.length)); // no wider than what it offers
+  const chosen = Object.assign(select.ownerDocument.createElement('option'), { value: text, text: '*'.repeat(Math.min(longest, text.length)) });
+  select.append(chosen);
+  chosen.selected = true;
 }
 
 export class Picture {
@@ -132,7 +164,7 @@ export class Picture {
       if (sheet) this.dirty.add(sheet);
     } else if (data.source === INPUT) {
       const node = mirror.getNode(data.id);
-      if (node?.nodeName === 'SELECT') this.onBuild(node, node.setAttribute('value', data.text));
+      if (node?.nodeName === 'SELECT' || STARLESS.test(node?.type)) this.onBuild(node, node.setAttribute('value', data.text));
     } else if (data.source === CANVAS) {
       const node = mirror.getNode(data.id), image = frameOf(data);
       if (node?.nodeName === 'CANVAS' && IMAGE.test(image)) node.setAttribute('replay-image', image);
@@ -172,6 +204,8 @@ export class Picture {
     const states = (node.getAttribute('replay-state') ?? '').split(' ');
     if (isSheet(node)) this.followSheet(node, states);
     if (node.nodeName === 'SELECT') choose(node);
+    if (node.nodeName === 'use') pointInside(node);
+    if (STARLESS.test(node.type)) fill(node);
     if (node.type === 'checkbox') node.indeterminate = states.includes('indeterminate');
     if (node.popover && states.includes('popover-open') !== node.matches(':popover-open')) {
       if (node.matches(':popover-open')) node.hidePopover();
@@ -181,7 +215,8 @@ export class Picture {
     if (states.includes('focus') !== (this.focused?.[0] === node)) this.focus(states.includes('focus') ? node : null);
     const size = /^(\d{1,5}) (\d{1,5})$/.exec(node.getAttribute('replay-size') ?? '');
     const { offsetWidth, offsetHeight } = node;
-    if (size) drawBox(node, Number(size[1]), Number(size[2]));
+    const draw = REPLACED.test(node.nodeName) || node.hasAttribute('replay-closed') ? drawBox : drawIcon;
+    if (size) draw(node, Number(size[1]), Number(size[2]));
     else if (isLeftOut(node)) drawBox(node, Math.max(offsetWidth, 180), Math.max(offsetHeight, 32)); // nobody knows it
     else if (node.matches('iframe[replay-foreign], form[data-replay-left-out]')) {
       drawBehind(node, drawing(offsetWidth, offsetHeight, words(node)));

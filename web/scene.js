@@ -44,8 +44,9 @@ function tolerantReplayer(events, root, picture, onBroken) {
     useVirtualDom: false,
     triggerFocus: false, // the keyboard stays with the player
     showWarning: false,
-    // A browser adds them where no script may run.
-    insertStyleRules: ['video::-webkit-media-controls { display: none !important; }'],
+    // A browser adds controls where no script may run, and a focus ring where the focus is.
+    insertStyleRules: ['video::-webkit-media-controls { display: none !important; }',
+      ':where([replay-state~="focus-visible"]) { outline: auto 1px -webkit-focus-ring-color }'],
     mouseTail: !calm.matches && { duration: 500, lineWidth: 2, strokeStyle: '#4950f6' },
   });
 }

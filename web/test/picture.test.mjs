@@ -143,9 +143,8 @@ test("what is not recorded keeps its room, and says what it was", async (t) => {
   assert.deepEqual(words, ["a picture", "canvas is not recorded", "video is not recorded", "a page of another origin is not recorded"]);
 });
 
-test("icons of a font keep their room", (t) => same(t, "icons", {
-  see: `(doc) => [..."abcde"].map((id) => Math.round(doc.getElementById(id).getBoundingClientRect().left))`,
-}));
+const icons = `(doc) => [..."abcde"].map((id) => Math.round(doc.getElementById(id).getBoundingClientRect().left))`;
+test("icons of a font keep their room", (t) => same(t, "icons", { see: icons }));
 
 test("a closed shadow root is marked; what is just empty is not", async (t) => {
   const { id } = await record("closed", { see: "() => 0" });
@@ -281,6 +280,15 @@ test("url(#id) points into the page", (t) => same(t, "paint", {
   want: ["url(#c)", "url(#g)", "url(#c)"],
 }));
 
+test("a drawing that is used by the page's own address", (t) => same(t, "paint", {
+  act: (page) => page.evaluate(() => {
+    const use = document.createElementNS("http://www.w3.org/2000/svg", "use");
+    use.setAttributeNS("http://www.w3.org/1999/xlink", "href", `${location}#a`);
+    document.querySelector("svg").append(use);
+  }),
+  see: `(doc) => Math.round(doc.querySelector("use").getBoundingClientRect().width)`, want: 100,
+}));
+
 test("style text in pieces, rules inserted, deleted and changed", (t) => same(t, "pieces", {
   act: (page) => page.evaluate(() => {
     s.sheet.insertRule("#c{color:rgb(7,8,9)}", s.sheet.cssRules.length);
@@ -351,8 +359,25 @@ test("controls whose state is no text", (t) => same(t, "controls", {
     await page.selectOption("#s", "fr");
     await page.evaluate(() => { p.value = 70; document.querySelector("details").open = true; });
   },
-  see: `(doc) => [doc.querySelector("#c").checked, doc.querySelector("#r2").checked, doc.querySelector("details").open, doc.querySelector("#p").value]`,
-  want: [true, true, true, 70],
+  see: `(doc) => [doc.querySelector("#c").checked, doc.querySelector("#r2").checked, doc.querySelector("details").open, doc.querySelector("#p").value,
+    doc.querySelector("#s").offsetWidth]`,
+}));
+
+test("a date and a number hold something, and nobody may read what", async (t) => {
+  const view = await same(t, "controls", {
+    act: async (page) => {
+      await page.fill("#d", "2026-01-02");
+      await page.fill("#n", "4711");
+    },
+    see: `(doc) => ["d", "e", "n"].map((id) => doc.getElementById(id).value !== "")`, want: [true, false, true],
+  });
+  const seen = `(doc) => ["d", "n"].map((id) => [doc.getElementById(id).value, getComputedStyle(doc.getElementById(id)).webkitTextSecurity])`;
+  await replays(view, seen, [["2000-01-01", "disc"], ["0000", "disc"]], "dots");
+});
+
+test("the browser's own focus ring", (t) => same(t, "states", {
+  act: (page) => page.keyboard.press("Tab"),
+  see: `(doc) => ["#open", "#field"].map((id) => getComputedStyle(doc.querySelector(id)).outlineStyle)`, want: ["auto", "none"],
 }));
 
 test("a body that is replaced", (t) => same(t, "swap", {
@@ -497,9 +522,13 @@ test("MEDIA_ORIGINS: pictures and style sheets of these are loaded, no others", 
     document.body.insertAdjacentHTML("beforeend", `<img id="there" src="${other}/picture.svg"><img id="here" src="picture.svg">`);
     return Promise.all([there.decode(), globalThis.here.decode()]);
   }, other) });
+  const font = await record("icons", { see: icons });
   await h.restart({ MEDIA_ORIGINS: other });
   const view = await watch(t, id);
   await replays(view, `(doc) => [...doc.images].map((image) => [image.id, image.currentSrc.startsWith("data:"), image.naturalWidth > 0].join(" "))`,
     ["there false true", "here true true"], "loaded");
   await replays(view, `(doc) => doc.querySelectorAll("link").length`, 2, "links that stay");
+  const drawn = await watch(t, font.id);
+  await replays(drawn, icons, font.seen, "icons");
+  await replays(drawn, `(doc) => [..."abcd"].map((id) => getComputedStyle(doc.getElementById(id)).backgroundImage)`, Array(4).fill("none"), "no box");
 });
