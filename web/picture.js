@@ -90,7 +90,8 @@ async function drawIcon(node, width, height) {
   const { fonts, defaultView: view } = node.ownerDocument;
   const used = [null, '::before', '::after'].map((part) => family(view.getComputedStyle(node, part)));
   const faces = [...fonts].filter((face) => used.includes(family({ fontFamily: face.family })));
-  await Promise.any(faces.map((face) => face.load())).catch(() => { if (node.isConnected) drawBox(node, width, height); });
+  await Promise.any(faces.map((face) => face.load()))
+    .catch(() => { if (node.isConnected) drawBox(node, width, height); });
 }
 
 // pointInside makes the page's own address with a fragment a fragment alone:
@@ -98,12 +99,14 @@ async function drawIcon(node, width, height) {
 function pointInside(use) {
   for (const attribute of use.attributes) {
     const [address, id] = attribute.value.split('#');
-    if (/href$/.test(attribute.name) && address && id && use.getRootNode().getElementById(id)) attribute.value = `#${id}`;
+    const isInside = /href$/.test(attribute.name) && address && id && use.getRootNode().getElementById(id);
+    if (isInside) attribute.value = `#${id}`;
   }
 }
 
 // What a control holds that takes no stars: its letters are drawn as dots.
-const STANDS_FOR = { date: '2000-01-01', 'datetime-local': '2000-01-01T00:00', month: '2000-01', time: '00:00', week: '2000-W01' };
+const STANDS_FOR = { date: '2000-01-01', 'datetime-local': '2000-01-01T00:00', month: '2000-01', time: '00:00',
+  week: '2000-W01' };
 
 // fill shows in such a control that it holds something.
 function fill(control) {
@@ -117,8 +120,10 @@ function fill(control) {
 function choose(select) {
   const text = select.getAttribute('value') ?? '';
   if (!/^\*+$/.test(text) || select.value === text || select.type !== 'select-one') return;
-  const longest = Math.max(1, ...Array.from(select.options, (option) => option.text.length)); // no wider than what it offers
-  const chosen = Object.assign(select.ownerDocument.createElement('option'), { value: text, text: '*'.repeat(Math.min(longest, text.length)) });
+  // No wider than what it offers.
+  const longest = Math.max(1, ...Array.from(select.options, (option) => option.text.length));
+  const shown = text.slice(0, longest);
+  const chosen = Object.assign(select.ownerDocument.createElement('option'), { value: text, text: shown });
   select.append(chosen);
   chosen.selected = true;
 }
@@ -164,7 +169,8 @@ export class Picture {
       if (sheet) this.dirty.add(sheet);
     } else if (data.source === INPUT) {
       const node = mirror.getNode(data.id);
-      if (node?.nodeName === 'SELECT' || STARLESS.test(node?.type)) this.onBuild(node, node.setAttribute('value', data.text));
+      const isShownAnew = node?.nodeName === 'SELECT' || STARLESS.test(node?.type);
+      if (isShownAnew) this.onBuild(node, node.setAttribute('value', data.text));
     } else if (data.source === CANVAS) {
       const node = mirror.getNode(data.id), image = frameOf(data);
       if (node?.nodeName === 'CANVAS' && IMAGE.test(image)) node.setAttribute('replay-image', image);
