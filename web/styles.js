@@ -5,7 +5,9 @@
 
 // What the recorded page's elements are is in attributes (see picture.js).
 const OWN = /(?<!\\):(hover|focus-within)(?![\w-])/g;
-const STATES = /(?<!\\):(focus-visible|focus|fullscreen|target|user-invalid)(?![\w-])/g;
+const STATES = /(?<!\\):(focus-visible|focus|fullscreen|target|invalid|user-invalid|user-valid)(?![\w-])/g;
+const VALID = /(?<!\\):valid(?![\w-])/g; // stars are no address: what is not noted as invalid is valid
+const CHECKED = ':where(form, fieldset, input, select, textarea):where(:not(:disabled, [readonly]))';
 const DEFINED = /(?<!\\):defined(?![\w-])/g;
 const MEDIA = /\(\s*(prefers-[a-z-]+|forced-colors|inverted-colors|(?:any-)?(?:hover|pointer))\s*(?::\s*([a-z-]+)\s*)?\)/gi;
 const BOTH_SCHEMES = /\b(?:light\s+dark|dark\s+light)\b/;
@@ -54,7 +56,7 @@ export class Styles {
   rewriteSelector(rule) {
     const selector = rule.selectorText;
     const own = selector.replace(OWN, '[replay-$1]').replace(STATES, '[replay-state~="$1"]')
-      .replace(DEFINED, ':not([replay-state~="undefined"])');
+      .replace(VALID, `${CHECKED}:not([replay-state~="invalid"])`).replace(DEFINED, ':not([replay-state~="undefined"])');
     if (own !== selector) rule.selectorText = own;
   }
 

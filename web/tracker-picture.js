@@ -17,7 +17,7 @@ const picture = (() => {
   const HOSTS = /-|^(article|aside|div|footer|header|main|nav|p|section|span)$/; // a shadow root can be closed there
   const OTHERS = /^(img|input|video|canvas|object|embed|iframe|b|em|i)$/; // have a box, or an icon
   const ICON = /[\ue000-\uf8ff]/, ICON_FONT = /^[^,]*(icon|symbol|awesome|glyph)/i; // private use; or words that a font draws
-  const STATES = ["popover-open", "fullscreen", "focus", "focus-visible", "target", "indeterminate", "user-invalid"]
+  const STATES = ["popover-open", "fullscreen", "focus", "focus-visible", "target", "indeterminate", "invalid", "user-invalid", "user-valid"]
     .filter((state) => CSS.supports(`selector(:${state})`));
   const ANY_STATE = [":not(:defined)", ...STATES.map((state) => ":" + state)].join();
   const FEATURES = ["prefers-color-scheme:light dark", "prefers-reduced-motion:no-preference reduce",

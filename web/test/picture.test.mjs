@@ -375,6 +375,15 @@ test("a date and a number hold something, and nobody may read what", async (t) =
   await replays(view, seen, [["2000-01-01", "disc"], ["0000", "disc"]], "dots");
 });
 
+test("what is typed is as valid as it was", (t) => same(t, "controls", {
+  act: async (page) => {
+    await page.fill(".mail", "ann@shop.example");
+    await page.fill(".mail + .mail", "ann");
+  },
+  see: `(doc) => [...doc.querySelectorAll(".mail")].map((el) => getComputedStyle(el).color)`,
+  want: ["rgb(1, 1, 1)", "rgb(2, 2, 2)", "rgb(3, 3, 3)"],
+}));
+
 test("the browser's own focus ring", (t) => same(t, "states", {
   act: (page) => page.keyboard.press("Tab"),
   see: `(doc) => ["#open", "#field"].map((id) => getComputedStyle(doc.querySelector(id)).outlineStyle)`, want: ["auto", "none"],
