@@ -44,7 +44,8 @@ func (s *server) handlePost(w http.ResponseWriter, r *http.Request) {
 	}
 	defer s.access.leave(addr)
 	p := &post{conn: conn{core: &s.core, inflater: inflater, out: newOutbox()}}
-	p.ctx, p.cancel = context.WithTimeout(r.Context(), maxPostTime)
+	// A page that has gone, and a browser that quits, do not wait for the answer.
+	p.ctx, p.cancel = context.WithTimeout(context.WithoutCancel(r.Context()), maxPostTime)
 	defer p.cancel()
 	p.out.abort = p.cancel
 	stopReading := func() { http.NewResponseController(w).SetReadDeadline(time.Now()) }
