@@ -188,7 +188,8 @@ type unit struct {
 var (
 	sizes = []unit{{1, []string{"bytes", "b"}}, {1 << 10, []string{"KB", "k"}}, {1 << 20, []string{"MB", "m"}},
 		{1 << 30, []string{"GB", "g"}}, {1 << 40, []string{"TB", "t"}}}
-	times = []unit{{int64(time.Millisecond), []string{"ms"}}, {int64(time.Second), []string{"seconds", "s", "sec", "second"}},
+	times = []unit{{int64(time.Millisecond), []string{"ms"}},
+		{int64(time.Second), []string{"seconds", "s", "sec", "second"}},
 		{int64(time.Minute), []string{"minutes", "m", "min", "minute"}}, {int64(time.Hour), []string{"hours", "h", "hour"}},
 		{int64(24 * time.Hour), []string{"days", "d", "day"}}}
 )

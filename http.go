@@ -638,17 +638,3 @@ func (s *server) handleErrors(w http.ResponseWriter, r *http.Request) error {
 	s.write(w, http.StatusOK, map[string]any{"sessionId": id, "errors": reports})
 	return nil
 }
-
-func (s *server) handleCleanup(w http.ResponseWriter, r *http.Request) error {
-	hours, err := queryNumber(r, "maxAgeHours", int64(s.cfg.retention/time.Hour), 0, 1<<20)
-	if err != nil {
-		return err
-	}
-	n, err := s.store.removeOld(r.Context(), time.Duration(hours)*time.Hour, 0)
-	if err != nil {
-		return err
-	}
-	message := fmt.Sprintf("deleted %d sessions that ended more than %d hours ago", n, hours)
-	s.write(w, http.StatusOK, map[string]any{"message": message, "deletedCount": n})
-	return nil
-}

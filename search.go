@@ -64,7 +64,8 @@ func (f filter) where() (clause string, args []any) {
 // find gives a page of the sessions that a filter lets through, newest first, one
 // more than limit if there are more, and how many there are, up to one more than
 // maxTotal.
-func (st *store) find(ctx context.Context, f filter, limit, offset int64) (found []storedSession, total int64, err error) {
+func (st *store) find(ctx context.Context, f filter, limit, offset int64) (
+	found []storedSession, total int64, err error) {
 	where, args := f.where()
 	n := len(args)
 	found, err = st.list(ctx, fmt.Sprintf(`where session_id in (select session_id from sessions %s
@@ -82,7 +83,8 @@ func (st *store) find(ctx context.Context, f filter, limit, offset int64) (found
 	}
 	ctx, cancel := context.WithTimeout(ctx, queryTimeout)
 	defer cancel()
-	err = st.pool.QueryRow(ctx, fmt.Sprintf("select count(*) from (select from sessions %s limit $%d) counted", where, n+1),
+	count := fmt.Sprintf("select count(*) from (select from sessions %s limit $%d) counted", where, n+1)
+	err = st.pool.QueryRow(ctx, count,
 		append(slices.Clip(args), maxTotal+1)...).Scan(&total)
 	return found, total, err
 }
@@ -346,6 +348,20 @@ func (s *server) deleteUser(ctx context.Context, userID string) (deleted int, er
 			}
 		}
 	}
+}
+
+func (s *server) handleCleanup(w http.ResponseWriter, r *http.Request) error {
+	hours, err := queryNumber(r, "maxAgeHours", int64(s.cfg.retention/time.Hour), 0, 1<<20)
+	if err != nil {
+		return err
+	}
+	n, err := s.store.removeOld(r.Context(), time.Duration(hours)*time.Hour, 0)
+	if err != nil {
+		return err
+	}
+	message := fmt.Sprintf("deleted %d sessions that ended more than %d hours ago", n, hours)
+	s.write(w, http.StatusOK, map[string]any{"message": message, "deletedCount": n})
+	return nil
 }
 
 func (s *server) handleDelete(w http.ResponseWriter, r *http.Request) error {

@@ -386,7 +386,8 @@ func (t *tracker) begin(st *start, counted bool) (attached, error) {
 		switch {
 		case err == errToken && resuming && st.create:
 			resuming = false
-		case err == errTaken && (t.share || st.create && attempt < 6) && pause(t.ctx, attempt): // another is about to begin it
+		case err == errTaken && (t.share || st.create && attempt < 6) && pause(t.ctx, attempt):
+			// Another is about to begin it.
 			resuming = st.create
 		case err == errTaken, err == errToken:
 			isNew = true

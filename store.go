@@ -39,8 +39,9 @@ const (
 
 var (
 	errNotFound = errors.New("no such session")
-	errClocks   = errors.New("the clocks of this machine and the database differ by more than an hour: nothing is deleted for its age")
-	errToken    = errors.New("the session is continued only by its token")
+	errClocks   = errors.New("the clocks of this machine and the database differ by more than an hour: " +
+		"nothing is deleted for its age")
+	errToken = errors.New("the session is continued only by its token")
 )
 
 // store speaks SQL. Its methods are safe for concurrent use.
@@ -158,7 +159,8 @@ func (st *store) claim(ctx context.Context, id string, about *description, keepU
 // scanClaim reads what a claim returns. No row means that an insert has found the
 // session there, or an update none of this id that the token opens: errToken.
 func scanClaim(row pgx.Row) (c claim, err error) {
-	err = row.Scan(&c.epoch, &c.userID, &c.events, &c.errors, &c.raw, &c.stored, &c.firstTime, &c.endTime, &c.snapshot, &c.seq)
+	err = row.Scan(&c.epoch, &c.userID, &c.events, &c.errors, &c.raw, &c.stored, &c.firstTime, &c.endTime,
+		&c.snapshot, &c.seq)
 	if errors.Is(err, pgx.ErrNoRows) {
 		err = errToken
 	}
@@ -209,8 +211,9 @@ type storedSession struct {
 	endedAt              *time.Time
 }
 
-const sessionColumns = `session_id, user_id, url, metadata::text, is_active, created_at, updated_at, ended_at, event_count, error_count,
-	raw_bytes, stored_bytes, coalesce(first_event_time, 0), coalesce(last_event_time, 0), coalesce(snapshot_index, -1), last_seq`
+const sessionColumns = `session_id, user_id, url, metadata::text, is_active, created_at, updated_at, ended_at,
+	event_count, error_count, raw_bytes, stored_bytes, coalesce(first_event_time, 0), coalesce(last_event_time, 0),
+	coalesce(snapshot_index, -1), last_seq`
 
 // list gives the sessions that a where, order and limit clause choose. It stops
 // behind the row with which they are larger than pageBytes.
@@ -225,7 +228,8 @@ func (st *store) list(ctx context.Context, clause string, args ...any) (found []
 	for size := 0; size <= pageBytes && rows.Next(); {
 		var s storedSession
 		a, n := &description{}, &s.now
-		if err := rows.Scan(&s.id, &a.userID, &a.url, &a.metadata, &s.isActive, &s.createdAt, &s.updatedAt, &s.endedAt, &n.events,
+		if err := rows.Scan(&s.id, &a.userID, &a.url, &a.metadata, &s.isActive, &s.createdAt, &s.updatedAt, &s.endedAt,
+			&n.events,
 			&n.errors, &n.raw, &n.stored, &n.firstTime, &n.endTime, &n.snapshot, &n.seq); err != nil {
 			return nil, err
 		}
@@ -314,7 +318,8 @@ func (st *store) chunkWith(ctx context.Context, id string, number int64,
 		}
 		query, cancel = context.WithTimeout(ctx, queryTimeout)
 		defer cancel()
-		err = st.pool.QueryRow(query, "select events from session_events where session_id = $1 and first_index = $2", id, c.first).
+		const events = "select events from session_events where session_id = $1 and first_index = $2"
+		err = st.pool.QueryRow(query, events, id, c.first).
 			Scan(&c.events)
 	}
 	if errors.Is(err, pgx.ErrNoRows) {
@@ -371,7 +376,8 @@ type totals struct {
 
 func (st *store) totals(ctx context.Context) (t totals, err error) {
 	err = st.pool.QueryRow(ctx, `select count(*), count(*) filter (where is_active), coalesce(sum(event_count), 0)::bigint,
-		coalesce(sum(`+rowBytes+`), 0)::bigint from sessions where event_count > 0 or is_active`).Scan(&t.sessions, &t.active, &t.events, &t.bytes)
+		coalesce(sum(`+rowBytes+`), 0)::bigint from sessions where event_count > 0 or is_active`).
+		Scan(&t.sessions, &t.active, &t.events, &t.bytes)
 	return t, err
 }
 
@@ -454,10 +460,12 @@ func (st *store) beat(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, beatTimeout)
 	defer cancel()
 	var now time.Time
-	err := st.pool.QueryRow(ctx, "update servers set seen_at = now() where server = $1 returning clock_timestamp()", st.server).Scan(&now)
+	const update = "update servers set seen_at = now() where server = $1 returning clock_timestamp()"
+	err := st.pool.QueryRow(ctx, update, st.server).Scan(&now)
 	if errors.Is(err, pgx.ErrNoRows) {
 		st.pool.Exec(ctx, "delete from servers where seen_at < now() - interval '1 day'") // long gone
-		err = st.pool.QueryRow(ctx, "insert into servers (server) values ($1) returning clock_timestamp()", st.server).Scan(&now)
+		const insert = "insert into servers (server) values ($1) returning clock_timestamp()"
+		err = st.pool.QueryRow(ctx, insert, st.server).Scan(&now)
 	}
 	if err != nil {
 		return err
@@ -490,7 +498,8 @@ func (st *store) endAbandoned(ctx context.Context) error {
 func (st *store) endLost(ctx context.Context, held []string) error {
 	ctx, cancel := context.WithTimeout(ctx, commitTimeout)
 	defer cancel()
-	_, err := st.each(ctx, endSession, "is_active and server = $1 and updated_at < now() - $2::interval and session_id <> all($3)",
+	_, err := st.each(ctx, endSession,
+		"is_active and server = $1 and updated_at < now() - $2::interval and session_id <> all($3)",
 		st.server, deadAfter, held)
 	return err
 }

@@ -66,7 +66,9 @@ func (c *upConn) Close() error {
 
 // otherHosts reports whether a URL names more than one.
 func otherHosts(c *pgx.ConnConfig) bool {
-	return slices.ContainsFunc(c.Fallbacks, func(f *pgconn.FallbackConfig) bool { return f.Host != c.Host || f.Port != c.Port })
+	return slices.ContainsFunc(c.Fallbacks, func(f *pgconn.FallbackConfig) bool {
+		return f.Host != c.Host || f.Port != c.Port
+	})
 }
 
 // pulse gives a database up that hangs, with all that waits for it: what was under

@@ -37,7 +37,8 @@ func (v *viewer) handle(msg []byte) (kept int64, err error) {
 		return 0, v.sendPage(f)
 	case "heartbeat":
 		return 0, nil
-	case "session_start", "events_batch", "session_end", "error", "javascript_error", "promise_rejection", "visibility_change":
+	case "session_start", "events_batch", "session_end", "error", "javascript_error", "promise_rejection",
+		"visibility_change":
 		return 0, errForbidden
 	}
 	return 0, errUnknownType
@@ -66,7 +67,8 @@ type sessionRequest struct {
 func parseRequest(f frame) (sessionRequest, error) {
 	var r sessionRequest
 	if err := json.Unmarshal(f.data, &r); err != nil || r.FromIndex < 0 || r.Limit < 0 {
-		return r, &protocolError{"invalid_message", `"data" must have a sessionId, and whole numbers from 0 as fromIndex and limit`}
+		return r, &protocolError{"invalid_message",
+			`"data" must have a sessionId, and whole numbers from 0 as fromIndex and limit`}
 	}
 	if !validID(r.ID) {
 		return r, errNoSession
@@ -120,7 +122,8 @@ func (v *viewer) sendPage(f frame) error {
 	if r.Limit == 0 || r.Limit > maxPage {
 		r.Limit = maxPage
 	}
-	p, err := v.eventPage(v.ctx, r.ID, r.FromIndex, r.Limit, `{"type":"session_events","data":{"sessionId":"`+r.ID+`","events":[`)
+	start := `{"type":"session_events","data":{"sessionId":"` + r.ID + `","events":[`
+	p, err := v.eventPage(v.ctx, r.ID, r.FromIndex, r.Limit, start)
 	defer p.release()
 	if err != nil {
 		return v.queryError(err)

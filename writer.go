@@ -99,7 +99,8 @@ func (w *writer) keep(work []*flush, err error) {
 	if len(work) == 1 && isDataError(err) {
 		result = refused
 		w.metrics.refusedSessions.Add(1)
-		w.log.Error("session refused by the database", "session", work[0].session, "events_up_to", work[0].totals.events, "err", err)
+		w.log.Error("session refused by the database", "session", work[0].session,
+			"events_up_to", work[0].totals.events, "err", err)
 	} else {
 		w.log.Warn("transaction not stored, will try again", "sessions", len(work), "attempt", work[0].attempts+1, "err", err)
 	}
@@ -111,11 +112,14 @@ func (w *writer) keep(work []*flush, err error) {
 const (
 	// ended_at is now() or null. Citus takes no now() in a case.
 	updateRow = `update sessions set event_count = $3, error_count = $4, raw_bytes = $5, stored_bytes = $6,
-		first_event_time = nullif($7::bigint, 0), last_event_time = nullif($8::bigint, 0), snapshot_index = nullif($9::bigint, -1),
+		first_event_time = nullif($7::bigint, 0), last_event_time = nullif($8::bigint, 0),
+		snapshot_index = nullif($9::bigint, -1),
 		last_seq = $10, is_active = $11, ended_at = now() + case when $11 then null else interval '0' end, updated_at = now()
 		where session_id = $1 and epoch = $2 and event_count <= $3 and error_count <= $4 and last_seq <= $10`
-	insertChunk = `insert into session_events (session_id, first_index, event_count, start_time, end_time, snapshot_index, raw_bytes, events)
-		select session_id, $3::bigint, $4::integer, nullif($5::bigint, 0), nullif($6::bigint, 0), nullif($7::bigint, -1), $8::integer, $9::bytea
+	insertChunk = `insert into session_events
+			(session_id, first_index, event_count, start_time, end_time, snapshot_index, raw_bytes, events)
+		select session_id, $3::bigint, $4::integer, nullif($5::bigint, 0), nullif($6::bigint, 0), nullif($7::bigint, -1),
+			$8::integer, $9::bytea
 		from sessions where session_id = $1 and epoch = $2 on conflict do nothing`
 	insertReport = `insert into session_errors (session_id, id, kind, error_data)
 		select session_id, $3::bigint, $4::text, $5::json
@@ -146,7 +150,8 @@ func (w *writer) commit(ctx context.Context, work []*flush) error {
 
 func queue(statements *pgx.Batch, f *flush) {
 	t := f.totals
-	statements.Queue(updateRow, f.session, f.epoch, t.events, t.errors, t.raw, t.stored, t.firstTime, t.endTime, t.snapshot,
+	statements.Queue(updateRow, f.session, f.epoch, t.events, t.errors, t.raw, t.stored, t.firstTime, t.endTime,
+		t.snapshot,
 		t.seq, !f.ended).Exec(func(tag pgconn.CommandTag) error {
 		if tag.RowsAffected() == 0 {
 			f.outcome = epochLost
@@ -154,7 +159,8 @@ func queue(statements *pgx.Batch, f *flush) {
 		return nil
 	})
 	for _, c := range f.chunks {
-		statements.Queue(insertChunk, f.session, f.epoch, c.first, c.count, c.startTime, c.endTime, c.snapshot, c.raw, c.events)
+		statements.Queue(insertChunk, f.session, f.epoch, c.first, c.count, c.startTime, c.endTime, c.snapshot, c.raw,
+			c.events)
 	}
 	for _, b := range f.batches {
 		if r := b.report; r != nil {
@@ -171,7 +177,8 @@ func (w *writer) markDeleted(ctx context.Context, work []*flush) {
 			continue
 		}
 		there := true
-		err := w.store.pool.QueryRow(ctx, "select exists (select from sessions where session_id = $1)", f.session).Scan(&there)
+		const exists = "select exists (select from sessions where session_id = $1)"
+		err := w.store.pool.QueryRow(ctx, exists, f.session).Scan(&there)
 		switch {
 		case err != nil:
 			f.outcome = failed
