@@ -383,14 +383,6 @@ func (h *hubState) handle(cmd command) {
 		cmd.reply <- h.join(cmd)
 	case unjoin:
 		h.unwatch(cmd.out, cmd.id)
-	case memoryQuery:
-		cmd.reply <- h.inMemory(cmd)
-	case liveQuery:
-		cmd.reply <- h.live(h.share())
-	case stateQuery:
-		cmd.reply <- h.states(cmd.ids)
-	case statsQuery:
-		cmd.reply <- h.stats()
 	case evict:
 		if s := h.sessions[cmd.id]; s != nil {
 			h.abandon(s, deleted)
@@ -399,6 +391,27 @@ func (h *hubState) handle(cmd command) {
 			h.endForeign(cmd.id)
 		}
 		cmd.reply <- struct{}{}
+	case drain:
+		h.draining = true
+		for _, s := range h.sessions {
+			h.end(s)
+		}
+	default:
+		h.handleMore(cmd)
+	}
+}
+
+// handleMore handles queries, and what the follower has read.
+func (h *hubState) handleMore(cmd command) {
+	switch cmd := cmd.(type) {
+	case memoryQuery:
+		cmd.reply <- h.inMemory(cmd)
+	case liveQuery:
+		cmd.reply <- h.live(h.share())
+	case stateQuery:
+		cmd.reply <- h.states(cmd.ids)
+	case statsQuery:
+		cmd.reply <- h.stats()
 	case followQuery:
 		cmd.reply <- h.following()
 	case rowsRead:
@@ -409,11 +422,6 @@ func (h *hubState) handle(cmd command) {
 		h.takeForeign(cmd)
 	case marked:
 		h.mark(cmd.ids)
-	case drain:
-		h.draining = true
-		for _, s := range h.sessions {
-			h.end(s)
-		}
 	}
 }
 
