@@ -92,11 +92,12 @@ func newOutbox() *outbox {
 }
 
 // trySend gives the client a message, and reports whether there was room: most
-// bytes for it and all that is not sent.
+// bytes for it and all that is not sent. A client that has been sent everything
+// has room for one message of any size.
 func (o *outbox) trySend(m message, most int) bool {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	if len(o.queue) >= outboxMessages || o.bytes+m.size() > most {
+	if len(o.queue) >= outboxMessages || o.bytes > 0 && o.bytes+m.size() > most {
 		return false
 	}
 	return o.add(m)
