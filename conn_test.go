@@ -52,7 +52,10 @@ func onPipes(t *testing.T, test func(*connTest), env ...string) {
 		}
 		ctx, cancel := context.WithCancel(context.Background())
 		s.ctx = ctx
-		go s.hub.run(ctx) // ends with ctx
+		go s.hub.run(ctx) // ends with ctx, and with it the writers
+		for _, w := range s.writers {
+			go w.run(ctx)
+		}
 		p := make(pipes)
 		go http.Serve(p, http.HandlerFunc(s.handleWebSocket)) // ends when p is closed
 		defer func() {
@@ -142,4 +145,29 @@ func TestMessageTimeout(t *testing.T) {
 			t.Errorf("after it: got %d trackers, want the one that has sent nothing", trackers)
 		}
 	}, "HEARTBEAT_INTERVAL=5s")
+}
+
+// A tracker that waits for room answers no ping either, and is not cut.
+func TestWaitForRoom(t *testing.T) {
+	onPipes(t, func(t *connTest) {
+		c, all := t.dial("tracker"), t.budget.left()
+		t.budget.force(all)
+		go c.send("no_such_type", nil) // ends when it is read
+		time.Sleep(10 * time.Minute)
+		t.budget.give(all)
+		c.wantError("unknown_type")
+	})
+}
+
+// When the database is away at the end the server says that something is lost.
+func TestShutdownWithoutDatabase(t *testing.T) {
+	onPipes(t, func(t *connTest) {
+		hub := &hubTest{T: t.T, hub: t.hub}
+		hub.publish(hub.tracker("s"), "s", 1, 1)
+		began := time.Now()
+		err := t.stop(&http.Server{})
+		if took := time.Since(began); err == nil || took != shutdownTime {
+			t.Errorf("stop: got error %v after %v, want one that says what was not stored", err, took)
+		}
+	})
 }
