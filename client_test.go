@@ -190,14 +190,17 @@ func openWebSocket(dialer *net.Dialer, address string, buffer int, headers ...st
 		conn = tls.Client(conn, &tls.Config{InsecureSkipVerify: true})
 	}
 	c := &testConn{Conn: conn, in: bufio.NewReaderSize(conn, buffer)}
-	conn.SetDeadline(time.Now().Add(patience))
+	return c, c.shakeHands(u, headers...)
+}
+
+func (c *testConn) shakeHands(u *url.URL, headers ...string) error {
+	c.SetDeadline(time.Now().Add(patience))
 	c.write("GET " + u.RequestURI() + " HTTP/1.1\r\nHost: " + u.Host + "\r\n" + strings.Join(headers, "") + upgradeHeaders)
 	if status := c.status(); status != http.StatusSwitchingProtocols {
-		conn.Close()
-		return nil, handshakeStatus(status)
+		c.Close()
+		return handshakeStatus(status)
 	}
-	conn.SetDeadline(time.Time{})
-	return c, nil
+	return c.SetDeadline(time.Time{})
 }
 
 type handshakeStatus int

@@ -156,31 +156,32 @@ func (l *latencies) seeing(v *testViewer) {
 	}
 }
 
-// An event reaches a viewer elsewhere within a second of its sending.
+// An event that is watched elsewhere does not wait for its batch: it is there
+// within a second of its sending, as the full test measures.
 func TestFaultServersLatency(t *testing.T) {
 	besideOthers(t)
-	c := newCluster(t)
+	c := newCluster(t, "BATCH_INTERVAL=1h")
 	l := &latencies{sent: map[string]map[int]time.Time{}}
 	c.recordAll(scale(4, 20), func(tr *testTracker) {
 		tr.perBatch, tr.pause = 5, 500*time.Millisecond
 		l.sending(tr)
 	})
-	time.Sleep(2 * time.Second) // until the server that records knows of its viewers
+	time.Sleep(scale(0, 2*time.Second)) // until the server that records knows of its viewers
 	for _, v := range c.viewers {
 		l.seeing(v)
 	}
-	time.Sleep(scale(2*time.Second, time.Minute))
-	l.mu.Lock()
-	all := slices.Sorted(slices.Values(l.all))
-	l.mu.Unlock()
-	if len(all) == 0 {
-		t.Fatal("viewers elsewhere have seen nothing live")
-	}
+	var all []time.Duration
+	waitUntil(t, "viewers elsewhere see events live", func() bool {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		all = slices.Sorted(slices.Values(l.all))
+		return len(all) >= scale(3, 100)*len(c.viewers)
+	})
 	all = all[len(all)/3:] // without the third that the servers record which are watched
 	p50, p99 := all[len(all)/2], all[len(all)*99/100]
 	t.Logf("%d sessions, %d viewers, %d batches seen: p50 %v, p99 %v", len(c.trackers), len(c.viewers), len(all), p50, p99)
-	if limit := scale(4*time.Second, time.Second); p99 > limit {
-		t.Errorf("p99 is %v, the limit is %v", p99, limit)
+	if fullFaults && p99 > time.Second {
+		t.Errorf("p99 is %v, the limit is a second", p99)
 	}
 	c.finish()
 }

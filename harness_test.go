@@ -406,6 +406,7 @@ func newServer(t testing.TB, env ...string) *testServer {
 		"PATH=" + os.Getenv("PATH"), "HOME=" + s.dir, "TZ=UTC", "GOTRACEBACK=all",
 		"HOST=127.0.0.1", "PORT=" + s.port, "LOG_DIR=" + filepath.Join(s.dir, "logs"),
 		"DATABASE_URL=" + s.database, "DB_MAX_CONNECTIONS=8", "BATCH_INTERVAL=50",
+		"HEARTBEAT_INTERVAL=1h", "MESSAGE_TIMEOUT=1h", // a busy machine may be late
 	}, env...) // of two settings with one name the later counts
 	t.Cleanup(s.cleanUp)
 	return s

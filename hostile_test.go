@@ -25,11 +25,12 @@ func TestHostile(t *testing.T) {
 			others = append(others, hc)
 		}
 	}
-	t.Run("slow", func(t *testing.T) { playHostile(t, slow, "MESSAGE_TIMEOUT=400", "READ_HEADER_TIMEOUT=400") })
-	t.Run("others", func(t *testing.T) { playHostile(t, others) })
+	t.Run("slow", func(t *testing.T) { playHostile(t, nil, slow, "MESSAGE_TIMEOUT=3000", "READ_HEADER_TIMEOUT=3000") })
+	t.Run("others", func(t *testing.T) { playHostile(t, others, others) })
 }
 
-func playHostile(t *testing.T, cases []testCase, env ...string) {
+// playHostile plays cases one after the other, then cases together.
+func playHostile(t *testing.T, alone, together []testCase, env ...string) {
 	s := startInside(t, append(env, "MAX_MESSAGE_BYTES=2000000", "SESSION_GRACE_PERIOD=0",
 		"MAX_SESSIONS_PER_MINUTE=100000", "BATCH_INTERVAL=5")...)
 	innocent := s.recording("innocent")
@@ -47,7 +48,7 @@ func playHostile(t *testing.T, cases []testCase, env ...string) {
 		}
 	}
 	check(t)
-	for _, hc := range cases {
+	for _, hc := range alone {
 		t.Run(hc.name, func(t *testing.T) {
 			playOne(t, hc.text)
 			check(t)
@@ -55,7 +56,7 @@ func playHostile(t *testing.T, cases []testCase, env ...string) {
 	}
 	t.Run("all at once", func(t *testing.T) {
 		t.Run("together", func(t *testing.T) {
-			for _, hc := range cases {
+			for _, hc := range together {
 				t.Run(hc.name, func(t *testing.T) {
 					t.Parallel()
 					playOne(t, hc.text)

@@ -12,8 +12,6 @@ import (
 	"slices"
 	"strings"
 	"testing"
-
-	"nhooyr.io/websocket"
 )
 
 // wantError reads on until an error comes, and checks its code and its fields.
@@ -43,15 +41,6 @@ func (s *testServer) viewer() *testConn {
 	c := dialServer(s.t, s.ws("viewer"))
 	c.expect("active_sessions")
 	return c
-}
-
-// watching is a viewer that has joined a session.
-func (s *testServer) watching(id string) *testConn {
-	s.t.Helper()
-	v := s.viewer()
-	v.send("viewer_join_session", sessionID{id})
-	v.expect("session_joined")
-	return v
 }
 
 func (s *testServer) dialTracker() *testConn {
@@ -180,38 +169,6 @@ func TestLargeBuffersAreFree(t *testing.T) {
 	}
 }
 
-// A tracker that waits for the database answers no ping, because nobody reads it,
-// and is not cut for that; but it does not wait without end: its peer may have
-// gone, which nobody sees meanwhile. Between messages nothing is timed.
-func TestMessageTimeout(t *testing.T) {
-	t.Parallel()
-	proxy, through := proxyToDatabase(t, testDatabase(t), nil)
-	s := startInside(t, "DATABASE_URL="+through, "MESSAGE_TIMEOUT=3000", "HEARTBEAT_INTERVAL=300")
-	idle, pings := newTracker(t, "idle"), s.viewer()
-	idle.limit = 1
-	idle.start(s.ws("tracker"))
-	waitUntil(t, "it records", func() bool { return idle.read(&idle.acked) == 1 })
-	proxy.freeze()
-	stays, goes := s.dialTracker(), s.dialTracker()
-	for _, c := range []*testConn{stays, goes} {
-		c.send("session_start", `{"sessionId":"s","resume":""}`)
-	}
-	goes.Close()
-	for range 4 { // in the time of these it misses its own
-		pings.pinged()
-	}
-	stays.expectClose(websocket.StatusTryAgainLater)
-	waitUntil(t, "the connections have ended", func() bool { return s.memory().trackers == 1 })
-	proxy.thaw()
-	idle.allow(2)
-	waitUntil(t, "it records again", func() bool { return idle.read(&idle.acked) == 2 })
-	idle.change(func() {
-		if idle.reconnects > 0 {
-			t.Error("it was cut while it said nothing")
-		}
-	})
-}
-
 // What a viewer says is read also where events have left no room.
 func TestViewersNeedNoRoom(t *testing.T) {
 	t.Parallel()
@@ -225,36 +182,6 @@ func TestViewersNeedNoRoom(t *testing.T) {
 	}
 	v.wantError("unknown_type")
 	v.wantError("too_large")
-}
-
-// ---- heartbeats ----
-
-// Connections that do not answer pings are gone from memory and /stats; those
-// that answer stay.
-func TestHeartbeats(t *testing.T) {
-	t.Parallel()
-	s := startInside(t, "HEARTBEAT_INTERVAL=500", "SESSION_GRACE_PERIOD=0")
-	alive, viewer := s.recording("alive"), s.viewer()
-	dead := rawWebSocket(t, s, "tracker")
-	dead.send("session_start", `{"sessionId":"dead"}`)
-	rawWebSocket(t, s, "viewer")
-	waitUntil(t, "all are there", func() bool { return s.memory().live == 2 && s.stat("totalClients") == 4 })
-	for n := 0; s.stat("totalClients") != 2 || s.memory().live != 1; n++ {
-		if alive.pinged(); n > 4 {
-			t.Fatal("the dead are still there after five pings")
-		}
-		viewer.pinged()
-	}
-	for range 5 {
-		alive.pinged()
-		viewer.pinged()
-	}
-	if st := s.memory(); st.trackers != 1 || st.viewers != 1 || st.live != 1 {
-		t.Errorf("got %+v, want the living still there", st)
-	}
-	alive.sendRaw(numberedBatch(1, 1))
-	const recorded = "select max(last_seq) from sessions"
-	waitUntil(t, "the living records", func() bool { return querySQL[int](t, s.database, recorded) == 1 })
 }
 
 // ---- fuzzing ----
