@@ -410,7 +410,7 @@ func TestServersStartTogether(t *testing.T) {
 	t.Parallel()
 	database := testDatabase(t)
 	for round := range 2 {
-		servers := make([]*insideServer, 4)
+		servers := make([]*testServer, 4)
 		for i := range servers {
 			servers[i] = launchInside(t, "DATABASE_URL="+database)
 		}

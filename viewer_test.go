@@ -74,8 +74,7 @@ func openViewer(t testing.TB, dialer *net.Dialer, address string) (*testViewer, 
 func (v *testViewer) listen(c *testConn) {
 	defer close(v.done)
 	for c != nil {
-		v.reading.Lock()
-		v.reading.Unlock() // it only waits while a test holds it
+		v.mayRead()
 		text, err := c.read()
 		if err == nil {
 			v.hear(text)
@@ -87,6 +86,12 @@ func (v *testViewer) listen(c *testConn) {
 		v.mu.Unlock()
 		c = v.reconnect()
 	}
+}
+
+// mayRead waits while a test keeps it from reading.
+func (v *testViewer) mayRead() {
+	v.reading.Lock()
+	defer v.reading.Unlock()
 }
 
 // reconnect connects and joins again; nil when the viewer is closed.

@@ -41,6 +41,12 @@ export async function until(check, what = "a condition", timeout = 60_000) {
   }
 }
 
+// patient makes Playwright wait as long as until does, not half a minute.
+export function patient(context) {
+  context.setDefaultTimeout(60_000);
+  return context;
+}
+
 export async function freePort() {
   const socket = createSocket();
   await new Promise((done) => socket.listen(0, "127.0.0.1", done));
@@ -54,8 +60,9 @@ const leftovers = new Set();
 process.on("exit", () => leftovers.forEach((end) => end()));
 for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"]) process.on(signal, () => process.exit(1));
 
-// The binary is built once a process, with what web/dist holds.
-let binary;
+// TEST_SERVER is a binary that is built already; otherwise one is built once a
+// process, with what web/dist holds.
+let binary = process.env.TEST_SERVER;
 function build() {
   if (binary) return binary;
   const dir = mkdtempSync(join(tmpdir(), "session-replay-bin-"));
@@ -152,6 +159,8 @@ export async function harness(env = {}) {
         ...rest, // playwright makes a new profile for each launch, and deletes it
       });
       browsers.push(browser);
+      const newContext = browser.newContext.bind(browser); // newPage calls it too
+      browser.newContext = async (...given) => patient(await newContext(...given));
       return browser;
     },
     // site serves pages: a path's value is HTML, or {type, body}, or a handler.

@@ -86,7 +86,7 @@ async function watch(t, id, context) {
 async function replays(view, see, seen, how) {
   const look = () => view.evaluate(`(${see})(player.scene.replayer.iframe.contentDocument)`).catch((error) => `threw ${error}`);
   let shown;
-  await until(async () => JSON.stringify(shown = await look()) === JSON.stringify(seen), "", 4000).catch(() => {});
+  await until(async () => JSON.stringify(shown = await look()) === JSON.stringify(seen)).catch(() => {});
   assert.deepEqual(shown, seen, how);
 }
 
@@ -299,6 +299,7 @@ test("style text in pieces, rules inserted, deleted and changed", (t) => same(t,
 }));
 
 test("imports that fail and that load, layers, containers", (t) => same(t, "imports", {
+  enough: (events) => JSON.stringify(events).includes("#h, #i"),
   see: `(doc) => ({ ...(${colors})(doc), q: getComputedStyle(doc.querySelector("#d"), "::before").content })`,
   want: { a: "rgb(9, 9, 9)", b: "rgb(7, 8, 9)", c: "rgb(4, 5, 6)", d: "rgb(0, 0, 0)", i: dark, q: '"\\"q"' },
 }));
