@@ -6,7 +6,6 @@
 const BACK_MS = 1000; // so far events are mixed up without any fault
 const AHEAD_MS = 7 * 24 * 3600_000; // more than that passes between no two events of a visit
 const PAUSE_MS = 60_000; // a longer pause may be the clock, set right again
-const KEPT = 2000; // events between two states that are kept
 
 const isTime = (time) => Number.isFinite(time) && Math.abs(time) <= 8.64e15;
 
@@ -24,12 +23,9 @@ export class Timeline {
     return known ? { ...known, index, exact: known.index === index } : { index, time: null, shifts: [0] };
   }
 
-  keep({ index, time, shifts }) {
-    const i = this.states.findLastIndex((s) => s.index <= index);
-    if (this.states[i]?.index === index) return;
-    const [a, b] = [this.states[i - 1], this.states[i]];
-    const between = a && a.shifts[0] === b.shifts[0] && b.shifts[0] === shifts[0] && index - a.index < KEPT;
-    this.states.splice(between ? i : i + 1, between ? 1 : 0, { index, time, shifts });
+  keep(state) {
+    const before = this.states.findLastIndex((s) => s.index <= state.index);
+    if (this.states[before]?.index !== state.index) this.states.splice(before + 1, 0, state);
   }
 
   // place gives a time its place on the time line, and moves the state there.
