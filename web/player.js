@@ -158,15 +158,12 @@ export class Player {
   }
 
   steer(now) {
-    if (this.following) this.keepUp(now);
-    else if (now >= this.scene.end) this.runOut();
-    else if (!this.skipGap(now) && this.skip) this.skipIdle(now);
-  }
-
-  skipGap(now) {
-    const to = Math.min(this.on.gapEnd(now), this.scene.end);
-    if (to > now) this.scene.play(to);
-    return to > now;
+    const { scene } = this, gapEnd = Math.min(this.on.gapEnd(now), scene.end);
+    if (this.following && now < this.edge - LIVE_DELAY) scene.play(this.edge);
+    if (this.following) return;
+    if (now >= scene.end) this.runOut();
+    else if (gapEnd > now) scene.play(gapEnd);
+    else if (this.skip) this.skipIdle(now);
   }
 
   // The window is played to its end: more is coming, or this is the live edge,
@@ -255,10 +252,6 @@ export class Player {
   // Live replay stays this far behind the newest event. Its clock goes on when none
   // comes; batches that are late slow it down, and it leaps when it is far behind.
   get edge() { return this.scene.end - LIVE_DELAY; }
-
-  keepUp(now) {
-    if (now < this.edge - LIVE_DELAY) this.scene.play(this.edge);
-  }
 
   async ended() {
     this.returns ||= this.following;

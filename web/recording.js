@@ -76,11 +76,15 @@ export class Recording {
     const chunk = this.chunks.find((c) => index < c.fromIndex + c.count);
     if (chunk) return this.readChunk(chunk, index);
     if (index >= this.total) return null;
-    const page = await this.fetch(`${this.path}/events?fromIndex=${index}&limit=${PAGE}`);
-    const { events, fromIndex } = page.body;
-    if (events.length === 0) return null;
+    const page = await this.page(index, PAGE);
+    return page.events.length > 0 ? page : null;
+  }
+
+  async page(index, limit) {
+    const { body, bytes } = await this.fetch(`${this.path}/events?fromIndex=${index}&limit=${limit}`);
+    const { fromIndex, events } = body;
     this.timeline.take(fromIndex, events);
-    return { from: fromIndex, events, next: fromIndex + events.length, bytes: page.bytes };
+    return { from: fromIndex, events, next: fromIndex + events.length, bytes };
   }
 
   async readChunk(chunk, index) {
@@ -120,12 +124,8 @@ export class Recording {
     if (i < 0 && any) i = piece.events.findIndex(isFull);
     if (i < 0) return null;
     // The Meta event with the page's size stands right before it, maybe in another chunk.
-    const full = piece.events[i], before = piece.events[i - 1] ?? await this.single(piece.from - 1);
-    const meta = before?.type === META ? [{ ...before, timestamp: full.timestamp }] : [];
+    const before = i > 0 ? piece.events[i - 1] : piece.from > 0 && (await this.page(piece.from - 1, 1)).events[0];
+    const meta = before?.type === META ? [before] : [];
     return { ...piece, from: piece.from + i, events: [...meta, ...piece.events.slice(i)] };
-  }
-
-  async single(index) {
-    return index >= 0 && (await this.fetch(`${this.path}/events?fromIndex=${index}&limit=1`)).body.events[0];
   }
 }

@@ -52,7 +52,8 @@ export class Styles {
   rewriteSelector(rule) {
     const selector = rule.selectorText;
     const own = selector.replace(OWN, '[replay-$1]').replace(STATES, '[replay-state~="$1"]')
-      .replace(VALID, `${CHECKED}:not([replay-state~="invalid"])`).replace(DEFINED, ':not([replay-state~="undefined"])');
+      .replace(VALID, `${CHECKED}:not([replay-state~="invalid"])`)
+      .replace(DEFINED, ':not([replay-state~="undefined"])');
     if (own !== selector) rule.selectorText = own;
   }
 

@@ -18,6 +18,7 @@ const LEAD = 1000; // while it plays, a line is shown and gone to this much earl
 const PASSED = 2000; // so soon after a gap it is told
 const panel = new Panel($, (time) => jump(time - lead()));
 const tell = (moment) => panel.add(moment);
+let wantsLive = asked === null; // until it has been joined
 let player, feed, gap;
 
 // Words: the message stands in the stage instead of a picture, the note below it.
@@ -50,7 +51,7 @@ function sayState({ state, scene }) {
 // About.
 
 const TOLD = ('sessionId userId url entryUrl title lastUrl lastTitle referrer startTime viewport timeZone userAgent'
-  + ' create page firstSeq pages clicks').split(' ');
+  + ' create page firstSeq pages clicks traits').split(' ');
 
 function describe() {
   const { info } = recording, meta = info.metadata ?? {}, name = person(info.userId);
@@ -61,19 +62,15 @@ function describe() {
   document.title = `${name} · ${place(meta.url)}`;
   const facts = {
     browser: browser(meta.userAgent), size: width && `${words(width)} × ${words(height)}`,
-    started: when(recording.start ?? info.createdAt), duration: clock(length()), 'first-page': meta.url,
-    'last-page': meta.lastUrl, 'came-from': meta.referrer, 'time-zone': meta.timeZone, 'user-id': info.userId,
-    events: count(recording.total), 'user-agent': meta.userAgent, 'session-id': id,
+    started: when(recording.start ?? info.createdAt), 'first-page': meta.url, 'last-page': meta.lastUrl,
+    'came-from': meta.referrer, 'time-zone': meta.timeZone, 'user-id': info.userId, 'user-agent': meta.userAgent,
+    'session-id': id,
   };
   for (const [name, value] of Object.entries(facts)) write($[name], words(value));
-}
-
-// describeUser tells what the page says of its user, and whatever else it sent.
-function describeUser() {
-  const { traits, ...meta } = recording.info.metadata ?? {};
+  // What the page says of its user, and whatever else it sent.
   const others = Object.entries(meta).filter(([name]) => !TOLD.includes(name));
-  const all = [...Object.entries(traits ?? {}), ...others].filter(([, value]) => words(value)).slice(0, 50);
-  $.traits.replaceChildren(...all.flatMap(([name, value]) =>
+  const traits = [...Object.entries(meta.traits ?? {}), ...others].slice(0, 50);
+  $.traits.replaceChildren(...traits.flatMap(([name, value]) =>
     [el('dt', { textContent: name }), el('dd', { textContent: words(value) })]));
 }
 
@@ -134,24 +131,21 @@ function change() {
   $.play.disabled = $.seek.disabled = $.copy.disabled = !player.scene;
   panel.measure(recording.start, length()); // the line of a live session grows
   panel.head(time + lead());
-  if (write($.length, clock(length()))) describe();
+  for (const part of [$.length, $.duration]) write(part, clock(length()));
+  write($.events, count(recording.total));
   if (!dragging) sayTime(Math.min(Math.max(time - recording.start, 0), length()) || 0);
   $.live.hidden = !recording.isActive;
-  $.live.setAttribute('aria-pressed', player.following);
+  $.live.ariaPressed = player.following;
   sayWhere(panel.at('navigation', time));
   sayGap(panel.at('gap', time), time);
 }
 
 function sayTime(shown) {
   $.seek.value = Math.min(shown, $.seek.max = length());
-  showTime(shown);
-  const quiet = player.state === 'playing' && document.activeElement === $.seek; // it would be read out all the time
-  if (!quiet) $.seek.setAttribute('aria-valuetext', `${clock(shown)} of ${clock(length())}`);
-}
-
-function showTime(shown) {
   write($.now, clock(shown));
   $.timeline.style.setProperty('--played-share', shown / (length() || 1));
+  const isRead = document.activeElement === $.seek && player.state === 'playing'; // aloud, all the time
+  if (dragging || !isRead) $.seek.ariaValueText = `${clock(shown)} of ${clock(length())}`;
 }
 
 function sayWhere(page) {
@@ -163,8 +157,7 @@ function sayWhere(page) {
 
 function sayGap(now, time) {
   if (now && now !== gap && time - (now.to ?? now.time) < PASSED) {
-    const ms = now.to - now.time;
-    const long = ms > 0 ? ` of ${clock(ms)}` : '';
+    const long = now.to > now.time ? ` of ${clock(now.to - now.time)}` : '';
     note(now.lost || `The recording has a gap here${long}: what happened in it was not kept.`);
   }
   gap = now;
@@ -182,10 +175,8 @@ function badge(state) {
 
 function jump(time) {
   note('');
-  gap = panel.at('gap', time);
-  const sought = player.seek(time);
+  player.seek(time);
   remember();
-  return sought;
 }
 
 function toggle() {
@@ -215,11 +206,11 @@ function goLive() {
 let dragging = false;
 
 function controls() {
-  $.play.onclick = toggle;
-  $.live.onclick = goLive;
+  const buttons = { play: toggle, live: goLive, full: fullScreen, copy, delete: removeSession, 'read-all': readAll };
+  for (const [name, does] of Object.entries(buttons)) $[name].onclick = does;
   $.seek.oninput = () => {
     dragging = true;
-    showTime(Number($.seek.value));
+    sayTime(Number($.seek.value));
   };
   $.seek.onchange = () => {
     dragging = false;
@@ -228,14 +219,12 @@ function controls() {
   $.speed.onchange = () => player.setSpeed(Number($.speed.value));
   $.skip.checked = player.skip = localStorage.getItem('skip') !== 'false';
   $.skip.onchange = () => localStorage.setItem('skip', player.skip = $.skip.checked);
-  $.full.onclick = fullScreen;
-  $.copy.onclick = copy;
-  $.delete.onclick = removeSession;
-  $['read-all'].onclick = () => {
-    $['read-all'].disabled = true;
-    scan().catch(failed);
-  };
   document.addEventListener('keydown', key);
+}
+
+function readAll() {
+  $['read-all'].disabled = true;
+  scan().catch(failed);
 }
 
 function fullScreen() {
@@ -244,7 +233,8 @@ function fullScreen() {
 }
 
 function faster(by) {
-  $.speed.selectedIndex = Math.min(Math.max($.speed.selectedIndex + by, 0), $.speed.options.length - 1);
+  const { options, selectedIndex } = $.speed;
+  $.speed.value = (options[selectedIndex + by] ?? options[selectedIndex]).value;
   $.speed.onchange();
 }
 
@@ -285,8 +275,6 @@ function receive(type, data, bytes) {
   else if (type === 'session_started') join();
 }
 
-let isFirst = true;
-
 // joined answers the first join and those after a lost connection or the
 // session's return: what was missed meanwhile is read as history.
 function joined({ totalEvents, snapshotIndex, isActive, state }) {
@@ -295,18 +283,17 @@ function joined({ totalEvents, snapshotIndex, isActive, state }) {
   recording.isActive = isActive;
   badge(state ?? 'live');
   if (!isActive) return ended();
-  if (player.returns || player.state === 'waiting' || (isFirst && asked === null)) {
+  if (player.returns || player.state === 'waiting' || wantsLive) {
     note('');
     player.follow();
   }
-  isFirst = false;
+  wantsLive = false;
 }
 
 async function ended() {
   note('The session has ended; this is its recording.');
   await player.ended().catch(failed);
   describe();
-  describeUser();
   badge();
 }
 
@@ -317,7 +304,6 @@ async function open() {
   });
   window.player = player; // for the console, and for tests
   describe();
-  describeUser();
   badge(info.state ?? 'live');
   controls();
   $.delete.disabled = false;
