@@ -85,9 +85,9 @@ export function el(tag, props = {}, ...children) {
   return node;
 }
 
-// write leaves text alone that is there already, and says whether it was not:
-// somebody may have selected it, or a screen reader be reading it.
-export const write = (node, text) => node.textContent !== text && ((node.textContent = text), true);
+// write leaves text alone that is there already: somebody may have selected it, or
+// a screen reader be reading it.
+export function write(node, text) { if (node.textContent !== text) node.textContent = text; }
 
 // clock writes a duration in milliseconds as 1:05 or 2:01:05.
 export function clock(ms) {

@@ -101,7 +101,8 @@ export class Cleaner {
     for (const e of raw) {
       if (!wellFormed(e)) continue;
       // Order is the index's, never the clock's; the Replayer sorts by time.
-      const timestamp = e.timestamp = this.last = Math.max(e.timestamp, this.last ?? e.timestamp);
+      const timestamp = this.last = Math.max(e.timestamp, this.last ?? e.timestamp);
+      e.timestamp = timestamp;
       this.story.take(e);
       disarm(e, this.frames);
       if (e.type === META && this.resize(e.data)) {

@@ -24,7 +24,7 @@ export class Player {
     this.speed = 1;
     this.skip = true; // inactivity; gaps are skipped always
     this.following = false; // live
-    this.returns = false; // it followed when the session ended: it will when that goes on
+    this.wantsLive = true; // it follows when the session is live: at first, and one that it followed to its end
     this.wantsPlay = true;
     this.turn = 0; // raised by each seek, so that an overtaken one gives up
     setInterval(() => this.tick(), 100);
@@ -42,7 +42,7 @@ export class Player {
   // What people do.
 
   seek(time) {
-    this.following = this.returns = false;
+    this.following = this.wantsLive = false;
     const { start, end } = this.recording;
     if (start === null) return this.goto(Infinity);
     return this.goto(Math.min(Math.max(time, start), end));
@@ -55,7 +55,7 @@ export class Player {
   }
 
   pause() {
-    this.wantsPlay = this.following = this.returns = false;
+    this.wantsPlay = this.following = this.wantsLive = false;
     if (this.state === 'playing') this.stop();
     else this.on.change();
   }
@@ -74,7 +74,7 @@ export class Player {
   // already is kept.
   follow() {
     this.following = this.wantsPlay = true;
-    this.returns = false;
+    this.wantsLive = false;
     if (!this.scene || this.target !== null || this.hasMore()) return this.goto(Infinity);
     return this.arrive(Math.max(this.scene.time, this.edge));
   }
@@ -153,7 +153,8 @@ export class Player {
     if (this.state === 'playing') this.steer(now);
     this.readAhead();
     scene.trim(now, WINDOW_BYTES);
-    scene.giveBackFocus();
+    // A dialog that opens in the recording takes the focus, inert or not.
+    if (document.activeElement === scene.replayer.iframe) document.activeElement.blur();
     this.on.change();
   }
 
@@ -254,7 +255,7 @@ export class Player {
   get edge() { return this.scene.end - LIVE_DELAY; }
 
   async ended() {
-    this.returns ||= this.following;
+    this.wantsLive ||= this.following;
     this.recording.isActive = this.following = false; // at once: it may be live again before the answer comes
     this.scene?.setSpeed(this.speed);
     await this.recording.load();

@@ -40,13 +40,11 @@ export class Recording {
     const placed = [...this.chunks]; // a stored chunk stays as it is
     for (let i = placed.length; i < chunks.length; i++) {
       const chunk = chunks[i];
-      if (isDoubtful(chunk, chunks[i - 1], chunks[i + 1])) {
-        const times = (await this.readChunk(chunk, 0)).events.map((e) => e?.timestamp).filter(Number.isFinite);
-        placed.push({ ...chunk, startTime: times[0] ?? chunk.startTime, endTime: times.at(-1) ?? chunk.endTime });
-      } else {
-        const [startTime, endTime] = this.timeline.pass(chunk.fromIndex, chunk);
-        placed.push({ ...chunk, startTime, endTime });
-      }
+      const bounds = [{ timestamp: chunk.startTime }, { timestamp: chunk.endTime }];
+      const { events } = isDoubtful(chunk, chunks[i - 1], chunks[i + 1]) ? await this.readChunk(chunk, 0)
+        : { events: this.timeline.take(chunk.fromIndex, bounds, chunk.count) };
+      const times = events.map((e) => e?.timestamp).filter(Number.isFinite);
+      placed.push({ ...chunk, startTime: times[0] ?? chunk.startTime, endTime: times.at(-1) ?? chunk.endTime });
     }
     return placed;
   }

@@ -129,12 +129,6 @@ export class Scene {
 
   setSpeed(speed) { this.replayer.setConfig({ speed }); }
 
-  // A dialog that opens in the recording takes the focus, inert or not, and with
-  // it the keyboard from the player.
-  giveBackFocus() {
-    if (document.activeElement === this.replayer.iframe) document.activeElement.blur();
-  }
-
   // covers tells whether the window is enough to show a time: there is a full
   // snapshot to begin from, or it lies ahead of what is shown.
   covers(time) {

@@ -177,7 +177,8 @@ export class Story {
       above.insertBefore(node, before);
       this.nodes.set(given.id, node);
       this.ids.set(node, given.id);
-      for (const child of list(given.childNodes).reverse()) open.push([child, node, null]);
+      const children = node.nodeType === 1 ? list(given.childNodes) : [];
+      for (const child of children.reverse()) open.push([child, node, null]);
     }
   }
 

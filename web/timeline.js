@@ -42,21 +42,13 @@ export class Timeline {
     return state.time = Math.max(time + state.shifts[0], before);
   }
 
-  // take puts events, the first of which is at index, in their places.
-  take(index, events) {
+  // take puts events, the first of which is at index, in their places. They may stand
+  // for count events.
+  take(index, events, count = events.length) {
     const state = this.at(index);
     for (const e of events) if (isTime(e?.timestamp)) e.timestamp = this.place(state, e.timestamp);
-    this.keep({ ...state, index: index + events.length });
-    return events;
-  }
-
-  // pass takes the events from index on as what their bounds say, and gives these
-  // their places.
-  pass(index, { count, startTime, endTime }) {
-    const state = this.at(index);
-    const bounds = [this.place(state, startTime), this.place(state, endTime)];
     this.keep({ ...state, index: index + count });
-    return bounds;
+    return events;
   }
 }
 

@@ -18,7 +18,6 @@ const LEAD = 1000; // while it plays, a line is shown and gone to this much earl
 const PASSED = 2000; // so soon after a gap it is told
 const panel = new Panel($, (time) => jump(time - lead()));
 const tell = (moment) => panel.add(moment);
-let wantsLive = asked === null; // until it has been joined
 let player, feed, gap;
 
 // Words: the message stands in the stage instead of a picture, the note below it.
@@ -283,11 +282,10 @@ function joined({ totalEvents, snapshotIndex, isActive, state }) {
   recording.isActive = isActive;
   badge(state ?? 'live');
   if (!isActive) return ended();
-  if (player.returns || player.state === 'waiting' || wantsLive) {
+  if (player.wantsLive || player.state === 'waiting') {
     note('');
     player.follow();
   }
-  wantsLive = false;
 }
 
 async function ended() {
