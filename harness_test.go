@@ -40,6 +40,7 @@ var patience = func() time.Duration {
 }()
 
 func TestMain(m *testing.M) {
+	time.Local = time.FixedZone("", 5400) // what says that it is UTC has to be
 	code := m.Run()
 	if testShared.cluster != nil {
 		testShared.cluster.end()

@@ -550,13 +550,20 @@ func nullable(n, none int64) *int64 {
 	return &n
 }
 
+func utc(t *time.Time) *time.Time {
+	if t == nil {
+		return nil
+	}
+	return new(t.UTC())
+}
+
 // toJSON gives a row as lists show it.
 func toJSON(row storedSession) sessionJSON {
 	now := row.now
 	return sessionJSON{
 		sessionID: sessionID{row.id}, UserID: row.about.userID, Metadata: row.about.brief,
 		EventCount: now.events, ErrorCount: now.errors, StoredBytes: now.stored, RawBytes: now.raw,
-		IsActive: row.isActive, CreatedAt: row.createdAt.UTC(), UpdatedAt: row.updatedAt.UTC(), EndedAt: row.endedAt,
+		IsActive: row.isActive, CreatedAt: row.createdAt.UTC(), UpdatedAt: row.updatedAt.UTC(), EndedAt: utc(row.endedAt),
 		StartTime: nullable(now.firstTime, 0), EndTime: nullable(now.endTime, 0),
 		SnapshotIndex: nullable(now.snapshot, -1),
 	}

@@ -346,8 +346,8 @@ func restSessions(t *testing.T, s *testServer) {
 		for _, name := range []string{"createdAt", "updatedAt", "endedAt"} {
 			var at *time.Time
 			if err := json.Unmarshal(all[id][name], &at); err != nil || at == nil && name != "endedAt" || at != nil &&
-				time.Since(*at) > 10*time.Minute {
-				t.Errorf("%s: %s is %s, want a time (RFC 3339)", id, name, all[id][name])
+				(time.Since(*at) > 10*time.Minute || !strings.HasSuffix(string(all[id][name]), `Z"`)) {
+				t.Errorf("%s: %s is %s, want a time (RFC 3339, UTC)", id, name, all[id][name])
 			}
 		}
 	}
@@ -507,6 +507,10 @@ func TestRESTCleanup(t *testing.T) {
 		a := s.ask("DELETE", "/sessions/cleanup"+tt.query)
 		wantKeys(t, "cleanup", a.fields(t), "message deletedCount")
 		same(t, "cleanup"+tt.query, said(a.status, string(a.fields(t)["deletedCount"])), said(200, tt.count))
+	}
+	same(t, "deleted, as /metrics counts", s.metric("sessions_deleted_total"), 1)
+	if audit := s.log("application"); !strings.Contains(audit, `"sessions":1,"older_than":"4 hours","complete":true`) {
+		t.Errorf("no audit line of it: %s", audit)
 	}
 	if st := s.session("live"); s.memory().events != 3 || !st.IsActive {
 		t.Errorf("the live session: got %+v, %d events in memory", st, s.memory().events)

@@ -490,6 +490,7 @@ func (h *hubState) publish(cmd publish) {
 	s, b := h.sessionOf(cmd), cmd.b
 	switch {
 	case s == nil || s.ended:
+		h.metrics.refuse("no_session")
 		cmd.out.trySend(errorMessage("no_session", "this connection records no session"), trackerOutbox)
 	case b.seq > 0 && b.seq <= s.now.seq:
 		s.ack(cmd.out)

@@ -80,9 +80,14 @@ func (p *post) receive(r io.Reader) error {
 	case err != nil:
 		return err
 	case p.tracker.share:
-		return p.take(body)
+		err = p.take(body)
+	default:
+		err = p.handleLines(body)
 	}
-	return p.handleLines(body)
+	if wrong, ok := errors.AsType[*protocolError](err); ok {
+		p.metrics.refuse(wrong.code)
+	}
+	return err
 }
 
 // handleLines handles a body's messages, as conn.serve does those of a WebSocket.

@@ -351,15 +351,21 @@ func (s *server) deleteUser(ctx context.Context, userID string) (deleted int, er
 }
 
 func (s *server) handleCleanup(w http.ResponseWriter, r *http.Request) error {
-	hours, err := queryNumber(r, "maxAgeHours", int64(s.cfg.retention/time.Hour), 0, 1<<20)
+	hours, err := queryNumber(r, "maxAgeHours", -1, 0, 1<<20)
 	if err != nil {
 		return err
 	}
-	n, err := s.store.removeOld(r.Context(), time.Duration(hours)*time.Hour, 0)
+	age := time.Duration(hours) * time.Hour
+	if hours < 0 {
+		age = s.cfg.retention
+	}
+	n, err := s.store.removeOld(r.Context(), age, 0)
+	s.metrics.sessionsDeleted.Add(n)
+	s.audit.note(s.access.address(r), "deleted", "sessions", n, "older_than", inWords(int64(age), times), "complete", err == nil)
 	if err != nil {
 		return err
 	}
-	message := fmt.Sprintf("deleted %d sessions that ended more than %d hours ago", n, hours)
+	message := fmt.Sprintf("deleted %d sessions that ended more than %s ago", n, inWords(int64(age), times))
 	s.write(w, http.StatusOK, map[string]any{"message": message, "deletedCount": n})
 	return nil
 }

@@ -22,8 +22,10 @@ import (
 const (
 	maxViewerMessage = 64 << 10
 	maxData          = 64 << 10 // of a report, or of what is passed on to viewers
-	maxMetadata      = 8 << 10
+	maxMetadata      = maxFields * maxField
 	maxField         = 512     // of the documented fields, where only those are kept
+	maxErrorField    = 4 << 10 // the same of errors
+	maxFields        = 16      // of such fields so many have room
 	maxText          = 2 << 10 // of a user's id and a URL
 	maxNesting       = 500     // of metadata and errors: PostgreSQL and encoding/json have their limits
 	minToken         = 16      // shorter ones are none
@@ -158,7 +160,7 @@ func (t *tracker) takeReport(f frame) (kept int64, err error) {
 		data = []byte("null")
 	}
 	if len(data) > maxData || nests(data, maxNesting) {
-		data = rewrite(data, ofErrors, 4<<10, nil)
+		data = rewrite(data, ofErrors, maxErrorField, nil)
 	}
 	var m message
 	if f.typ != "error" {
@@ -262,7 +264,7 @@ var defaults = []member{{"viewport", `{"width":1920,"height":1080,"devicePixelRa
 // rewrite copies a JSON object without "resume", which is a secret, and adds the
 // defaults that are missing. With names it copies those members alone, each cut to
 // most bytes; a value that cannot be cut is left out, and so is what would go
-// beyond maxMetadata. Of a name that stands twice the last counts.
+// beyond maxFields of that size. Of a name that stands twice the last counts.
 func rewrite(object []byte, names []string, most int, defaults []member) []byte {
 	out, last, picked := []byte("{"), map[string][]byte{}, []string{}
 	members(object, func(name string, key, value []byte) {
@@ -281,7 +283,7 @@ func rewrite(object []byte, names []string, most int, defaults []member) []byte 
 		if len(value) > most && value[0] == '"' {
 			value = encodeJSON(cut(unquote(value), most))
 		}
-		if len(value) <= 2*most && len(out)+len(value) < maxMetadata && !nests(value, maxNesting) {
+		if len(value) <= 2*most && len(out)+len(value) < maxFields*most && !nests(value, maxNesting) {
 			out = fmt.Appendf(out, "%s:%s,", encodeJSON(name), value) // twice: a string grows by its escapes
 		}
 	}

@@ -362,6 +362,7 @@ func (st *store) reports(ctx context.Context, id string) ([]storedReport, error)
 	}
 	return pgx.CollectRows(rows, func(row pgx.CollectableRow) (r storedReport, err error) {
 		err = row.Scan(&r.ID, &r.Kind, &r.Data, &r.CreatedAt)
+		r.CreatedAt = r.CreatedAt.UTC()
 		return r, err
 	})
 }
