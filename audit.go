@@ -1,6 +1,7 @@
 package main
 
 import (
+	"fmt"
 	"log/slog"
 	"net/netip"
 	"sync"
@@ -12,32 +13,36 @@ import (
 type audit struct {
 	log *slog.Logger
 
-	mu     sync.Mutex
-	opened map[string]time.Time // by address and session
+	mu    sync.Mutex
+	noted map[string]time.Time // by address, action and facts
 }
 
 const (
-	openedOnce = 10 * time.Minute // a player asks again and again for what it plays
-	maxOpened  = 10_000
+	notedOnce = 10 * time.Minute
+	maxNoted  = 10_000
 )
 
 func (a *audit) note(from netip.Addr, action string, facts ...any) {
 	a.log.Info("audit", append([]any{"audit", true, "action", action, "from", from.String()}, facts...)...)
 }
 
-// open notes that somebody looks at a session.
-func (a *audit) open(from netip.Addr, id string) {
-	key := from.String() + " " + id
+// once notes what comes again and again: a player asks for what it plays, and
+// nobody shall fill the disk with wrong tokens.
+func (a *audit) once(from netip.Addr, action string, facts ...any) {
+	key := fmt.Sprint(from, action, facts)
 	a.mu.Lock()
-	known := time.Since(a.opened[key]) < openedOnce
-	if len(a.opened) >= maxOpened {
-		clear(a.opened)
+	known := time.Since(a.noted[key]) < notedOnce
+	if len(a.noted) >= maxNoted {
+		clear(a.noted)
 	}
 	if !known {
-		a.opened[key] = time.Now()
+		a.noted[key] = time.Now()
 	}
 	a.mu.Unlock()
 	if !known {
-		a.note(from, "opened", "session", id)
+		a.note(from, action, facts...)
 	}
 }
+
+// open notes that somebody looks at a session.
+func (a *audit) open(from netip.Addr, id string) { a.once(from, "opened", "session", id) }

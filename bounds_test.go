@@ -304,7 +304,8 @@ func TestBoundsClocks(t *testing.T) {
 	}
 }
 
-// What has waited for over a minute beyond BATCH_INTERVAL is an illness, and so is a claim.
+// What has waited for over a minute beyond BATCH_INTERVAL is an illness, and so are
+// claims that have failed for as long.
 func TestBoundsIllness(t *testing.T) {
 	inHub(t, nil, func(t *hubTest) {
 		s := &server{core: core{cfg: t.cfg, hub: t.hub, store: &store{}}}
@@ -319,16 +320,20 @@ func TestBoundsIllness(t *testing.T) {
 		want("a minute", "")
 		time.Sleep(time.Second)
 		want("more", "has waited 1m6s")
-		s.store.last.Store(&failure{errors.New("lock timeout"), time.Now()})
+		s.store.failed(errors.New("lock timeout"))
 		want("more, and why", "lock timeout")
 		s.store.last.Store(nil)
 		t.settle(stored, t.later()...)
 		want("stored", "")
-		t.reserve(t.idle(), "claimed", false, 1)
-		time.Sleep(t.cfg.batchInterval + maxWaiting + time.Second)
-		want("a claim", "has waited 1m6s")
-		t.do(unreserve{"claimed"})
-		want("given up", "")
+		for range 7 { // claims, which nobody waits for longer than startTime
+			s.store.failed(errors.New("no such luck"))
+			time.Sleep(10 * time.Second)
+		}
+		want("failures for a minute", "")
+		s.store.failed(errors.New("no such luck"))
+		want("for more", "has failed for 1m10s: no such luck")
+		time.Sleep(time.Minute)
+		want("none since", "")
 	})
 }
 

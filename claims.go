@@ -13,23 +13,14 @@ func (h *hubState) reserve(cmd reserve) reservation {
 		return joins
 	case cmd.share && s != nil && !s.shared && s.tracker != nil && s.tracker != cmd.out:
 		return alone
-	case !cmd.byToken && (h.claiming[cmd.id].n > 0 || s != nil && s.tracker != nil && s.tracker != cmd.out):
+	case !cmd.byToken && (h.claiming[cmd.id] > 0 || s != nil && s.tracker != nil && s.tracker != cmd.out):
 		return taken
-	case h.aboutBytes+cmd.cost-s.aboutCost() > int64(h.cfg.maxBufferBytes)/8:
+	case h.aboutBytes+h.claimingBytes+cmd.cost-s.aboutCost() > int64(h.cfg.maxBufferBytes)/8:
 		return noRoom
 	}
-	c := h.claiming[cmd.id]
-	if c.n++; c.n == 1 {
-		c.since = time.Now()
-	}
-	h.claiming[cmd.id] = c
+	h.claiming[cmd.id]++
+	h.claimingBytes += cmd.cost
 	return granted
-}
-
-// claiming are the claims of one session that are under way.
-type claiming struct {
-	n     int
-	since time.Time // of the first
 }
 
 func (s *session) aboutCost() int64 {
@@ -39,29 +30,28 @@ func (s *session) aboutCost() int64 {
 	return s.about.cost()
 }
 
-func (h *hubState) unreserve(id string) {
-	c := h.claiming[id]
-	if c.n--; c.n > 0 {
-		h.claiming[id] = c
-	} else {
-		delete(h.claiming, id)
+func (h *hubState) unreserve(cmd unreserve) {
+	if h.claiming[cmd.id]--; h.claiming[cmd.id] == 0 {
+		delete(h.claiming, cmd.id)
 	}
+	h.claimingBytes -= cmd.cost
 }
 
 // attach gives a session to the tracker that has claimed it. Events in memory
-// stay if nothing was stored by anyone else since: the claim follows on ours, or
-// the row is as we left it. Otherwise another server had the session in between,
-// and trackers that number their batches send again what it lacks.
+// stay if the claim follows on ours. Otherwise another server had the session in
+// between, and may have given the numbers of what is not committed here to other
+// batches: trackers that number theirs send again what the row lacks.
 func (h *hubState) attach(cmd attach) attached {
-	h.unreserve(cmd.id)
+	h.unreserve(cmd.unreserve)
 	s := h.sessions[cmd.id]
 	switch {
 	case s == nil:
+		// As one that has ended: it starts below, as one that comes back does.
 		s = &session{id: cmd.id, ended: true, now: cmd.claim.counters, durable: cmd.claim.counters}
 		h.sessions[s.id] = s
 	case cmd.claim.epoch < s.epoch:
 		return attached{outdated: true}
-	case cmd.claim.epoch != s.epoch+1 && !cmd.claim.sameStored(s.durable):
+	case cmd.claim.epoch != s.epoch+1:
 		h.discard(s)
 		s.now, s.durable = cmd.claim.counters, cmd.claim.counters
 	}
@@ -167,8 +157,7 @@ func (h *hubState) abandon(s *session, why outcome) {
 	}
 	switch {
 	case s.ended:
-	case why == epochLost:
-		h.addForeign(s.summary(), time.Now())
+	case why == epochLost && (h.foreign[s.id] != nil || h.addForeign(s.summary(), time.Now())):
 	default:
 		h.tellEnded(s.id)
 	}

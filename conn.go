@@ -186,7 +186,7 @@ func (c *conn) readAll(r io.Reader) ([]byte, error) {
 	if c.unbudgeted {
 		first = int64(c.maxMessage) + 1 // it never grows
 		c.budget.force(first)
-	} else if err := c.budget.take(c.ctx, first); err != nil {
+	} else if err := c.takeFirst(first); err != nil {
 		return nil, err
 	}
 	c.reserved = first
@@ -225,6 +225,21 @@ func (c *conn) readAll(r io.Reader) ([]byte, error) {
 			return buf, err
 		}
 	}
+}
+
+// takeFirst takes room for what begins to arrive. A connection's first message,
+// which starts a session, does not wait for longer than startTime: see claimRow.
+func (c *conn) takeFirst(n int64) error {
+	if c.received.Load() > 1 {
+		return c.budget.take(c.ctx, n)
+	}
+	ctx, cancel := context.WithTimeout(c.ctx, startTime)
+	defer cancel()
+	err := c.budget.take(ctx, n)
+	if err != nil {
+		c.out.closeAfterSending(closeTryAgain, "there is no room: try again later")
+	}
+	return err
 }
 
 // reserveIndex takes room for the index of a tracker's message, for as long as it

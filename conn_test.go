@@ -10,6 +10,9 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"os"
+	"regexp"
+	"strconv"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -125,9 +128,10 @@ func TestHeartbeats(t *testing.T) {
 }
 
 // A tracker that waits for the database answers no ping, because nobody reads it,
-// and is not cut for that; but it does not wait without end: its peer may have
-// gone, which nobody sees meanwhile. Between messages nothing is timed.
-func TestMessageTimeout(t *testing.T) {
+// and is not cut for that. But it waits less long than its page, which nobody sees
+// go meanwhile: otherwise two connections of a page would claim its session, and
+// the wrong one might win. Between messages nothing is timed.
+func TestStartTime(t *testing.T) {
 	onPipes(t, func(t *connTest) {
 		t.living("tracker")
 		stays, goes := t.dial("tracker"), t.dial("tracker")
@@ -135,9 +139,9 @@ func TestMessageTimeout(t *testing.T) {
 			c.send("session_start", `{"sessionId":"s","resume":""}`)
 		}
 		goes.Close()
-		time.Sleep(t.cfg.messageTimeout - time.Millisecond) // in which it misses its pings
+		time.Sleep(startTime - time.Millisecond) // in which it misses its pings
 		if trackers, _ := t.connected(); trackers != 3 {
-			t.Errorf("before the timeout: got %d trackers, want 3", trackers)
+			t.Errorf("before the end: got %d trackers, want 3", trackers)
 		}
 		stays.expectClose(websocket.StatusTryAgainLater)
 		time.Sleep(10 * time.Minute)
@@ -145,14 +149,29 @@ func TestMessageTimeout(t *testing.T) {
 			t.Errorf("after it: got %d trackers, want the one that has sent nothing", trackers)
 		}
 	}, "HEARTBEAT_INTERVAL=5s")
+	script, err := os.ReadFile("web/tracker.js")
+	patience := regexp.MustCompile(`SILENCE_MS = (\d+);`).FindSubmatch(script)
+	if err != nil || patience == nil {
+		t.Fatalf("tracker.js does not say how long it waits: %v", err)
+	}
+	if ms, _ := strconv.Atoi(string(patience[1])); time.Duration(ms)*time.Millisecond <= startTime {
+		t.Errorf("tracker.js waits for %s ms, want longer than %v", patience[1], startTime)
+	}
 }
 
-// A tracker that waits for room answers no ping either, and is not cut.
+// A tracker that waits for room answers no ping either, and is not cut; unless it
+// has no session yet, see TestStartTime.
 func TestWaitForRoom(t *testing.T) {
 	onPipes(t, func(t *connTest) {
-		c, all := t.dial("tracker"), t.budget.left()
+		c, fresh, all := t.dial("tracker"), t.dial("tracker"), t.budget.left()
+		c.send("no_such_type", nil)
+		c.wantError("unknown_type")
 		t.budget.force(all)
-		go c.send("no_such_type", nil) // ends when it is read
+		for _, c := range []*testConn{c, fresh} {
+			go c.send("no_such_type", nil) // ends when it is read, or with the connection
+		}
+		time.Sleep(startTime + time.Millisecond)
+		fresh.expectClose(websocket.StatusTryAgainLater)
 		time.Sleep(10 * time.Minute)
 		t.budget.give(all)
 		c.wantError("unknown_type")

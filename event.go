@@ -139,12 +139,6 @@ func (c *counters) note(e event, number int64) {
 	c.endTime = max(c.endTime, e.time)
 }
 
-// sameStored reports whether two states of a row count the same events, errors
-// and batches.
-func (c *counters) sameStored(other counters) bool {
-	return c.events == other.events && c.errors == other.errors && c.seq == other.seq
-}
-
 // description is what a session_start says of its session. It is never changed,
 // only replaced.
 type description struct {
@@ -181,6 +175,7 @@ type flush struct {
 	ended   bool     // nothing follows: the session is over
 
 	chunks   []chunk // made by the writer
+	kept     int64   // bytes of the budget that they take while the flush waits to be tried again
 	attempts int
 	outcome  outcome
 }
@@ -196,7 +191,8 @@ const (
 	deleted           // the row is not there any more
 )
 
-func (f *flush) cost() (n int64) {
+func (f *flush) cost() int64 {
+	n := f.kept
 	for _, b := range f.batches {
 		n += b.cost
 	}

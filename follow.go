@@ -60,6 +60,7 @@ type following struct {
 	watched []watched // no tracker of this server records it
 	viewers bool
 	listed  bool // they have had a list
+	foreign bool // something is known of other servers, which may not be so any more
 }
 
 // watched is a session that viewers watch, and the first event that none of them
@@ -88,7 +89,9 @@ func (f *follower) tryLook(ctx context.Context) (err error) {
 			return err
 		}
 	}
-	if len(f.others) == 0 {
+	reply := make(chan following, 1)
+	wanted, _ := ask(f.hub, reply, followQuery{reply})
+	if len(f.others) == 0 && !wanted.foreign {
 		return nil
 	}
 	if f.looks%marksEvery == 0 {
@@ -98,8 +101,6 @@ func (f *follower) tryLook(ctx context.Context) (err error) {
 		}
 		f.hub.send(marked{ids})
 	}
-	reply := make(chan following, 1)
-	wanted, _ := ask(f.hub, reply, followQuery{reply})
 	if len(wanted.watched) > 0 {
 		if err := f.readRows(ctx, wanted.watched); err != nil {
 			return err
@@ -252,7 +253,7 @@ func (st *store) watchedHere(ctx context.Context) ([]string, error) {
 // The hub's side.
 
 func (h *hubState) following() following {
-	f := following{viewers: len(h.viewers) > 0, listed: h.listed}
+	f := following{viewers: len(h.viewers) > 0, listed: h.listed, foreign: len(h.foreign)+len(h.marks) > 0}
 	for id, watching := range h.watchers {
 		if s := h.sessions[id]; s != nil && s.tracker != nil || len(f.watched) >= maxFollowed || !watchedLive(watching) {
 			continue
@@ -284,7 +285,7 @@ func (h *hubState) takeRows(cmd rowsRead) {
 		id := w.id
 		s, r := h.sessions[id], cmd.rows[id]
 		switch {
-		case h.claiming[id].n > 0, s != nil && (s.tracker != nil || r.id != "" && r.epoch <= s.epoch):
+		case h.claiming[id] > 0, s != nil && (s.tracker != nil || r.id != "" && r.epoch <= s.epoch):
 			// This server has it, or is about to.
 		case r.id == "" && s != nil:
 			h.abandon(s, deleted)
@@ -328,19 +329,19 @@ func (h *hubState) tellRow(r foreignRow) {
 func (h *hubState) takeList(cmd listRead) (news []string) {
 	for _, r := range cmd.rows {
 		s := h.sessions[r.id]
-		if h.claiming[r.id].n == 0 && s != nil && r.epoch > s.epoch {
+		if h.claiming[r.id] == 0 && s != nil && r.epoch > s.epoch {
 			h.abandon(s, epochLost)
 			s = nil
 		}
 		if f := h.foreign[r.id]; f != nil {
 			f.seen, f.now.events, f.now.errors = cmd.asked, r.events, r.errors
-		} else if s == nil && h.claiming[r.id].n == 0 && h.foreignBytes < pageBytes {
+		} else if s == nil && h.claiming[r.id] == 0 && h.foreignBytes < pageBytes {
 			news = append(news, r.id)
 		}
 	}
 	for id, f := range h.foreign {
 		switch {
-		case !f.seen.Before(cmd.asked) || h.claiming[id].n > 0:
+		case !f.seen.Before(cmd.asked) || h.claiming[id] > 0:
 		case watchedLive(h.watchers[id]): // its row tells the last events before the end
 		case len(cmd.rows) < maxActive:
 			h.endForeign(id)
@@ -357,7 +358,7 @@ func (h *hubState) takeForeign(cmd appeared) {
 	h.listed = len(h.viewers) > 0
 	many := len(cmd.sessions) > manyNews
 	for _, s := range cmd.sessions {
-		if s.isActive && h.sessions[s.id] == nil && h.claiming[s.id].n == 0 && h.addForeign(s.summary, cmd.asked) && !many {
+		if s.isActive && h.sessions[s.id] == nil && h.claiming[s.id] == 0 && h.addForeign(s.summary, cmd.asked) && !many {
 			h.toViewers(sessionStarted(s.id, s.about))
 		}
 	}

@@ -183,7 +183,7 @@ func isBrowser(r *http.Request) bool { return strings.Contains(r.Header.Get("Acc
 func (s *server) deny(w http.ResponseWriter, r *http.Request, page bool, d *denial) {
 	s.metrics.refuse(d.reason)
 	if d.reason == "wrong_token" {
-		s.audit.note(s.access.address(r), "sign-in refused")
+		s.audit.once(s.access.address(r), "sign-in refused")
 	}
 	if isTracker(r) {
 		s.fetches.count(originOf(r), func(c *originCounts) { c.Refusals[d.reason]++ })
@@ -282,6 +282,8 @@ func (s *server) query(handle queryHandler, names ...string) http.HandlerFunc {
 			s.fail(w, r, http.StatusBadRequest, bad.Error(), nil)
 		case errors.Is(err, errNotFound):
 			s.fail(w, r, http.StatusNotFound, "no such session", nil)
+		case errors.Is(err, errDamaged):
+			s.fail(w, r, http.StatusInternalServerError, errDamaged.Error(), err)
 		case errors.Is(err, errClocks):
 			s.fail(w, r, http.StatusServiceUnavailable, err.Error(), nil)
 		default:

@@ -120,11 +120,14 @@ type (
 		cost           int64 // of its description
 		reply          chan reservation
 	}
-	unreserve struct{ id string }
+	unreserve struct { // its claim has failed
+		id   string
+		cost int64 // as it was reserved
+	}
 	// attach makes out the tracker of a session that is claimed in the database.
 	attach struct {
+		unreserve
 		out     *outbox
-		id      string
 		claim   claim
 		about   *description
 		started message // what viewers are told
@@ -242,7 +245,7 @@ type hubStats struct {
 	events            int64
 	trackers, viewers int
 	tailBytes         int64
-	oldest            time.Duration // how long the database has kept an event or a tracker waiting
+	oldest            time.Duration // how long the database has kept an event waiting
 }
 
 // hub is how others reach the hub's goroutine, run, which owns all state of
@@ -289,7 +292,7 @@ type hubState struct {
 	*hub
 	sessions map[string]*session
 	recorded map[*outbox]*session // what each tracker records
-	claiming map[string]claiming  // claims in the database that are not attached yet
+	claiming map[string]int       // claims in the database that are not attached yet, by session
 	grace    map[*session]struct{}
 	trackers int
 
@@ -311,6 +314,8 @@ type hubState struct {
 	pendingBytes int64
 	tailBytes    int64
 	aboutBytes   int64
+
+	claimingBytes int64 // of descriptions, beside aboutBytes
 }
 
 // run is the hub's goroutine. It ends with ctx, or when it was drained and
@@ -321,7 +326,7 @@ func (h *hub) run(ctx context.Context) {
 		hub:      h,
 		sessions: map[string]*session{},
 		recorded: map[*outbox]*session{},
-		claiming: map[string]claiming{},
+		claiming: map[string]int{},
 		grace:    map[*session]struct{}{},
 		viewers:  map[*outbox]map[string]*watch{},
 		watchers: map[string]map[*outbox]*watch{},
@@ -364,7 +369,7 @@ func (h *hubState) handle(cmd command) {
 	case reserve:
 		cmd.reply <- h.reserve(cmd)
 	case unreserve:
-		h.unreserve(cmd.id)
+		h.unreserve(cmd)
 	case attach:
 		cmd.reply <- h.attach(cmd)
 	case awaitCommit:
@@ -616,9 +621,6 @@ func (h *hubState) stats() hubStats {
 		if b := s.oldestPending(); b != nil {
 			stats.oldest = max(stats.oldest, now.Sub(b.received))
 		}
-	}
-	for _, c := range h.claiming {
-		stats.oldest = max(stats.oldest, now.Sub(c.since))
 	}
 	return stats
 }

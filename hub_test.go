@@ -136,7 +136,7 @@ func (t *hubTest) attachAs(out *outbox, id string, cl claim, about *description)
 		cl.snapshot = -1
 	}
 	return askHub(t, func(reply chan attached) command {
-		return attach{out, id, cl, about, sessionStarted(id, about), 0, false, reply}
+		return attach{unreserve{id, aboutNobody.cost()}, out, cl, about, sessionStarted(id, about), 0, false, reply}
 	})
 }
 

@@ -100,7 +100,7 @@ func assemble(cfg config, logs *logs) (*server, error) {
 	s := &server{core: core{cfg: cfg, hub: h, store: st, budget: b, outgoing: newBudget(outgoingBytes(cfg)),
 		metrics: m, logs: logs, log: logs.app}, started: time.Now(), fetches: &fetches{},
 		access: newAccess(cfg.accessConfig, cfg.host, cfg.port, logs.app),
-		audit:  &audit{log: logs.app, opened: map[string]time.Time{}}}
+		audit:  &audit{log: logs.app, noted: map[string]time.Time{}}}
 	starting := "the database has not answered yet"
 	s.reason.Store(&starting)
 	for range writers {
@@ -319,14 +319,16 @@ func (s *server) beat(ctx context.Context) {
 // illness says why the server cannot store what it is sent; "" when it can.
 func (s *server) illness(beat error) string {
 	waiting, last := s.stats().oldest, s.store.last.Load()
-	late := waiting > s.cfg.batchInterval+maxWaiting
+	late, fresh := waiting > s.cfg.batchInterval+maxWaiting, last != nil && time.Since(last.at) < time.Minute
 	switch {
 	case beat != nil:
 		return fmt.Sprintf("the database takes no writes: %v", beat)
-	case last != nil && isOperatorError(last.err) && time.Since(last.at) < time.Minute:
+	case fresh && isOperatorError(last.err):
 		return fmt.Sprintf("the database refuses a statement: %v", last.err)
 	case late && last != nil:
 		return fmt.Sprintf("the oldest event has waited %v for its commit: %v", waiting.Round(time.Second), last.err)
+	case fresh && last.at.Sub(last.since) > maxWaiting:
+		return fmt.Sprintf("the database has failed for %v: %v", last.at.Sub(last.since).Round(time.Second), last.err)
 	case late:
 		return fmt.Sprintf("the oldest event has waited %v for its commit", waiting.Round(time.Second))
 	}

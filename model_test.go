@@ -274,7 +274,7 @@ func (m *model) attach() string {
 			m.claims = append(m.claims, k)
 			return fmt.Sprintf("%s: is claimed, epoch %d, seq %d", k.id, k.epoch, k.seq)
 		}
-		m.t.do(unreserve{k.id})
+		m.t.do(unreserve{k.id, aboutNobody.cost()})
 		if k.tr.id == k.id {
 			k.tr.id, k.tr.out, k.tr.recording = "", nil, false
 		}
@@ -304,7 +304,7 @@ func (m *model) leave() string {
 func (m *model) close(out *outbox) {
 	for _, k := range m.claims {
 		if k.out == out {
-			m.t.do(unreserve{k.id})
+			m.t.do(unreserve{k.id, aboutNobody.cost()})
 		}
 	}
 	m.claims = slices.DeleteFunc(m.claims, func(k modelClaim) bool { return k.out == out })

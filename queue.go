@@ -135,7 +135,8 @@ func (h *hubState) settle(f *flush) {
 	switch {
 	case f.outcome == stored:
 		h.committed(s, f)
-	case f.outcome == failed, f.outcome == epochLost && h.claiming[s.id].n > 0:
+	case f.outcome == failed, f.outcome == epochLost && h.claiming[s.id] > 0:
+		h.keepChunks(f)
 		f.attempts++
 		s.retryAt = time.Now().Add(min(maxPause, 50*time.Millisecond<<min(f.attempts, 10)))
 		h.retry[s] = true
@@ -144,6 +145,17 @@ func (h *hubState) settle(f *flush) {
 	default:
 		h.abandon(s, f.outcome)
 	}
+}
+
+// keepChunks counts the chunks of a flush that is to be tried again: in an outage
+// all that is pending is there twice.
+func (h *hubState) keepChunks(f *flush) {
+	var size int64
+	for _, c := range f.chunks {
+		size += int64(cap(c.events))
+	}
+	h.budget.force(size - f.kept)
+	f.kept = size
 }
 
 // committed acks what is stored and keeps it as the session's tail.
@@ -156,6 +168,7 @@ func (h *hubState) committed(s *session, f *flush) {
 		h.forget(s)
 		return
 	}
+	h.budget.give(f.kept)
 	for _, b := range f.batches {
 		if b.report != nil {
 			h.budget.give(b.cost)

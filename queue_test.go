@@ -1,6 +1,9 @@
 package main
 
-import "testing"
+import (
+	"testing"
+	"time"
+)
 
 // What is committed takes a share of the budget at most; descriptions too.
 func TestHubShares(t *testing.T) {
@@ -23,6 +26,32 @@ func TestHubShares(t *testing.T) {
 		if got := t.reserve(a, "a", true, 4000); got != granted { // one that is there may come back
 			t.Errorf("a session that is there: got %d, want granted", got)
 		}
-		t.do(unreserve{"a"})
+		if got := t.reserve(t.idle(), "d", false, 1000); got != noRoom {
+			t.Errorf("while a claim is under way: got %d, want no room", got)
+		}
+		t.do(unreserve{"a", 4000})
+		if got := t.reserve(t.idle(), "d", false, 1000); got != granted {
+			t.Errorf("after it: got %d, want granted", got)
+		}
+		t.do(unreserve{"d", 1000})
+	})
+}
+
+// The chunks of a flush that waits to be tried again have room of their own.
+func TestHubFailedChunks(t *testing.T) {
+	inHub(t, nil, func(t *hubTest) {
+		t.do(publish{t.tracker("a"), "", t.batch("a", 1, 0, 1500), nil})
+		before, work := t.used(), t.later()
+		for range 2 {
+			work[0].chunks = []chunk{{events: make([]byte, 3000)}}
+			if t.settle(failed, work...); t.used() != before+3000 {
+				t.Fatalf("got %d bytes of room in use, want %d", t.used(), before+3000)
+			}
+			time.Sleep(maxPause)
+			work = t.later()
+		}
+		if t.settle(stored, work...); t.used() != before {
+			t.Errorf("when it is stored: got %d bytes of room in use, want %d", t.used(), before)
+		}
 	})
 }

@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 	"unicode"
 	"unicode/utf8"
 )
@@ -23,15 +24,16 @@ const (
 	maxViewerMessage = 64 << 10
 	maxData          = 64 << 10 // of a report, or of what is passed on to viewers
 	maxMetadata      = maxFields * maxField
-	maxField         = 512     // of the documented fields, where only those are kept
-	maxErrorField    = 4 << 10 // the same of errors
-	maxFields        = 16      // of such fields so many have room
-	maxText          = 2 << 10 // of a user's id and a URL
-	maxNesting       = 500     // of metadata and errors: PostgreSQL and encoding/json have their limits
-	minToken         = 16      // shorter ones are none
-	maxSeq           = 1 << 53 // numbers in JavaScript are exact up to here
-	pageBytes        = 4 << 20 // of JSON in a page of events, unless one event is larger
-	maxPage          = 1000    // events in a session_events answer
+	maxField         = 512              // of the documented fields, where only those are kept
+	maxErrorField    = 4 << 10          // the same of errors
+	maxFields        = 16               // of such fields so many have room
+	maxText          = 2 << 10          // of a user's id and a URL
+	maxNesting       = 500              // of metadata and errors: PostgreSQL and encoding/json have their limits
+	minToken         = 16               // shorter ones are none
+	startTime        = 25 * time.Second // for the start of a session; tracker.js gives a connection up after 30 s
+	maxSeq           = 1 << 53          // numbers in JavaScript are exact up to here
+	pageBytes        = 4 << 20          // of JSON in a page of events, unless one event is larger
+	maxPage          = 1000             // events in a session_events answer
 )
 
 // core is what connections and requests work with.
@@ -413,8 +415,8 @@ var (
 // it: three steps, so that two trackers of one session meet before either has
 // changed its row.
 func (t *tracker) claim(st *start, resuming bool) (attached, error) {
-	reserved := make(chan reservation, 1)
-	r, ok := ask(t.hub, reserved, reserve{t.out, st.id, resuming, t.share, st.about.cost(), reserved})
+	reserved, answer := unreserve{st.id, st.about.cost()}, make(chan reservation, 1)
+	r, ok := ask(t.hub, answer, reserve{t.out, st.id, resuming, t.share, reserved.cost, answer})
 	switch {
 	case !ok:
 		return attached{}, net.ErrClosed
@@ -433,27 +435,28 @@ func (t *tracker) claim(st *start, resuming bool) (attached, error) {
 	about := st.about
 	won, err := t.claimRow(st, &about, resuming)
 	if err != nil {
-		t.hub.send(unreserve{st.id})
+		t.hub.send(reserved)
 		return attached{}, err
 	}
 	about.userID = won.userID
 	reply := make(chan attached, 1)
 	started := sessionStarted(st.id, &about)
-	got, ok := ask(t.hub, reply, attach{t.out, st.id, won, &about, started, st.first, t.share, reply})
+	got, ok := ask(t.hub, reply, attach{reserved, t.out, won, &about, started, st.first, t.share, reply})
 	if !ok {
 		return got, net.ErrClosed
 	}
 	return got, nil
 }
 
-// claimRow waits for the database when it is away, for at most MESSAGE_TIMEOUT:
-// the connection is not read meanwhile, and its peer may have gone.
+// claimRow waits for the database when it is away, but not for as long as pages
+// wait: a page that has given this connection up claims its session by another,
+// and the later claim would win, be it a dead connection's.
 func (t *tracker) claimRow(st *start, about *description, resuming bool) (claim, error) {
 	keepUser := about.userID == "" // the one that the session has, if any
 	if keepUser {
 		about.userID = "user_" + strings.ToLower(rand.Text()[:12])
 	}
-	ctx, cancel := context.WithTimeout(t.ctx, t.cfg.messageTimeout)
+	ctx, cancel := context.WithTimeout(t.ctx, startTime)
 	defer cancel()
 	for attempt := 0; ; attempt++ {
 		won, err := t.store.claim(ctx, st.id, about, keepUser, st.token, resuming, st.page)

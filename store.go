@@ -41,7 +41,8 @@ var (
 	errNotFound = errors.New("no such session")
 	errClocks   = errors.New("the clocks of this machine and the database differ by more than an hour: " +
 		"nothing is deleted for its age")
-	errToken = errors.New("the session is continued only by its token")
+	errDamaged = errors.New("the recording is damaged")
+	errToken   = errors.New("the session is continued only by its token")
 )
 
 // store speaks SQL. Its methods are safe for concurrent use.
@@ -56,10 +57,11 @@ type store struct {
 	skew   atomic.Int64 // how far this machine's clock is ahead of the database's, in nanoseconds
 }
 
-// failure is what the database last refused to do.
+// failure is what the database last refused to do, since nothing was committed or
+// claimed.
 type failure struct {
-	err error
-	at  time.Time
+	err       error
+	at, since time.Time // the last one; the first one, a minute apart at most from the next
 }
 
 // openStore makes the pools, of cfg.MaxConns connections together; they connect
@@ -176,7 +178,13 @@ func hashToken(token string) []byte {
 }
 
 // failed takes notice of an error.
-func (st *store) failed(err error) { st.last.Store(&failure{err, time.Now()}) }
+func (st *store) failed(err error) {
+	f := &failure{err, time.Now(), time.Now()}
+	if last := st.last.Load(); last != nil && f.at.Sub(last.at) < time.Minute {
+		f.since = last.since
+	}
+	st.last.Store(f)
+}
 
 // sqlState gives the code of an error that PostgreSQL has answered with, "" for
 // any other error.
@@ -290,7 +298,7 @@ func (st *store) events(ctx context.Context, id string, from, to int64,
 			err = errors.New("the one behind it is missing")
 		}
 		if err != nil {
-			return fmt.Errorf("chunk %d of %s: %w", c.first, id, err)
+			return fmt.Errorf("%w: chunk %d of %s: %v", errDamaged, c.first, id, err)
 		}
 		for ; from < min(to, c.first+c.count); from++ {
 			e := events[from-c.first]

@@ -103,6 +103,9 @@ func (v *viewer) queryError(err error) error {
 		return errNoSession
 	}
 	v.log.Warn("question not answered", "err", err)
+	if errors.Is(err, errDamaged) {
+		return &protocolError{"unavailable", errDamaged.Error()}
+	}
 	return &protocolError{"unavailable", "the database is away: try again"}
 }
 
@@ -213,6 +216,9 @@ func (c *core) eventPage(ctx context.Context, id string, from, limit int64, star
 	for _, b := range memory.batches {
 		for i := from + p.count; i >= b.first && i < min(to, b.end()) && len(p.text) < pageBytes; i++ {
 			e := b.events[i-b.first]
+			if err := p.grow(ctx, int64(len(p.text))+int64(e.end-e.start)); err != nil {
+				return p, err
+			}
 			p.add(b.body[e.start:e.end])
 		}
 	}
