@@ -271,7 +271,8 @@ func (s *testServer) expect(v verdict, name, path string, ok int, kind string) {
 	}
 	viewed := name == "GET /{$}" && want == ok && slices.Contains(s.env, "INGEST_KEY="+testKey)
 	if viewed != strings.Contains(a.body, testKey) {
-		s.t.Errorf("%s as %s: who may view is told the ingest key, and nobody else: got %s", name, v.caller.name, a.body)
+		s.t.Errorf("%s as %s: who may view is told the ingest key, and nobody else: got %s", name, v.caller.name,
+			a.body)
 	}
 	if name == "GET /health" {
 		if in := v.of("view", 200) == 200; in != strings.Contains(a.body, "totalEvents") ||
