@@ -26,6 +26,7 @@ import (
 
 const (
 	beatEvery    = 2 * time.Second  // that this server is there
+	sweepEvery   = 10 * time.Second // of sessions that nobody records
 	pulseEvery   = time.Second      // whether the database is
 	maxWaiting   = time.Minute      // of an event for its commit, after BATCH_INTERVAL, in health
 	shutdownTime = 18 * time.Second // for everything; systemd and others wait about 20
@@ -274,8 +275,9 @@ func (s *server) housekeep(ctx context.Context) {
 		}
 	}
 	s.log.Info("database ready")
-	// These end with ctx; a long cleanup does not keep them waiting.
+	// These end with ctx; none keeps another waiting.
 	go s.every(ctx, beatEvery, s.beat)
+	go s.every(ctx, sweepEvery, s.sweep)
 	go s.every(ctx, followEvery, (&follower{hub: s.hub, store: s.store}).look)
 	if otherHosts(s.cfg.database.ConnConfig) {
 		go s.every(ctx, pulseEvery, s.store.pulse)
@@ -331,13 +333,19 @@ func (s *server) illness(beat error) string {
 	return ""
 }
 
-func (s *server) cleanUp(ctx context.Context) {
+// sweep ends sessions that nobody records.
+func (s *server) sweep(ctx context.Context) {
 	reply := make(chan map[string]string, 1)
-	if held, ok := ask(s.hub, reply, stateQuery{nil, reply}); ok {
-		if err := s.store.endLost(ctx, slices.AppendSeq([]string{}, maps.Keys(held))); err != nil {
-			s.store.failed(err)
-		}
+	held, ok := ask(s.hub, reply, stateQuery{nil, reply})
+	if !ok {
+		return
 	}
+	if err := s.store.endLost(ctx, slices.AppendSeq([]string{}, maps.Keys(held))); err != nil && ctx.Err() == nil {
+		s.store.failed(err)
+	}
+}
+
+func (s *server) cleanUp(ctx context.Context) {
 	n, err := s.store.removeOld(ctx, s.cfg.retention, int64(s.cfg.maxStorageBytes))
 	if err != nil && ctx.Err() == nil {
 		s.logs.rejected.Error("cleanup failed", "err", err)

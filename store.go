@@ -454,8 +454,7 @@ func (st *store) removeOld(ctx context.Context, age time.Duration, limit int64) 
 	}
 }
 
-// beat says that this server is there, which shows that the database takes
-// writes, and ends what others have abandoned.
+// beat says that this server is there, which shows that the database takes writes.
 func (st *store) beat(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, beatTimeout)
 	defer cancel()
@@ -467,44 +466,33 @@ func (st *store) beat(ctx context.Context) error {
 		const insert = "insert into servers (server) values ($1) returning clock_timestamp()"
 		err = st.pool.QueryRow(ctx, insert, st.server).Scan(&now)
 	}
-	if err != nil {
-		return err
+	if err == nil {
+		st.skew.Store(int64(time.Since(now)))
 	}
-	st.skew.Store(int64(time.Since(now)))
-	if err := st.endAbandoned(ctx); err != nil {
-		st.failed(err) // the database takes writes all the same
-	}
-	return nil
+	return err
 }
 
-// endAbandoned ends the active sessions of servers that have not said for long
-// that they are there: they were killed, or cannot reach the database. What they
-// store later makes their sessions active again.
-func (st *store) endAbandoned(ctx context.Context) error {
+// endLost ends active sessions that nobody records, and of which nothing was stored
+// for deadAfter: those of servers that have not said for so long that they are
+// there, and those of this server that its hub does not hold, because a claim's
+// answer was lost or a flush refused. What is stored later makes them active again.
+func (st *store) endLost(ctx context.Context, held []string) error {
+	ctx, cancel := context.WithTimeout(ctx, commitTimeout)
+	defer cancel()
 	rows, err := st.pool.Query(ctx, "select server from servers where seen_at > now() - $1::interval", deadAfter)
 	if err != nil {
 		return err
 	}
-	alive, err := pgx.CollectRows(rows, pgx.RowTo[string])
-	if err == nil {
-		_, err = st.each(ctx, endSession,
-			"is_active and server <> all($1) and updated_at < now() - $2::interval", alive, deadAfter)
+	there, err := pgx.CollectRows(rows, pgx.RowTo[string])
+	if err != nil {
+		return err
 	}
+	_, err = st.each(ctx, "update sessions set is_active = false, ended_at = updated_at",
+		`is_active and updated_at < now() - $1::interval
+			and case when server = $2 then session_id <> all($3) else server <> all($4) end`,
+		deadAfter, st.server, held, there)
 	return err
 }
-
-// endLost ends active sessions of this server that its hub does not hold and has
-// not stored anything of for long: a claim's answer was lost, or a flush refused.
-func (st *store) endLost(ctx context.Context, held []string) error {
-	ctx, cancel := context.WithTimeout(ctx, commitTimeout)
-	defer cancel()
-	_, err := st.each(ctx, endSession,
-		"is_active and server = $1 and updated_at < now() - $2::interval and session_id <> all($3)",
-		st.server, deadAfter, held)
-	return err
-}
-
-const endSession = "update sessions set is_active = false, ended_at = updated_at"
 
 // each changes the sessions that a condition holds for, and says how many. Each
 // has a transaction of its own and is named in it: servers that do the same at

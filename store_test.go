@@ -440,7 +440,7 @@ func TestStoreRemoveToFit(t *testing.T) {
 
 // Active sessions end when their server has not said for long that it is there,
 // and are active again when it stores something after all.
-func TestStoreBeat(t *testing.T) {
+func TestStoreEndLost(t *testing.T) {
 	st := newStoreTest(t)
 	st.begin("here")
 	other := openTestStore(t, st.database)
@@ -449,38 +449,42 @@ func TestStoreBeat(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	beat := func(who *store, active string) {
+	sweep := func(who *store, active string, held ...string) {
 		t.Helper()
-		if err := who.beat(t.Context()); err != nil {
+		if err := errors.Join(who.beat(t.Context()), who.endLost(t.Context(), append([]string{}, held...))); err != nil {
 			t.Fatal(err)
 		}
 		st.holds("active", active, "select string_agg(session_id, ' ' order by session_id) from sessions where is_active")
 	}
-	beat(other, "here there")
+	sweep(other, "here there", "there")
+	sweep(st.store, "here there") // nobody holds what was claimed just now
 	st.exec("update sessions set updated_at = now() - interval '1 hour'")
-	beat(st.store, "here there") // both are there
+	sweep(st.store, "here there", "here") // both are there
 	st.exec("update servers set seen_at = now() - interval '1 hour' where server = 'other'")
-	beat(st.store, "here")
+	sweep(st.store, "here", "here")
 	st.holds("it ended when it was last heard of", true,
 		"select ended_at = updated_at and ended_at < now() - interval '59 min' from sessions where not is_active")
 	st.stored(st.flush("there", c, numbered(0, 1)...))
-	beat(st.store, "here there")
+	sweep(st.store, "here there", "here")
+	sweep(st.store, "there")
+	st.exec("update sessions set is_active = true, updated_at = now() - interval '1 hour'")
 	st.exec("delete from servers")
-	st.exec("update sessions set updated_at = now() - interval '1 hour'")
-	beat(other, "there") // one that beats for the first time counts as there
+	sweep(other, "there", "there") // one that beats for the first time counts as there
 }
 
-// Active sessions of this server that its hub does not hold end, but for those that
-// were claimed just now.
-func TestStoreEndLost(t *testing.T) {
+// A server ends what its hub does not hold.
+func TestSweep(t *testing.T) {
 	t.Parallel()
-	s := startInside(t, "SESSION_CLEANUP_INTERVAL=50", "BATCH_INTERVAL=3600000")
+	s := startInside(t, "BATCH_INTERVAL=3600000")
 	s.recording("held")
 	execSQL(t, s.database, `insert into sessions (session_id, user_id, url, metadata, is_active, server)
-		select id, '', '', '{}', true, $1 from unnest('{lost,new}'::text[]) id`, s.server.store.server)
-	execSQL(t, s.database, "update sessions set updated_at = now() - interval '1 hour' where session_id <> 'new'")
-	const active = "select string_agg(session_id, ' ' order by session_id) from sessions where is_active"
-	waitUntil(t, "what is lost ends", func() bool { return querySQL[string](t, s.database, active) == "held new" })
+		values ('lost', '', '', '{}', true, $1)`, s.server.store.server)
+	execSQL(t, s.database, "update sessions set updated_at = now() - interval '1 hour'")
+	s.server.sweep(t.Context())
+	const active = "select string_agg(session_id, ' ') from sessions where is_active"
+	if got := querySQL[string](t, s.database, active); got != "held" {
+		t.Errorf("active: got %q, want the session that is held", got)
+	}
 }
 
 // anyRoom is room in memory for what is read.

@@ -42,13 +42,13 @@ export async function patiently(work, onWait = () => {}) {
 // connect keeps a viewer's WebSocket open as long as the page is. onOpen runs after
 // every (re)connection, onWait(ms) when one is lost (0: it is back).
 export function connect({ onOpen, onMessage, onWait }) {
-  let socket, attempt = 0, heard = 0;
+  let socket, heard, attempt = 0;
   const open = () => {
-    socket = new WebSocket(`${location.protocol.replace('http', 'ws')}//${location.host}/ws?type=viewer`);
+    heard = Date.now();
+    socket = new WebSocket('/ws?type=viewer');
     socket.onopen = () => {
       if (attempt > 0) onWait(0);
       attempt = 0;
-      heard = Date.now();
       onOpen();
     };
     socket.onmessage = ({ data }) => {
@@ -70,9 +70,8 @@ export function connect({ onOpen, onMessage, onWait }) {
   // A half-open connection is silent for ever: ask for a sign of life, then give up on it.
   setInterval(() => {
     const silent = Date.now() - heard;
-    if (socket.readyState !== WebSocket.OPEN || silent < 20000) return;
     if (silent > 40000) socket.close();
-    else send('get_active_sessions');
+    else if (silent > 20000) send('get_active_sessions');
   }, 5000);
   open();
   return { send };
@@ -86,9 +85,9 @@ export function el(tag, props = {}, ...children) {
   return node;
 }
 
-// write leaves text alone that is there already, and says whether it was not:
-// somebody may have selected it, or a screen reader be reading it.
-export const write = (node, text) => node.textContent !== text && ((node.textContent = text), true);
+// write leaves text alone that is there already: somebody may have selected it, or
+// a screen reader be reading it.
+export function write(node, text) { if (node.textContent !== text) node.textContent = text; }
 
 // clock writes a duration in milliseconds as 1:05 or 2:01:05.
 export function clock(ms) {
@@ -166,6 +165,15 @@ export async function offerSignOut() {
     location.assign('/');
   };
   return server;
+}
+
+// remove deletes what somebody says yes to, and gives the server's answer.
+export async function remove(path, question, note) {
+  try {
+    return confirm(`${question} It cannot be brought back.`) && await request(path, { method: 'DELETE' });
+  } catch (err) {
+    return note(`It was not deleted: ${err.message}`);
+  }
 }
 
 // copied puts text on the clipboard. Without a secure origin a browser has no

@@ -1,18 +1,15 @@
 // Recorded events come from other people's browsers and may be anything. Here
 // they become what rrweb's Replayer can play: well-formed, in order, disarmed.
 
-import { Story } from './story.js';
+import { FULL, INCREMENTAL, isObject, list, META, MUTATION, Story } from './story.js';
 
-export const FULL = 2, META = 4;
-const INCREMENTAL = 3;
-const MUTATION = 0, RESIZE = 4, POSITIONS = [1, 6, 12]; // mouse, touch, drag
+const RESIZE = 4, POSITIONS = [1, 6, 12]; // mouse, touch, drag
 
 // Origins whose pictures, fonts and style sheets may be loaded: the page's policy
 // names them too.
-export const mediaOrigins = document.querySelector('meta[name="media-origins"]')?.content.split(' ').filter(Boolean) ?? [];
-export const isOpen = (url) => typeof url === 'string' && URL.canParse(url) && mediaOrigins.includes(new URL(url).origin);
+export const mediaOrigins = document.querySelector('meta[name="media-origins"]').content.split(' ').filter(Boolean);
+export const isOpen = (url) => mediaOrigins.includes(URL.parse(url)?.origin);
 
-const isObject = (v) => v !== null && typeof v === 'object';
 const finite = (...numbers) => numbers.every(Number.isFinite);
 
 // A time that is no number, or an empty list of positions, becomes a NaN in the
@@ -46,38 +43,40 @@ const FRAMES = ['iframe', 'frame', 'object', 'embed'];
 // its style sheet.
 function pointInside(attributes) {
   for (const name of ['_cssText', 'style']) {
-    if (typeof attributes[name] === 'string') attributes[name] = attributes[name].replace(/url\((["']?)[^"'()\s]*\/#/g, 'url($1#');
+    const text = attributes[name];
+    if (typeof text === 'string') attributes[name] = text.replace(/url\((["']?)[^"'()\s]*\/#/g, 'url($1#');
   }
+}
+
+function disarmAttributes(tag, attributes) {
+  forget(attributes, ARMED);
+  pointInside(attributes);
+  // rrweb would draw it, but a page without scripts shows no canvas.
+  if (tag === 'canvas' && attributes.rr_dataURL) attributes['replay-image'] = String(attributes.rr_dataURL);
+  if (FRAMES.includes(tag)) forget(attributes, ['src', 'data']);
+  const isSheet = attributes.rel === 'stylesheet' && isOpen(attributes.href);
+  if (tag === 'link' && !isSheet) forget(attributes, ['rel', 'href']);
 }
 
 // disarmNodes walks a tree, adding the ids of its frames. A loop, not recursion:
 // how deep the tree is, is for the recorded page to say.
 function disarmNodes(root, frames) {
-  for (const open = [root]; open.length > 0;) {
+  for (const open = list([root]); open.length > 0;) {
     const node = open.pop();
-    if (!isObject(node)) continue;
     if (typeof (node.tagName ?? '') !== 'string') node.tagName = 'i'; // ['iframe'] would do as a name
     const tag = node.tagName?.toLowerCase();
     if (FRAMES.includes(tag)) frames.add(node.id);
-    if (isObject(node.attributes)) {
-      forget(node.attributes, ARMED);
-      pointInside(node.attributes);
-      // rrweb would draw it, but a page without scripts shows no canvas.
-      if (tag === 'canvas' && node.attributes.rr_dataURL) node.attributes['replay-image'] = String(node.attributes.rr_dataURL);
-      if (FRAMES.includes(tag)) forget(node.attributes, ['src', 'data']);
-      const isSheet = tag === 'link' && node.attributes.rel === 'stylesheet' && isOpen(node.attributes.href);
-      if (tag === 'link' && !isSheet) forget(node.attributes, ['rel', 'href']);
-    }
-    if (Array.isArray(node.childNodes)) for (const child of node.childNodes) open.push(child);
+    if (isObject(node.attributes)) disarmAttributes(tag, node.attributes);
+    for (const child of list(node.childNodes)) open.push(child);
   }
 }
 
 function disarm(e, frames) {
   if (e.type === FULL) disarmNodes(e.data.node, frames);
   if (e.type !== INCREMENTAL || e.data.source !== MUTATION) return;
-  for (const add of [].concat(e.data.adds ?? [])) disarmNodes(add?.node, frames);
-  for (const change of [].concat(e.data.attributes ?? [])) {
-    if (!isObject(change?.attributes)) continue;
+  for (const { node } of list(e.data.adds)) disarmNodes(node, frames);
+  for (const change of list(e.data.attributes)) {
+    if (!isObject(change.attributes)) continue;
     forget(change.attributes, ['rel', ...ARMED]); // a link without rel does nothing
     pointInside(change.attributes);
     if (frames.has(change.id)) forget(change.attributes, ['src', 'data']);
@@ -86,47 +85,38 @@ function disarm(e, frames) {
 
 // A Cleaner takes a session's events in the order of their index, piece by piece.
 export class Cleaner {
-  constructor(viewport) {
+  constructor(viewport, onMoment) {
     const { width, height } = viewport ?? {};
     this.size = finite(width, height) ? { width, height } : { width: 1280, height: 720 };
-    this.meta = null; // a Meta event whose snapshot has not come yet
     this.last = null; // time of the newest event
     this.frames = new Set(); // ids of nodes that load documents
-    this.story = new Story();
+    this.story = new Story(onMoment);
   }
 
-  // take returns what the Replayer gets, and the moments for the time line.
+  // take returns what the Replayer gets. That seeks to the last Meta, and expects a
+  // full snapshot right behind it: so every snapshot gets one at its own time, and
+  // a page's own Meta is a resize, if it is one.
   take(raw) {
-    const events = [], marks = [];
+    const events = [];
     for (const e of raw) {
       if (!wellFormed(e)) continue;
       // Order is the index's, never the clock's; the Replayer sorts by time.
-      e.timestamp = this.last = Math.max(e.timestamp, this.last ?? e.timestamp);
-      this.story.take(e, marks);
+      const timestamp = this.last = Math.max(e.timestamp, this.last ?? e.timestamp);
+      e.timestamp = timestamp;
+      this.story.take(e);
       disarm(e, this.frames);
-      if (e.type === META) this.takeMeta(e);
-      else if (e.type === FULL) events.push(this.metaFor(e), e);
-      else if (e.type === INCREMENTAL) events.push(...this.unpaired(), e);
+      if (e.type === META && this.resize(e.data)) {
+        events.push({ type: INCREMENTAL, data: { source: RESIZE, ...this.size }, timestamp });
+      }
+      if (e.type === FULL) events.push({ type: META, data: { href: '', ...this.size }, timestamp });
+      if (e.type === FULL || e.type === INCREMENTAL) events.push(e);
     }
-    return { events, marks };
+    return events;
   }
 
-  // rrweb seeks to the last Meta, and expects a full snapshot right behind it:
-  // so every snapshot gets one at its own time, and a Meta alone is a resize.
-  metaFor(snapshot) {
-    this.meta = null;
-    return { type: META, data: { href: '', ...this.size }, timestamp: snapshot.timestamp };
-  }
-
-  unpaired() {
-    if (!this.meta) return [];
-    const { timestamp } = this.meta;
-    this.meta = null;
-    return [{ type: INCREMENTAL, data: { source: RESIZE, ...this.size }, timestamp }];
-  }
-
-  takeMeta(e) {
-    this.size = { width: e.data.width, height: e.data.height };
-    this.meta = e;
+  resize({ width, height }) {
+    const before = this.size;
+    this.size = { width, height };
+    return width !== before.width || height !== before.height;
   }
 }

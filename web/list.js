@@ -4,32 +4,24 @@
 
 import {
   $, ago, browser, clock, connect, copied, count, el, getJSON, inWaiting, offerSignOut, patiently, person, place,
-  request, when, words, write,
+  remove, when, words, write,
 } from './api.js';
 
 const PAGE = 50;
 const LIVE_SHOWN = 200; // a table longer than this is no overview
-const REFRESH = 5000; // of live sessions
+const REFRESH = 5000;
 const TYPING = 300;
 const rows = { live: new Map(), past: new Map() };
 const { elements: fields } = $.form;
 let asked = new URLSearchParams(location.search);
-let turn = 0; // raised by each new search: answers to an older one are late
+let soon; // the next look, if there is news
 
 const note = (text) => write($.note, text);
 const onWait = (ms) => note(ms ? inWaiting(ms) : '');
-const failed = (err) => note(`The list cannot be loaded: ${err.message}`);
 
 // Rows.
 
 const STATES = { live: 'Live', hidden: 'In background', left: 'Left' };
-
-function makeRow({ sessionId }) {
-  const where = el('a', { href: `/view/${encodeURIComponent(sessionId)}` }, el('span'), el('span'));
-  const cell = (className, ...children) => el('td', { className }, ...children);
-  return el('tr', {}, el('th', { scope: 'row' }, el('a')), cell('', where), cell(''), cell(''),
-    cell('pages'), cell('clicks'), cell('errors', el('span')), cell(''));
-}
 
 // lastPage is where a visit went, without the host that it began on.
 function lastPage({ url, lastUrl }) {
@@ -40,29 +32,34 @@ function lastPage({ url, lastUrl }) {
 
 const told = (n) => (Number.isFinite(n) ? count(n) : '');
 
+// fillRow fills what is marked in the row of the page's template, in its order.
 function fillRow(row, session) {
-  const { userId, errorCount, startTime, endTime, createdAt, isActive, state = 'live' } = session;
-  const meta = session.metadata ?? {}, [who, where, started, ...others] = row.cells;
-  const [user] = who.children, [first, last] = where.firstChild.children;
+  const { sessionId, userId, errorCount, startTime, endTime, createdAt, isActive, state = 'live' } = session;
+  const meta = session.metadata ?? {}, parts = row.querySelectorAll('[data-part]');
+  const [user, where, first, last, started, length, pages, clicks, errors, agent] = parts;
+  user.href = `/?userId=${encodeURIComponent(userId)}`;
+  user.title = words(userId);
   write(user, person(userId));
+  where.href = `/view/${encodeURIComponent(sessionId)}`;
+  where.title = [meta.url, meta.lastUrl].map(words).filter(Boolean).join(' → ');
   write(first, place(meta.url));
   write(last, lastPage(meta));
-  write(started, isActive ? STATES[state] : ago(createdAt));
-  const errors = errorCount > 0 ? count(errorCount) : '';
-  const texts = [clock(endTime - startTime), told(meta.pages), told(meta.clicks), errors, browser(meta.userAgent)];
-  others.forEach((cell, i) => write(cell.firstChild?.nodeType === 1 ? cell.firstChild : cell, texts[i]));
-  Object.assign(user, { href: `/?userId=${encodeURIComponent(userId)}`, title: words(userId) });
-  where.title = [meta.url, meta.lastUrl].map(words).filter(Boolean).join(' → ');
-  started.title = when(createdAt);
   started.className = isActive ? `state ${state}` : '';
-  others.at(-1).title = words(meta.userAgent);
+  started.title = when(createdAt);
+  write(started, isActive ? STATES[state] : ago(createdAt));
+  write(length, clock(endTime - startTime));
+  write(pages, told(meta.pages));
+  write(clicks, told(meta.clicks));
+  write(errors, errorCount > 0 ? count(errorCount) : '');
+  agent.title = words(meta.userAgent);
+  write(agent, browser(meta.userAgent));
 }
 
 // show keeps the rows of sessions that stay, so that neither focus nor a
 // selection is lost when the list updates.
 function show(name, sessions) {
-  const old = rows[name];
-  const now = new Map(sessions.map((s) => [s.sessionId, old.get(s.sessionId) ?? makeRow(s)]));
+  const old = rows[name], row = $.row.content.firstElementChild;
+  const now = new Map(sessions.map(({ sessionId: id }) => [id, old.get(id) ?? row.cloneNode(true)]));
   for (const s of sessions) fillRow(now.get(s.sessionId), s);
   if ([...old.keys()].join() !== [...now.keys()].join()) $[name].replaceChildren(...now.values());
   rows[name] = now;
@@ -85,63 +82,54 @@ function query(active, limit, from) {
   return `/sessions?${question}`;
 }
 
-async function load(active, limit, from) {
-  const mine = turn;
+function load(active, limit, from) {
   if (asked.get('active') === String(!active)) return { sessions: [], total: 0 };
-  const answer = await patiently(() => getJSON(query(active, limit, from)), onWait);
-  return mine === turn ? answer : null;
+  return patiently(() => getJSON(query(active, limit, from)), onWait);
 }
 
-const known = { live: 0, past: 0 };
-
-async function refreshLive() {
-  const answer = await load(true, LIVE_SHOWN, 0);
-  if (!answer) return;
-  const n = known.live = answer.total ?? answer.sessions.length;
-  show('live', offset() > 0 ? [] : answer.sessions);
-  $['live-count'].hidden = n === 0;
-  write($['live-count'], `${count(n)}${answer.totalIsMore ? '+' : ''} live`);
-  document.title = n > 0 ? `● ${count(n)} · Sessions` : 'Sessions';
-  showParts();
+async function refresh() {
+  const mine = asked;
+  soon = undefined;
+  try {
+    const [live, past] = await Promise.all([load(true, LIVE_SHOWN, 0), load(false, PAGE, offset())]);
+    if (mine === asked) fill(live, past); // otherwise something else is looked for by now
+  } catch (err) {
+    note(`The list cannot be loaded: ${err.message}`);
+  }
 }
 
-async function refreshPast() {
-  const answer = await load(false, PAGE, offset());
-  if (!answer) return;
-  const { sessions, total = 0, totalIsMore, hasMore } = answer;
-  known.past = total;
-  show('past', sessions);
-  const shown = sessions.length > 0 ? `${count(offset() + 1)} – ${count(offset() + sessions.length)}` : 'No more';
-  write($.range, `${shown} of ${count(total)}${totalIsMore ? '+' : ''}`);
-  $.newer.disabled = offset() === 0;
-  $.older.disabled = !hasMore;
-  $.pages.hidden = total === 0;
-  showParts();
-}
+const all = ({ total, totalIsMore }) => `${count(total)}${totalIsMore ? '+' : ''}`;
 
-function showParts() {
-  const none = known.live + known.past === 0 && offset() === 0;
-  $.sessions.hidden = none;
-  $.nothing.hidden = !none || !filtered();
-  $.empty.hidden = !none || filtered();
-  $['tag-card'].hidden = $.empty.hidden && $.record.getAttribute('aria-expanded') === 'false';
+function fill(live, past) {
+  const from = offset(), to = from + past.sessions.length, isNone = from === 0 && live.total + past.total === 0;
+  show('live', from > 0 ? [] : live.sessions);
+  show('past', past.sessions);
+  write($.range, `${to > from ? `${count(from + 1)} – ${count(to)}` : 'No more'} of ${all(past)}`);
+  write($['live-count'], `${all(live)} live`);
+  document.title = live.total > 0 ? `● ${count(live.total)} · Sessions` : 'Sessions';
+  $.newer.disabled = from === 0;
+  $.older.disabled = !past.hasMore;
+  $.pages.hidden = past.total === 0;
+  $['live-count'].hidden = live.total === 0;
+  $.sessions.hidden = isNone;
+  $.nothing.hidden = !isNone || !filtered();
+  $.empty.hidden = !isNone || filtered();
+  $['tag-card'].popover = $.empty.hidden ? 'auto' : null; // in the page, where there is nothing else
 }
 
 // Filters.
 
 // search takes what is asked for into the page's address and looks anew.
 function search(params) {
-  asked = new URLSearchParams([...params].filter(([name, value]) => value !== '' && (name !== 'offset' || value !== '0')));
+  asked = new URLSearchParams([...params].filter(([, value]) => value !== ''));
   history.replaceState(null, '', `/${asked.size > 0 ? `?${asked}` : ''}`);
-  turn++;
   showFilters();
   return refresh();
 }
 
-const refresh = () => Promise.all([refreshLive(), refreshPast()]).catch(failed);
-
 function turnPage(by) {
-  asked.set('offset', Math.max(0, offset() + by * PAGE));
+  asked.set('offset', offset() + by * PAGE);
+  if (offset() <= 0) asked.delete('offset');
   return search(asked);
 }
 
@@ -159,16 +147,12 @@ function showFilters() {
 
 async function removeUser() {
   const userId = asked.get('userId');
-  const which = 'also those that match no other filter? They cannot be brought back.';
-  if (!confirm(`Delete all sessions of ${words(userId)}, ${which}`)) return;
-  try {
-    const answer = await request(`/sessions?userId=${encodeURIComponent(userId)}`, { method: 'DELETE' });
-    const { deletedCount } = await answer.json();
-    await search([]);
-    note(`Sessions deleted: ${count(deletedCount)}.`);
-  } catch (err) {
-    note(`They were not deleted: ${err.message}`);
-  }
+  const question = `Delete all sessions of ${words(userId)}, also those that match no other filter?`;
+  const answer = await remove(`/sessions?userId=${encodeURIComponent(userId)}`, question, note);
+  if (!answer) return;
+  const { deletedCount } = await answer.json();
+  await search([]);
+  note(`Sessions deleted: ${count(deletedCount)}.`);
 }
 
 function controls() {
@@ -178,40 +162,20 @@ function controls() {
     typing = setTimeout(() => search(new FormData($.form)), ms);
   };
   $.form.onsubmit = (e) => { e.preventDefault(); searchIn(0); };
-  $.form.onchange = () => searchIn(0);
   $.form.oninput = () => searchIn(TYPING);
-  $.clear.onclick = (e) => { e.preventDefault(); search([]); };
-  const wide = matchMedia('(min-width: 52rem)'); // a narrow page folds the filters away
-  const unfold = () => { $.filter.open ||= wide.matches || filtered(); };
-  wide.onchange = unfold;
-  unfold();
+  $.filter.open = filtered(); // on a narrow page; on a wide one it always is
   $.newer.onclick = () => turnPage(-1);
   $.older.onclick = () => turnPage(1);
   $.delete.onclick = removeUser;
-  $.record.onclick = () => {
-    $.record.setAttribute('aria-expanded', $.record.getAttribute('aria-expanded') === 'false');
-    showParts();
-  };
   $['copy-tag'].onclick = async () => note(await copied($.tag.textContent) ? 'The tag is copied.' : '');
 }
 
 // News.
 
-// Several sessions that start or end at once cost one request.
-let soon;
-function refreshSoon() {
-  soon ??= setTimeout(() => {
-    soon = undefined;
-    refresh();
-  }, 300);
-}
-
-// What is told at once is in the database a moment later, at times after the
-// first look.
+// Several sessions that start or end at once cost one request. What is told at once
+// may be in the database a moment later: the next look finds it.
 function receive(type) {
-  if (!['session_started', 'session_ended'].includes(type)) return;
-  refreshSoon();
-  setTimeout(refreshSoon, 2000);
+  if (type === 'session_started' || type === 'session_ended') soon ??= setTimeout(refresh, 300);
 }
 
 // The server counts who fetched tracker.js, and what came of it.
@@ -236,14 +200,14 @@ async function start() {
   showFilters();
   await refresh();
   if ($.note.textContent === 'Loading…') note('');
-  connect({ onOpen: refreshSoon, onMessage: receive, onWait });
+  connect({ onOpen: refresh, onMessage: receive, onWait });
   refreshLater();
   tellUnrecorded();
 }
 
 // refreshLater waits for an answer before it asks again: the server may be away.
 const refreshLater = () => setTimeout(async () => {
-  if (!document.hidden && rows.live.size > 0) await refreshLive().catch(failed);
+  if (!document.hidden) await refresh();
   refreshLater();
 }, REFRESH);
 

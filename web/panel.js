@@ -2,9 +2,9 @@
 // line below it. Both are filled as moments are told; the list follows the play
 // head.
 
-import { clock, count, el } from './api.js';
+import { clock, count, el, write } from './api.js';
 
-const LINES = 5000, MARKS = 2000; // more than anyone reads, or can tell apart
+const MOMENTS = 5000; // more than anyone reads, or can tell apart
 const STACK_TIMES = 50;
 const SAME_MS = 50;
 const VERBS = {
@@ -22,7 +22,7 @@ export class Panel {
     this.moments = new Map(); // by key: {…, line, button, mark}
     this.order = []; // those that have a line, by time
     this.shown = 'all'; // the kind of line, if not of all kinds
-    this.start = 0;
+    this.start = null;
     for (const button of filters.children) button.onclick = () => this.filter(button.value);
   }
 
@@ -30,17 +30,16 @@ export class Panel {
   // recording began, or where somebody began to watch it.
   add(moment) {
     const known = this.moments.get(moment.key);
-    if (!known && this.moments.size >= 2 * LINES) return;
+    if (!known && this.moments.size >= MOMENTS) return;
     const m = Object.assign(known ?? {}, moment);
     this.moments.set(m.key, m);
-    const listed = m.kind in VERBS && !m.again && !(m.first && m.time > this.start + 1000);
-    if (listed && (m.line || this.order.length < LINES)) this.write(m);
-    if (MARKED.includes(m.kind) && !m.first && (m.mark || this.marks.childElementCount < MARKS)) this.place(m);
+    if (m.kind in VERBS && !m.again && !(m.first && m.time > this.start + 1000)) this.list(m);
+    if (MARKED.includes(m.kind) && !m.first) this.mark(m);
   }
 
   // The list.
 
-  write(m) {
+  list(m) {
     if (!m.line) {
       m.button = el('button', { onclick: () => this.go(m.time) });
       m.line = el('li', {}, m.button);
@@ -50,13 +49,14 @@ export class Panel {
     }
     m.line.className = look(m);
     m.line.hidden = !this.shows(m);
-    m.button.replaceChildren(el('time', { textContent: clock(m.time - this.start) }),
-      el('i', { className: 'sign', ariaHidden: 'true' }), el('span', { className: 'words' }, ...this.words(m)));
-    if (m.kind === 'error' && (m.detail || m.n > 1)) this.explain(m);
+    m.button.replaceChildren(this.when(m.time), el('i', { className: 'sign', ariaHidden: 'true' }),
+      el('span', { className: 'words' }, ...this.words(m)));
+    if (m.times && (m.detail || m.n > 1)) this.explain(m);
     this.changed = true;
   }
 
   shows(m) { return this.shown === 'all' || this.shown === m.kind; }
+  when(time) { return el('time', { textContent: clock(time - this.start) }); }
 
   words(m) {
     return [
@@ -71,28 +71,26 @@ export class Panel {
 
   // explain puts an error's stack below its line, and the times it came again.
   explain(m) {
-    const again = [...this.moments.values()].filter((other) => other.again === m.key).slice(0, STACK_TIMES);
+    const again = m.times.slice(1, STACK_TIMES);
     m.stack ??= m.line.appendChild(el('details'));
     m.stack.replaceChildren(el('summary', { textContent: m.n > 1 ? 'Stack and times' : 'Stack' }),
       el('pre', { textContent: m.detail || 'No stack was sent.' }),
-      ...again.map((m) => el('button', { textContent: clock(m.time - this.start), onclick: () => this.go(m.time) })));
+      ...again.map((time) => el('button', { onclick: () => this.go(time) }, this.when(time))));
   }
 
   filter(kind) {
     this.shown = kind;
-    for (const button of this.filters.children) button.setAttribute('aria-pressed', button.value === kind);
+    for (const button of this.filters.children) button.ariaPressed = button.value === kind;
     for (const m of this.order) m.line.hidden = !this.shows(m);
   }
 
   tally() {
-    this.changed = false;
     this.nothing.hidden = this.order.length > 0;
-    const sums = {};
-    for (const m of this.order) sums[m.kind] = (sums[m.kind] ?? 0) + (m.n ?? 1);
     for (const button of this.filters.children) {
-      if (!sums[button.value]) continue;
+      const sum = this.order.reduce((n, m) => n + (m.kind === button.value ? m.n ?? 1 : 0), 0);
+      if (sum === 0) continue;
       button.hidden = false;
-      button.lastChild.textContent = count(sums[button.value]);
+      write(button.lastChild, count(sum));
     }
   }
 
@@ -103,12 +101,13 @@ export class Panel {
   head(time) {
     const { changed, lines } = this;
     if (changed) this.tally();
+    this.changed = false;
     const now = this.order.findLast((m) => m.time <= time && this.shows(m));
     if (now === this.now && !changed) return;
     this.now?.button.removeAttribute('aria-current');
     now?.button.setAttribute('aria-current', 'true');
     this.now = now;
-    if (!now || lines.matches(':hover') || lines.contains(document.activeElement)) return;
+    if (!now || lines.matches(':hover, :focus-within')) return;
     lines.scrollTop = now.line.offsetTop - lines.clientHeight / 3;
   }
 
@@ -131,12 +130,12 @@ export class Panel {
 
   measure(start, length) {
     this.marks.style.setProperty('--length', length || 1);
-    if (start === this.start || start === null) return;
+    if (start === this.start) return;
     this.start = start;
     for (const m of [...this.moments.values()]) this.add(m);
   }
 
-  place(m) {
+  mark(m) {
     m.mark ??= this.marks.appendChild(el('span', { onclick: () => this.go(m.time) }));
     m.mark.className = look(m);
     m.mark.title = `${clock(m.time - this.start)}  ${VERBS[m.kind] ?? ''}${m.text}`;

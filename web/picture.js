@@ -2,18 +2,21 @@
 // notes it in attributes named replay-… (see tracker-picture.js), and the picture
 // follows them. One picture is one Replayer's, as its plugin.
 
-import { FULL, isOpen } from './events.js';
+import { isOpen } from './events.js';
+import { FULL, INCREMENTAL, INPUT, MUTATION } from './story.js';
 import { Styles } from './styles.js';
 
 export const calm = matchMedia('(prefers-reduced-motion: reduce)'); // of who watches
-const INCREMENTAL = 3, MUTATION = 0, INPUT = 5, STYLE_RULE = 8, CANVAS = 9, STYLE_DECLARATION = 13, ADOPTED = 15;
+const STYLE_RULE = 8, CANVAS = 9, STYLE_DECLARATION = 13, ADOPTED = 15;
 const MOTIONS = 50; // of an element; a page has no more
+const FULL_SCREEN = {
+  position: 'fixed', inset: '0', width: '100%', height: '100%', margin: '0', 'z-index': '2147483647',
+};
 const IMAGE = /^data:image\/(webp|png|jpeg);base64,[\w+/=]*$/;
 const LEFT_OUT = 'data:,left-out'; // stands for an address that was too large to be sent
 const REPLACED = /^(IMG|VIDEO|CANVAS|OBJECT|EMBED|IFRAME|INPUT)$/;
 const STARLESS = /^(date|datetime-local|month|number|time|week)$/; // inputs that refuse them
 const isLeftOut = (node) => node.getAttribute('src') === LEFT_OUT;
-const isSheet = (node) => node.nodeName === 'STYLE' || node.nodeName === 'LINK';
 
 // around gives an element and all that it is in, also out of shadow trees.
 function* around(el) {
@@ -22,35 +25,38 @@ function* around(el) {
 
 // drawing is a quiet box, as a picture.
 function drawing(width, height, words) {
-  const text = words.slice(0, 200).replace(/[^\p{L}\p{N}\p{P}\p{Zs}]/gu, ' ').replace(/[&<>]/g, (c) => `&#${c.charCodeAt(0)};`);
+  const text = words.slice(0, 200).replace(/[^\p{L}\p{N}\p{P}\p{Zs}]/gu, ' ')
+    .replace(/[&<>]/g, (c) => `&#${c.charCodeAt(0)};`);
   const svg = `<svg xmlns="http://www.w3.org/2000/svg" width="${width}" height="${height}">`
     + '<rect width="100%" height="100%" fill="#888" fill-opacity=".15"/>'
-    + '<rect x=".5" y=".5" width="calc(100% - 1px)" height="calc(100% - 1px)" fill="none" stroke="#888" stroke-opacity=".4"/>'
+    + '<rect width="100%" height="100%" fill="none" stroke="#888" stroke-opacity=".4" stroke-width="2"/>'
     + `<text x="8" y="20" font-family="system-ui, sans-serif" font-size="13" fill="#777">${text}</text></svg>`;
   return `data:image/svg+xml,${encodeURIComponent(svg)}`;
 }
 
+const WORDS = {
+  CANVAS: 'canvas is not recorded', VIDEO: 'video is not recorded', OBJECT: 'not recorded', EMBED: 'not recorded',
+  IFRAME: 'a page of another origin is not recorded', FORM: 'a form that cannot be recorded',
+};
+
 function words(node) {
-  switch (node.nodeName) {
-    case 'CANVAS': return 'canvas is not recorded';
-    case 'VIDEO': return 'video is not recorded';
-    case 'IFRAME': return 'a page of another origin is not recorded';
-    case 'OBJECT': case 'EMBED': return 'not recorded';
-    case 'FORM': return 'a form that cannot be recorded';
-  }
+  if (Object.hasOwn(WORDS, node.nodeName)) return WORDS[node.nodeName];
   if (node.hasAttribute('replay-closed')) return 'a closed shadow root is not recorded';
   return node.getAttribute('alt') || (isLeftOut(node) ? 'too large to be recorded' : '');
 }
 
-const setAll = (node, styles) => { for (const [name, value] of Object.entries(styles)) node.style.setProperty(name, value, 'important'); };
+function setAll(node, styles) {
+  for (const [name, value] of Object.entries(styles)) node.style.setProperty(name, value, 'important');
+}
 
 // fix gives an element the size that it had.
 function fix(node, width, height) {
   const display = node.ownerDocument.defaultView.getComputedStyle(node).display;
-  if (display === 'inline') setAll(node, { display: 'inline-block' });
   const isWord = display === 'inline' && !REPLACED.test(node.nodeName); // its height is its line's
-  setAll(node, { 'box-sizing': 'border-box', width: `${width}px`, 'min-width': `${width}px`, 'max-width': `${width}px`, overflow: isWord ? 'visible' : 'hidden' });
-  if (!isWord) setAll(node, { height: `${height}px`, 'min-height': `${height}px`, 'max-height': `${height}px` });
+  const exactly = (side, px) => ({ [side]: `${px}px`, [`min-${side}`]: `${px}px`, [`max-${side}`]: `${px}px` });
+  if (display === 'inline') setAll(node, { display: 'inline-block' });
+  setAll(node, { 'box-sizing': 'border-box', overflow: isWord ? 'visible' : 'hidden', ...exactly('width', width) });
+  if (!isWord) setAll(node, exactly('height', height));
 }
 
 // drawBox draws what is not recorded, and a copy of what is.
@@ -73,7 +79,7 @@ function drawImage(node, image) {
 }
 
 function drawBehind(node, image) {
-  setAll(node, { 'background-image': `url("${image}")`, 'background-repeat': 'no-repeat', 'background-position': '0 0', 'background-size': '100% 100%' });
+  setAll(node, { 'background-image': `url("${image}")`, 'background-position': '0 0', 'background-size': '100% 100%' });
   if (!REPLACED.test(node.nodeName)) setAll(node, { color: 'transparent', 'white-space': 'nowrap' });
 }
 
@@ -145,60 +151,58 @@ export class Picture {
     this.dirty = new Set(); // sheets to be rewritten
     this.news = new Set(); // elements whose attributes are to be followed
     this.hovered = [];
-    this.paused ??= false;
+    this.focused = [];
   }
 
   // The Replayer's plugin.
 
   onBuild(node) {
-    if (node.nodeType === 9) this.roots.add(node);
-    if (node.getRootNode().nodeType === 11) this.roots.add(node.getRootNode());
-    if (node.nodeType === 3) node = node.parentElement ?? node;
-    if (node.nodeType === 1) this.news.add(node);
+    const root = node?.getRootNode(), el = node?.nodeType === 3 ? node.parentElement : node;
+    if (root && root.nodeType !== 1) this.roots.add(root);
+    if (el?.nodeType === 1) this.news.add(el);
     this.soon();
   }
 
-  handler(event, isSync, { replayer }) {
-    if (event.type === FULL) this.soon(isSync);
-    if (event.type !== INCREMENTAL) return;
-    const { data } = event, mirror = replayer.getMirror();
-    if (data.source === MUTATION) {
-      for (const { id } of [...(data.attributes ?? []), ...(data.texts ?? [])]) if (mirror.getNode(id)) this.onBuild(mirror.getNode(id));
-    } else if (data.source === STYLE_RULE || data.source === STYLE_DECLARATION) {
-      const sheet = data.styleId ? replayer.styleMirror.getStyle(data.styleId) : mirror.getNode(data.id);
-      if (sheet) this.dirty.add(sheet);
-    } else if (data.source === INPUT) {
-      const node = mirror.getNode(data.id);
-      const isShownAnew = node?.nodeName === 'SELECT' || STARLESS.test(node?.type);
-      if (isShownAnew) this.onBuild(node, node.setAttribute('value', data.text));
-    } else if (data.source === CANVAS) {
-      const node = mirror.getNode(data.id), image = frameOf(data);
-      if (node?.nodeName === 'CANVAS' && IMAGE.test(image)) node.setAttribute('replay-image', image);
-      if (node) this.onBuild(node);
-    } else if (data.source === ADOPTED) {
-      for (const { styleId } of data.styles ?? []) this.dirty.add(replayer.styleMirror.getStyle(styleId));
+  handler({ type, data }, isSync, { replayer }) {
+    if (type === INCREMENTAL) this.take(data, replayer.getMirror(), replayer.styleMirror);
+    if (type === INCREMENTAL || type === FULL) this.soon(isSync);
+  }
+
+  take(data, mirror, sheets) {
+    const { source, styleId } = data, node = mirror.getNode(data.id);
+    if (source === MUTATION) {
+      for (const { id } of [...(data.attributes ?? []), ...(data.texts ?? [])]) this.onBuild(mirror.getNode(id));
+    } else if (source === STYLE_RULE || source === STYLE_DECLARATION) {
+      this.dirty.add(styleId ? sheets.getStyle(styleId) : node);
+    } else if (source === ADOPTED) {
+      for (const style of data.styles ?? []) this.dirty.add(sheets.getStyle(style.styleId));
+    } else if (source === INPUT && (node?.nodeName === 'SELECT' || STARLESS.test(node?.type))) {
+      node.setAttribute('value', data.text);
+      this.onBuild(node);
+    } else if (source === CANVAS && node?.nodeName === 'CANVAS') {
+      const image = frameOf(data);
+      if (IMAGE.test(image)) node.setAttribute('replay-image', image);
+      this.onBuild(node);
     }
-    this.soon(isSync);
   }
 
   // soon comes before the browser paints: events are applied many at a time.
   soon(isSync = false) {
     this.leapt ||= isSync;
-    this.due ??= queueMicrotask(() => {
-      this.due = undefined;
-      this.follow();
-    }) ?? true;
+    if (!this.isDue) queueMicrotask(() => this.follow());
+    this.isDue = true;
   }
 
   follow() {
-    const { dirty, news } = this;
-    this.dirty = new Set();
-    this.news = new Set();
+    const { dirty, news, styles } = this;
+    Object.assign(this, { dirty: new Set(), news: new Set(), isDue: false });
     const each = (things, f) => {
       for (const thing of things) if (thing && thing.isConnected !== false) try { f(thing); } catch { this.onBroken(); }
     };
-    each(news, (node) => { if (node.hasAttribute('replay-media')) this.styles.setMedia(node.getAttribute('replay-media')); });
-    each([...dirty, ...news], (owner) => this.styles.rewrite(owner));
+    each(news, (node) => {
+      if (node.hasAttribute('replay-media')) styles.setMedia(node.getAttribute('replay-media'));
+    });
+    each([...dirty, ...news], (owner) => styles.rewrite(owner));
     each(news, (node) => this.followNode(node));
     if (this.leapt || calm.matches) this.settle();
     this.leapt = false;
@@ -208,31 +212,29 @@ export class Picture {
 
   followNode(node) {
     const states = (node.getAttribute('replay-state') ?? '').split(' ');
-    if (isSheet(node)) this.followSheet(node, states);
+    const has = (state) => states.includes(state);
+    if (node.nodeName === 'STYLE' && node.disabled !== has('disabled')) node.disabled = has('disabled');
+    if (node.nodeName === 'LINK' && node.hasAttribute('replay-missing')) this.missing.add(node);
     if (node.nodeName === 'SELECT') choose(node);
     if (node.nodeName === 'use') pointInside(node);
     if (STARLESS.test(node.type)) fill(node);
-    if (node.type === 'checkbox') node.indeterminate = states.includes('indeterminate');
-    if (node.popover && states.includes('popover-open') !== node.matches(':popover-open')) {
-      if (node.matches(':popover-open')) node.hidePopover();
-      else node.showPopover();
-    }
-    if (states.includes('fullscreen')) setAll(node, { position: 'fixed', inset: '0', width: '100%', height: '100%', margin: '0', 'z-index': '2147483647' });
-    if (states.includes('focus') !== (this.focused?.[0] === node)) this.focus(states.includes('focus') ? node : null);
-    const size = /^(\d{1,5}) (\d{1,5})$/.exec(node.getAttribute('replay-size') ?? '');
+    if (node.type === 'checkbox') node.indeterminate = has('indeterminate');
+    if (node.popover && has('popover-open') !== node.matches(':popover-open')) node.togglePopover();
+    if (has('fullscreen')) setAll(node, FULL_SCREEN);
+    if (has('focus') !== (this.focused[0] === node)) this.focus(has('focus') ? node : null);
+    this.followSize(node);
+    if (node.hasAttribute('replay-motion') || this.motions.has(node)) this.followMotion(node);
+  }
+
+  followSize(node) {
+    const [, width, height] = /^(\d{1,5}) (\d{1,5})$/.exec(node.getAttribute('replay-size') ?? '') ?? [];
     const { offsetWidth, offsetHeight } = node;
     const draw = REPLACED.test(node.nodeName) || node.hasAttribute('replay-closed') ? drawBox : drawIcon;
-    if (size) draw(node, Number(size[1]), Number(size[2]));
+    if (width) draw(node, Number(width), Number(height));
     else if (isLeftOut(node)) drawBox(node, Math.max(offsetWidth, 180), Math.max(offsetHeight, 32)); // nobody knows it
     else if (node.matches('iframe[replay-foreign], form[data-replay-left-out]')) {
       drawBehind(node, drawing(offsetWidth, offsetHeight, words(node)));
     }
-    if (node.hasAttribute('replay-motion') || this.motions.has(node)) this.followMotion(node);
-  }
-
-  followSheet(node, states) {
-    if (node.nodeName === 'STYLE' && node.disabled !== states.includes('disabled')) node.disabled = !node.disabled;
-    if (node.nodeName === 'LINK' && node.hasAttribute('replay-missing')) this.missing.add(node);
   }
 
   // mark gives an attribute to an element and to all around it.
@@ -244,14 +246,15 @@ export class Picture {
   }
 
   hover(el) { this.hovered = this.mark('replay-hover', el, this.hovered); }
-  focus(el) { this.focused = this.mark('replay-focus-within', el, this.focused ?? []); }
+  focus(el) { this.focused = this.mark('replay-focus-within', el, this.focused); }
 
   followMotion(node) {
     for (const animation of this.motions.get(node) ?? []) animation.cancel();
     this.motions.delete(node);
     const animations = [];
     try {
-      for (const { keyframes, timing, at, rate, paused } of JSON.parse(node.getAttribute('replay-motion') ?? '[]').slice(0, MOTIONS)) {
+      const recorded = JSON.parse(node.getAttribute('replay-motion') ?? '[]').slice(0, MOTIONS);
+      for (const { keyframes, timing, at, rate, paused } of recorded) {
         const animation = node.animate(keyframes, { ...timing, iterations: timing.iterations ?? Infinity });
         Object.assign(animation, { playbackRate: rate, currentTime: at });
         if (paused) animation.pause();

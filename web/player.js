@@ -7,7 +7,7 @@
 // before the target and shows it when it is ready.
 
 import { clock } from './api.js';
-import { FULL } from './events.js';
+import { Cleaner } from './events.js';
 import { Scene } from './scene.js';
 import { IDLE_MS, isInteraction } from './story.js';
 
@@ -17,16 +17,15 @@ const AHEAD_MS = 60000, AHEAD_BYTES = 8 << 20, WINDOW_BYTES = 24 << 20;
 const LIVE_DELAY = 1000;
 
 export class Player {
-  // on: {change(), mark(moment), piece(piece), unseen(events), gapEnd(time), note(text), failed(err)}
+  // on: {change(), mark(moment), piece(piece), gapEnd(time), note(text), failed(err)}
   constructor(recording, stage, on) {
     Object.assign(this, { recording, stage, on });
     this.state = 'loading'; // loading, waiting (for a snapshot), paused, playing, ended
     this.speed = 1;
     this.skip = true; // inactivity; gaps are skipped always
     this.following = false; // live
-    this.returns = false; // it followed when the session ended: it will when that goes on
+    this.wantsLive = true; // it follows when the session is live: at first, and one that it followed to its end
     this.wantsPlay = true;
-    this.lags = []; // of live batches: viewer's clock minus the newest event's time
     this.turn = 0; // raised by each seek, so that an overtaken one gives up
     setInterval(() => this.tick(), 100);
     new ResizeObserver(() => this.scene?.fit()).observe(stage);
@@ -43,7 +42,7 @@ export class Player {
   // What people do.
 
   seek(time) {
-    this.following = this.returns = false;
+    this.following = this.wantsLive = false;
     const { start, end } = this.recording;
     if (start === null) return this.goto(Infinity);
     return this.goto(Math.min(Math.max(time, start), end));
@@ -56,8 +55,12 @@ export class Player {
   }
 
   pause() {
-    this.wantsPlay = this.following = this.returns = false;
-    if (this.state !== 'playing') return this.on.change();
+    this.wantsPlay = this.following = this.wantsLive = false;
+    if (this.state === 'playing') this.stop();
+    else this.on.change();
+  }
+
+  stop() {
     this.scene.pause();
     this.setState('paused');
   }
@@ -71,9 +74,9 @@ export class Player {
   // already is kept.
   follow() {
     this.following = this.wantsPlay = true;
-    this.returns = false;
-    if (this.scene && this.target === null && !this.hasMore()) this.arrive(Infinity);
-    else this.goto(Infinity);
+    this.wantsLive = false;
+    if (!this.scene || this.target !== null || this.hasMore()) return this.goto(Infinity);
+    return this.arrive(Math.max(this.scene.time, this.edge));
   }
 
   // How it gets there.
@@ -91,7 +94,7 @@ export class Player {
         this.scene = scene;
         scene.root.classList.add('shown');
       }
-      this.arrive(time);
+      this.arrive(this.following ? this.edge : Math.min(time, this.scene.end));
     } catch (err) {
       if (turn !== this.turn) return;
       this.target = null;
@@ -105,7 +108,7 @@ export class Player {
     const start = await this.recording.startBefore(time);
     if (turn !== this.turn) return null;
     if (!start) return this.setState(this.recording.isActive ? 'waiting' : 'empty');
-    const scene = new Scene(this.stage, this.recording.info.metadata?.viewport, this.on.note);
+    const scene = new Scene(this.stage, this.recording.info.metadata?.viewport, this.on);
     try {
       this.add(scene, start);
       while (scene.end <= time) {
@@ -128,43 +131,40 @@ export class Player {
   arrive(time) {
     const { scene } = this;
     this.target = null;
-    this.lags.push(performance.now() - scene.end); // until live batches tell better
-    const edge = this.following ? this.liveTime : scene.end;
-    const to = Math.max(Math.min(time, edge), scene.start);
+    const to = Math.max(time, scene.start);
     if (to > scene.end || scene.covers(to)) scene.pause(to); // else the window has no way back
     this.setState('paused');
     if (this.wantsPlay) this.run();
   }
 
   run() {
+    if (document.hidden) return this.setState('paused'); // see visibility
     this.scene.setSpeed(this.following ? 1 : this.speed);
-    if (!document.hidden) this.scene.play(); // see visibility
-    this.setState('playing');
+    this.scene.play();
+    return this.setState('playing');
   }
 
   // Ten times a second.
 
   tick() {
     const { scene } = this;
-    if (!scene || document.hidden || this.target !== null) return;
+    if (!scene || this.target !== null) return;
     const now = scene.time;
     if (this.state === 'playing') this.steer(now);
     this.readAhead();
     scene.trim(now, WINDOW_BYTES);
-    scene.giveBackFocus();
+    // A dialog that opens in the recording takes the focus, inert or not.
+    if (document.activeElement === scene.replayer.iframe) document.activeElement.blur();
     this.on.change();
   }
 
   steer(now) {
-    if (this.following) this.keepUp(now);
-    else if (now >= this.scene.end) this.runOut();
-    else if (!this.skipGap(now) && this.skip) this.skipIdle(now);
-  }
-
-  skipGap(now) {
-    const to = Math.min(this.on.gapEnd(now), this.scene.end);
-    if (to > now) this.scene.play(to);
-    return to > now;
+    const { scene } = this, gapEnd = Math.min(this.on.gapEnd(now), scene.end);
+    if (this.following && now < this.edge - LIVE_DELAY) scene.play(this.edge);
+    if (this.following) return;
+    if (now >= scene.end) this.runOut();
+    else if (gapEnd > now) scene.play(gapEnd);
+    else if (this.skip) this.skipIdle(now);
   }
 
   // The window is played to its end: more is coming, or this is the live edge,
@@ -181,7 +181,7 @@ export class Player {
 
   skipIdle(now) {
     const { scene } = this;
-    const next = scene.nextEvent(now, isInteraction) ?? scene.end;
+    const next = scene.events.find((e) => e.timestamp > now && isInteraction(e))?.timestamp ?? scene.end;
     if (next - now < IDLE_MS) return;
     this.on.note(`Skipped ${clock(next - now)} without activity.`);
     scene.play(next - 1000);
@@ -219,28 +219,29 @@ export class Player {
   }
 
   wantsAhead() {
-    const { time, end } = this.scene;
-    return end - time < 5000 || (end - time < AHEAD_MS * Math.max(1, this.speed) && this.scene.bytesAhead(time) < AHEAD_BYTES);
+    const { time, end } = this.scene, ahead = end - time;
+    return ahead < 5000 || (ahead < AHEAD_MS * Math.max(1, this.speed) && this.scene.bytesAfter(time) < AHEAD_BYTES);
   }
 
   // Live.
 
-  // batch takes a live batch. One that does not join on is left to readAhead.
+  // batch takes a live batch. One that does not join on is left to readAhead, and
+  // so is one that nobody is about to see.
   batch(from, events, bytes) {
     const { scene, recording } = this;
     const end = from + events.length;
-    recording.timeline.take(from, events);
-    const newest = events.reduce((max, e) => (Number.isFinite(e?.timestamp) ? Math.max(max, e.timestamp) : max), -Infinity);
-    const snapshot = events.findLastIndex((e) => e?.type === FULL);
-    recording.total = Math.max(recording.total, end);
-    recording.end = Math.max(recording.end, newest);
-    recording.start ??= recording.end;
-    if (snapshot >= 0) recording.newestSnapshot = from + snapshot;
-    if (newest > -Infinity) this.lags = [...this.lags.slice(-19), performance.now() - recording.end];
-    if (this.state === 'waiting') return snapshot >= 0 ? this.follow() : this.on.unseen(events);
+    recording.takeBatch(from, events);
+    if (this.state === 'waiting') return recording.newestSnapshot >= from ? this.follow() : this.foretell(events);
     if (!scene || from > scene.next || end <= scene.next) return;
-    if (document.hidden || (!this.following && !this.wantsAhead())) return;
+    if ((document.hidden || !this.following) && !this.wantsAhead()) return;
     this.add(scene, { from: scene.next, events: events.slice(scene.next - from), next: end, bytes });
+    if (this.following) scene.setSpeed(scene.end - scene.time < LIVE_DELAY ? 0.9 : 1);
+  }
+
+  // foretell tells what happened before there is anything to show.
+  foretell(events) {
+    new Cleaner(null, this.on.mark).take(events);
+    this.on.change();
   }
 
   // missed tells how many events there are, some of which no batch will bring.
@@ -249,19 +250,12 @@ export class Player {
     if (this.scene) this.scene.exhausted = false;
   }
 
-  // The recorded page's time now, less the delay. Only differences of its clock
-  // count; the smallest lag is the one with the least waiting in it.
-  get liveTime() { return performance.now() - Math.min(...this.lags) - LIVE_DELAY; }
-
-  keepUp(now) {
-    const goal = Math.max(this.liveTime, this.scene.start), drift = goal - now;
-    const idle = drift > 200 && !(this.scene.nextEvent(now) <= goal); // nothing is skipped by a jump
-    if (idle || drift > 2000 || (drift < -2000 && this.scene.covers(goal))) this.scene.play(goal);
-    else this.scene.setSpeed(drift > 100 ? 1.1 : drift < -100 ? 0.9 : 1);
-  }
+  // Live replay stays this far behind the newest event. Its clock goes on when none
+  // comes; batches that are late slow it down, and it leaps when it is far behind.
+  get edge() { return this.scene.end - LIVE_DELAY; }
 
   async ended() {
-    this.returns ||= this.following;
+    this.wantsLive ||= this.following;
     this.recording.isActive = this.following = false; // at once: it may be live again before the answer comes
     this.scene?.setSpeed(this.speed);
     await this.recording.load();
@@ -271,17 +265,13 @@ export class Player {
   // A hidden page gets no animation frames: it stops, and goes on when seen.
   visibility() {
     if (!this.scene || this.target !== null) return;
-    if (document.hidden) {
-      if (this.state === 'playing') this.scene.pause();
-    } else if (this.following) {
-      this.follow();
-    } else if (this.state === 'playing') {
-      this.scene.play();
-    }
+    if (document.hidden) return this.state === 'playing' && this.stop();
+    if (this.following) return this.follow();
+    return this.wantsPlay && this.state === 'paused' && this.run();
   }
 
   add(scene, piece) {
-    for (const moment of scene.add(piece)) this.on.mark(moment);
+    scene.add(piece);
     this.on.piece(piece);
   }
 }

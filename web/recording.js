@@ -3,16 +3,17 @@
 // clock, on a time line without its steps, everywhere in the player.
 
 import { getJSON, patiently, request } from './api.js';
-import { FULL, META } from './events.js';
+import { FULL, META } from './story.js';
 import { isDoubtful, Timeline } from './timeline.js';
 
 const PAGE = 1000; // events in a page of what is not committed yet
+const isFull = (e) => e?.type === FULL;
 
 export class Recording {
   constructor(id, onWait) {
     this.path = `/sessions/${encodeURIComponent(id)}`;
     this.onWait = onWait;
-    this.newestSnapshot = null; // index
+    this.newestSnapshot = -1; // index of the newest full snapshot that is known
     this.timeline = new Timeline();
     this.chunks = []; // {fromIndex, count, startTime, endTime, …}
   }
@@ -22,7 +23,7 @@ export class Recording {
     this.info = info;
     this.loaded = Date.now();
     this.isActive ??= info.isActive; // from then on the feed tells
-    this.newestSnapshot ??= info.snapshotIndex;
+    this.newestSnapshot = Math.max(this.newestSnapshot, info.snapshotIndex ?? -1);
     this.total = Math.max(this.total ?? 0, info.eventCount ?? 0);
     this.chunks = await this.placed(info.chunks ?? []);
     this.start = this.chunks[0]?.startTime ?? info.startTime ?? this.start ?? null;
@@ -36,29 +37,34 @@ export class Recording {
   // placed gives the chunks their places on the time line. It reads what is in
   // one only if its bounds say that the clock may have been set.
   async placed(chunks) {
-    const known = new Map(this.chunks.map((c) => [c.fromIndex, c]));
-    const placed = [];
-    for (const [i, chunk] of chunks.entries()) {
-      const same = known.get(chunk.fromIndex);
-      if (same?.count === chunk.count) placed.push(same);
-      else placed.push({ ...chunk, ...await this.bounds(chunk, isDoubtful(chunk, chunks[i - 1], chunks[i + 1])) });
+    const placed = [...this.chunks]; // a stored chunk stays as it is
+    for (let i = placed.length; i < chunks.length; i++) {
+      const chunk = chunks[i];
+      const bounds = [{ timestamp: chunk.startTime }, { timestamp: chunk.endTime }];
+      const { events } = isDoubtful(chunk, chunks[i - 1], chunks[i + 1]) ? await this.readChunk(chunk, 0)
+        : { events: this.timeline.take(chunk.fromIndex, bounds, chunk.count) };
+      const times = events.map((e) => e?.timestamp).filter(Number.isFinite);
+      placed.push({ ...chunk, startTime: times[0] ?? chunk.startTime, endTime: times.at(-1) ?? chunk.endTime });
     }
     return placed;
-  }
-
-  async bounds(chunk, isDoubtful) {
-    if (!isDoubtful) {
-      const [startTime, endTime] = this.timeline.pass(chunk.fromIndex, chunk);
-      return { startTime, endTime };
-    }
-    const times = (await this.readChunk(chunk, 0)).events.map((e) => e?.timestamp).filter(Number.isFinite);
-    return { startTime: times[0] ?? chunk.startTime, endTime: times.at(-1) ?? chunk.endTime };
   }
 
   // The first index that is in no chunk yet.
   get committed() {
     const last = this.chunks.at(-1);
     return last ? last.fromIndex + last.count : 0;
+  }
+
+  // takeBatch takes a live batch's events to the time line, and what they say of
+  // the session.
+  takeBatch(from, events) {
+    this.timeline.take(from, events);
+    const times = events.map((e) => e?.timestamp).filter(Number.isFinite);
+    const snapshot = events.findLastIndex(isFull);
+    this.total = Math.max(this.total, from + events.length);
+    this.end = times.reduce((a, b) => Math.max(a, b), this.end);
+    this.start ??= times[0] ?? null;
+    if (snapshot >= 0) this.newestSnapshot = from + snapshot;
   }
 
   // read gives a piece of the session that begins at index, or behind a hole at
@@ -68,16 +74,21 @@ export class Recording {
     const chunk = this.chunks.find((c) => index < c.fromIndex + c.count);
     if (chunk) return this.readChunk(chunk, index);
     if (index >= this.total) return null;
-    const page = await this.fetch(`${this.path}/events?fromIndex=${index}&limit=${PAGE}`);
-    const { events, fromIndex } = page.body;
-    if (events.length === 0) return null;
+    const page = await this.page(index, PAGE);
+    return page.events.length > 0 ? page : null;
+  }
+
+  async page(index, limit) {
+    const { body, bytes } = await this.fetch(`${this.path}/events?fromIndex=${index}&limit=${limit}`);
+    const { fromIndex, events } = body;
     this.timeline.take(fromIndex, events);
-    return { from: fromIndex, events, next: fromIndex + events.length, bytes: page.bytes };
+    return { from: fromIndex, events, next: fromIndex + events.length, bytes };
   }
 
   async readChunk(chunk, index) {
     // A browser keeps chunks for a day: another session of the same id is not to be taken for this one.
-    const { body, bytes } = await this.fetch(`${this.path}/chunks/${chunk.fromIndex}?of=${Date.parse(this.info.createdAt)}`);
+    const version = Date.parse(this.info.createdAt);
+    const { body, bytes } = await this.fetch(`${this.path}/chunks/${chunk.fromIndex}?of=${version}`);
     const from = Math.max(index, chunk.fromIndex);
     this.timeline.take(chunk.fromIndex, body);
     return { from, events: body.slice(from - chunk.fromIndex), next: chunk.fromIndex + chunk.count, bytes };
@@ -91,17 +102,15 @@ export class Recording {
   // startBefore gives the piece that begins with the last full snapshot before
   // time; if there is none, with the first one after it; null: no snapshot at all.
   async startBefore(time) {
-    const uncommitted = this.newestSnapshot !== null && this.newestSnapshot >= this.committed;
-    if (uncommitted && time >= (this.chunks.at(-1)?.endTime ?? time)) {
-      const piece = await this.fromSnapshot(this.newestSnapshot, time);
+    const starts = this.chunks.filter((c) => c.snapshotIndex !== null)
+      .map(({ fromIndex, startTime }) => ({ index: fromIndex, time: startTime }));
+    const index = this.newestSnapshot;
+    if (index >= this.committed) starts.push({ index, time: this.chunks.at(-1)?.endTime ?? time });
+    for (let i = Math.max(0, starts.findLastIndex((s) => s.time <= time)); starts[i]; i--) {
+      const piece = await this.fromSnapshot(starts[i].index, time, i === 0);
       if (piece) return piece;
     }
-    const holders = this.chunks.filter((c) => c.snapshotIndex !== null);
-    for (let i = Math.max(0, holders.findLastIndex((c) => c.startTime <= time)); i >= 0 && holders[i]; i--) {
-      const piece = await this.fromSnapshot(holders[i].fromIndex, time, i === 0);
-      if (piece) return piece;
-    }
-    return uncommitted ? this.fromSnapshot(this.newestSnapshot, time, true) : null;
+    return null;
   }
 
   // fromSnapshot begins a piece at its last full snapshot before time, or, if
@@ -109,18 +118,12 @@ export class Recording {
   async fromSnapshot(index, time, any) {
     const piece = await this.read(index);
     if (!piece) return null;
-    const isFull = (e) => e?.type === FULL;
     let i = piece.events.findLastIndex((e) => isFull(e) && e.timestamp <= time);
     if (i < 0 && any) i = piece.events.findIndex(isFull);
     if (i < 0) return null;
     // The Meta event with the page's size stands right before it, maybe in another chunk.
-    const before = i > 0 ? piece.events[i - 1] : await this.single(piece.from - 1);
+    const before = i > 0 ? piece.events[i - 1] : piece.from > 0 && (await this.page(piece.from - 1, 1)).events[0];
     const meta = before?.type === META ? [before] : [];
     return { ...piece, from: piece.from + i, events: [...meta, ...piece.events.slice(i)] };
-  }
-
-  async single(index) {
-    if (index < 0) return null;
-    return this.timeline.take(index, (await this.fetch(`${this.path}/events?fromIndex=${index}&limit=1`)).body.events)[0];
   }
 }

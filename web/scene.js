@@ -2,25 +2,25 @@
 // a full snapshot; pieces are added at its end and dropped at its beginning.
 
 import { el } from './api.js';
-import { Cleaner, FULL, mediaOrigins } from './events.js';
+import { Cleaner, mediaOrigins } from './events.js';
 import { calm, Picture } from './picture.js';
+import { FULL } from './story.js';
 
 // A Replayer that one bad event cannot stop: an exception in its timer would
 // end the replay without a word.
 function tolerantReplayer(events, root, picture, onBroken) {
+  const tolerant = (work) => (...args) => { try { work(...args); } catch { onBroken(); } };
   class Tolerant extends window.rrwebReplay.Replayer {
-    applyIncremental(event, isSync) {
-      this.attempt(() => {
-        this.forgetDocuments(event.data);
-        super.applyIncremental(event, isSync);
-      });
-    }
-    rebuildFullSnapshot(...args) {
+    applyIncremental = tolerant((event, isSync) => {
+      this.forgetDocuments(event.data);
+      super.applyIncremental(event, isSync);
+    });
+    rebuildFullSnapshot = tolerant((...args) => {
       picture.reset();
-      this.attempt(() => super.rebuildFullSnapshot(...args));
-    }
-    moveAndHover(...args) { this.attempt(() => super.moveAndHover(...args)); }
-    hoverElements(el) { picture.hover(el); }
+      super.rebuildFullSnapshot(...args);
+    });
+    moveAndHover = tolerant((...args) => super.moveAndHover(...args));
+    hoverElements = (node) => picture.hover(node);
     // A frame's document that is written anew has the id of the old one, which
     // rrweb takes for a reason to leave that in place.
     forgetDocuments({ adds }) {
@@ -29,12 +29,10 @@ function tolerantReplayer(events, root, picture, onBroken) {
         if (old) this.mirror.removeNodeFromMap(old);
       }
     }
-    attempt(work) { tolerant(work)(); }
   }
-  const tolerant = (f) => (...args) => { try { f(...args); } catch { onBroken(); } };
   return new Tolerant(events, {
     root,
-    plugins: [{ onBuild: tolerant((node) => picture.onBuild(node)), handler: tolerant((...args) => picture.handler(...args)) }],
+    plugins: [{ onBuild: tolerant(picture.onBuild.bind(picture)), handler: tolerant(picture.handler.bind(picture)) }],
     // With liveMode the Replayer's clock goes on when events run out, so that
     // more can follow: the end of a session is the player's to decide.
     liveMode: true,
@@ -54,7 +52,8 @@ function tolerantReplayer(events, root, picture, onBroken) {
 // On top of the page's policy, which must allow the page's own scripts, styles
 // and requests: recorded nodes have none of these, not even to this server.
 const media = mediaOrigins.join(' ');
-const FRAME_POLICY = `default-src 'none'; style-src 'unsafe-inline' ${media}; img-src data: ${media}; font-src data: ${media}; media-src ${media || "'none'"}`;
+const FRAME_POLICY = `default-src 'none'; style-src 'unsafe-inline' ${media}; img-src data: ${media}; `
+  + `font-src data: ${media}; media-src ${media || "'none'"}`;
 
 function restrict(iframe) {
   const { contentDocument } = iframe;
@@ -66,33 +65,31 @@ function restrict(iframe) {
 }
 
 export class Scene {
-  constructor(stage, viewport, note) {
-    this.stage = stage;
-    this.root = el('div', { className: 'scene' });
-    stage.append(this.root);
-    this.onBroken = () => note('A part of this recording is damaged and is not shown.');
+  // on: {mark(moment), note(text), …}
+  constructor(stage, viewport, on) {
+    Object.assign(this, { stage, on });
+    this.root = stage.appendChild(el('div', { className: 'scene' }));
+    this.onBroken = () => on.note('A part of this recording is damaged and is not shown.');
     this.picture = new Picture((n) => {
       const which = n === 1 ? 'A style sheet' : `${n} style sheets`;
       this.lack = n > 0 ? `${which} of this page could not be recorded.` : ''; // what stays to be said
-      if (this.lack) note(this.lack);
+      if (this.lack) on.note(this.lack);
     }, this.onBroken);
-    this.cleaner = new Cleaner(viewport);
+    this.cleaner = new Cleaner(viewport, on.mark);
     this.pieces = []; // {bytes, events, end}: what the window is made of
     this.next = null; // index of the first event behind the window
   }
 
-  // add appends a piece and returns its marks.
-  add(piece) {
-    const before = this.end;
-    const { events, marks } = this.cleaner.take(piece.events);
-    if (this.next !== null && piece.from > this.next) {
-      marks.unshift({ key: `gap ${piece.from}`, time: before ?? this.end, to: events[0]?.timestamp, kind: 'gap', text: 'A gap' });
+  // add appends a piece.
+  add({ from, events: raw, next, bytes }) {
+    const before = this.end, events = this.cleaner.take(raw), to = events[0]?.timestamp;
+    if (this.next !== null && from > this.next) {
+      this.on.mark({ key: `gap ${from}`, time: before ?? this.end, to, kind: 'gap', text: 'A gap' });
     }
-    this.next = piece.next;
-    this.pieces.push({ bytes: piece.bytes, events: events.length, end: this.end });
+    this.next = next;
+    this.pieces.push({ bytes, events: events.length, end: this.end });
     if (this.replayer) for (const e of events) this.replayer.addEvent(e);
     else this.begin(events);
-    return marks;
   }
 
   begin(events) {
@@ -130,15 +127,7 @@ export class Scene {
     else this.replayer.pause(time - this.start + 1);
   }
 
-  setSpeed(speed) {
-    if (this.replayer.config.speed !== speed) this.replayer.setConfig({ speed });
-  }
-
-  // A dialog that opens in the recording takes the focus, inert or not, and with
-  // it the keyboard from the player.
-  giveBackFocus() {
-    if (document.activeElement === this.replayer.iframe) document.activeElement.blur();
-  }
+  setSpeed(speed) { this.replayer.setConfig({ speed }); }
 
   // covers tells whether the window is enough to show a time: there is a full
   // snapshot to begin from, or it lies ahead of what is shown.
@@ -147,24 +136,16 @@ export class Scene {
     return time >= this.time || this.events.some((e) => e.type === FULL && e.timestamp <= time);
   }
 
-  bytesAhead(time) {
-    return this.pieces.reduce((sum, p) => sum + (p.end > time ? p.bytes : 0), 0);
-  }
+  bytesAfter(time) { return this.pieces.reduce((sum, p) => sum + (p.end > time ? p.bytes : 0), 0); }
 
   // trim drops whole pieces that have been played, oldest first, as long as the
   // window is larger than limit. The Replayer needs them for going back only,
   // and going back behind the window begins a new scene.
   trim(time, limit) {
-    let bytes = this.pieces.reduce((sum, p) => sum + p.bytes, 0);
-    while (bytes > limit && this.pieces.length > 1 && this.pieces[0].end < time) {
-      const [gone] = this.pieces.splice(0, 1);
+    while (this.pieces.length > 1 && this.pieces[0].end < time && this.bytesAfter(-Infinity) > limit) {
+      const gone = this.pieces.shift();
       this.events.splice(0, Math.min(gone.events, this.events.length - 1));
-      bytes -= gone.bytes;
     }
-  }
-
-  nextEvent(time, suits = () => true) {
-    return this.events.find((e) => e.timestamp > time && suits(e))?.timestamp;
   }
 
   destroy() {

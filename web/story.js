@@ -7,8 +7,9 @@
 
 import { clock, place, words } from './api.js';
 
-const FULL = 2, INCREMENTAL = 3, META = 4, CUSTOM = 5;
-const MUTATION = 0, POINTER = 2, INPUT = 5, CLICK = 2;
+export const FULL = 2, INCREMENTAL = 3, META = 4, CUSTOM = 5;
+export const MUTATION = 0, POINTER = 2, INPUT = 5;
+const CLICK = 2;
 const MOVES = [1, 2, 6, 12, 14]; // mouse, touch, drag, selection: nothing that a click has brought about
 export const IDLE_MS = 10000; // what counts as inactivity
 const RAGE_MS = 1000, RAGE_PX = 30, RAGE = 3;
@@ -17,17 +18,20 @@ const SYNTHETIC_MS = 30; // a label passes its click on to its control
 const LONGEST = 80; // characters of a name
 const LOST = 'From here on the page was too large to be recorded';
 
-const NAMING = ['id', 'for', 'name', 'type', 'role', 'alt', 'title', 'class', 'placeholder', 'aria-label', 'aria-labelledby'];
-const CLICKABLE = /^(a|button|label|summary|input|select|textarea|option|video|audio)$/;
-const ROLE = /^(button|link|tab|menuitem|option|checkbox|radio|switch)/;
-const CONTROL = /^(input|select|textarea)$/;
-const BUTTON = /^(button|submit|reset|image)$/;
-const WORDLESS = /^(script|style|noscript|option|select|textarea|head)$/; // no label stands in there
-const ANSWERING = /^(input|select|textarea|label|option|video|audio|iframe)$/; // they answer without a mutation
+const NAMING = 'id for name type role alt title class placeholder aria-label aria-labelledby'.split(' ');
+const CLICKABLE = 'a, button, label, summary, input, select, textarea, option, video, audio, [role=button], '
+  + '[role=link], [role=tab], [role^=menuitem], [role=option], [role=checkbox], [role=radio], [role=switch]';
+const CONTROL = 'input, select, textarea';
+const BUTTON = '[type=button], [type=submit], [type=reset], [type=image]';
+const SWITCH = '[type=checkbox], [type=radio]';
+const PICTURED = '[alt]:not([alt=""]), [title]:not([title=""]), [aria-label]:not([aria-label=""])';
+const WORDLESS = 'script, style, noscript, option, textarea'; // no label stands in there
+const ANSWERING = `label, option, video, audio, iframe, :is(${CONTROL}):not(${BUTTON})`; // without a mutation
 
-const isObject = (v) => v !== null && typeof v === 'object';
-const list = (v) => (Array.isArray(v) ? v.filter(isObject) : []);
+export const isObject = (v) => v !== null && typeof v === 'object';
+export const list = (v) => (Array.isArray(v) ? v.filter(isObject) : []);
 const tidy = (text) => text.replace(/\s+/g, ' ').trim();
+const textOf = (node) => tidy(node?.textContent.slice(0, 1000) ?? '');
 
 // What the tracker notes of focus and the like is no answer of the page.
 const isNote = ({ adds, removes, texts, attributes }) => [adds, removes, texts].every((all) => list(all).length === 0)
@@ -38,219 +42,184 @@ const isAnswer = ({ type, data }) => type !== INCREMENTAL
 // What rrweb's recorder calls user interaction: mouse, scroll, resize, input.
 export const isInteraction = (e) => e.type === INCREMENTAL && e.data.source > MUTATION && e.data.source <= INPUT;
 
+// copy makes a node of the copy. Elements of no namespace do nothing and load
+// nothing, and no field's name hides their methods.
+function copy({ type, tagName, attributes, textContent }) {
+  if (type === 3) return document.createTextNode(`${words(textContent)} `);
+  const tag = words(tagName).toLowerCase();
+  const node = document.createElementNS(null, /^[a-z][\w-]*$/.test(tag) ? tag : 'page');
+  name(node, attributes);
+  if (node.matches(`input:is(${BUTTON})`)) node.setAttribute('value', words(attributes.value));
+  return node;
+}
+
+function name(node, attributes) {
+  if (node?.nodeType !== 1 || !isObject(attributes)) return;
+  for (const key of NAMING) if (Object.hasOwn(attributes, key)) node.setAttribute(key, words(attributes[key]));
+}
+
 export class Story {
-  constructor() {
-    this.nodes = new Map(); // by id: {tag, attributes, text, parent, children}
+  constructor(onMoment) {
+    this.onMoment = onMoment;
+    this.nodes = new Map(); // of the copy, by id
+    this.ids = new WeakMap();
     this.href = null;
     this.active = null; // time of the newest interaction
-    this.clicks = null; // the newest click and those that it goes on from: {node, x, y, times, moment}
+    this.clicks = null; // the newest click and those that it goes on from: {x, y, times, moment, …}
     this.field = null; // the control that is being filled in
   }
 
-  // take reads one event and adds what it tells to moments.
-  take(e, moments) {
-    const tell = (kind, text, more) => {
-      const moment = { key: `${kind} ${e.timestamp} ${text}`, kind, time: e.timestamp, text, ...more };
-      moments.push(moment);
-      return moment;
-    };
-    if (e.type !== CUSTOM || e.data.tag !== 'gap') this.pass(e, moments); // a gap is no inactivity
-    if (e.type === META) this.went(e.data.href, '', tell);
-    else if (e.type === FULL) this.look(e.data.node, tell);
-    else if (e.type === CUSTOM) this.custom(e.data, tell);
-    else if (e.type !== INCREMENTAL) return;
-    else if (e.data.source === MUTATION) this.mutate(e.data);
-    else if (e.data.source === POINTER && e.data.type === CLICK) this.click(e, tell);
-    else if (e.data.source === INPUT) this.input(e.data, tell);
+  // take reads one event.
+  take(e) {
+    const { type, data } = e;
+    this.now = e.timestamp;
+    if (type !== CUSTOM || data.tag !== 'gap') this.pass(e); // a gap is no inactivity
+    if (type === META) this.went(data.href, '');
+    else if (type === FULL) this.look(data.node);
+    else if (type === CUSTOM) this.custom(data);
+    else if (type !== INCREMENTAL) return;
+    else if (data.source === MUTATION) this.mutate(data);
+    else if (data.source === POINTER && data.type === CLICK) this.click(data);
+    else if (data.source === INPUT) this.input(data);
   }
 
-  // pass notes inactivity, which grows, and clicks that nothing came of.
-  pass(e, moments) {
-    const { timestamp: now } = e, { clicks } = this;
-    if (clicks && now > clicks.times.at(-1) + DEAD_MS) {
-      if (clicks.unanswered) moments.push(Object.assign(clicks.moment, { dead: true }));
-      clicks.unanswered = false;
-    } else if (clicks && isAnswer(e)) {
-      clicks.unanswered = false;
-    }
+  tell(kind, text, more) {
+    const moment = { key: `${kind} ${this.now} ${text}`, kind, time: this.now, text, ...more };
+    this.onMoment(moment);
+    return moment;
+  }
+
+  // pass notes clicks that nothing came of, and inactivity, which grows by a
+  // second at a time.
+  pass(e) {
+    const { now, clicks } = this;
+    const isDead = clicks && now > clicks.times.at(-1) + DEAD_MS;
+    if (isDead && clicks.unanswered) this.onMoment(Object.assign(clicks.moment, { dead: true }));
+    if (isDead || clicks && isAnswer(e)) clicks.unanswered = false;
     this.active ??= now;
-    if (now - this.active >= IDLE_MS) {
-      const key = `idle ${this.active}`;
-      const known = moments.findLast((m) => m.key === key);
-      if (known) known.to = now;
-      else moments.push({ key, kind: 'idle', time: this.active, to: now, text: 'No activity' });
+    if (now - this.active >= IDLE_MS && (isInteraction(e) || !(now - this.told < 1000))) {
+      this.tell('idle', 'No activity', { key: `idle ${this.active}`, time: this.active, to: now });
+      this.told = now;
     }
     if (isInteraction(e)) this.active = now;
   }
 
-  went(href, title, tell) {
+  went(href, title) {
     const text = words(href);
     if (text === this.href) return;
-    this.page = tell('navigation', place(text), { href: text, title: words(title), first: this.href === null });
+    this.page = this.tell('navigation', place(text), { href: text, title: words(title), first: this.href === null });
     this.href = text;
     this.field = null;
   }
 
-  custom({ tag, payload }, tell) {
-    if (tag === 'navigation') return this.went(payload?.href, payload?.title, tell);
-    if (tag === 'title') return this.call(payload?.title, tell);
-    if (tag === 'too-large') return tell('gap', LOST, { lost: `${LOST}.` });
-    if (tag === 'visibility') return tell('visibility', payload?.hidden ? 'Tab hidden' : 'Tab shown again');
-    if (tag !== 'gap') return tell('event', words(tag) || 'Event', { detail: tidy(words(payload)).slice(0, 2000) });
-    const ms = payload?.to - payload?.from;
-    const gap = tell('gap', ms > 0 ? `A gap of ${clock(ms)}` : 'A gap');
-    if (ms > 0) Object.assign(gap, { time: gap.time - ms, to: gap.time });
-    this.active = gap.to ?? gap.time;
-    return gap;
+  custom({ tag, payload }) {
+    if (tag === 'navigation') this.went(payload?.href, payload?.title);
+    else if (tag === 'title') this.call(payload?.title);
+    else if (tag === 'too-large') this.tell('gap', LOST, { lost: `${LOST}.` });
+    else if (tag === 'visibility') this.tell('visibility', payload?.hidden ? 'Tab hidden' : 'Tab shown again');
+    else if (tag === 'gap') this.gap(payload?.to - payload?.from);
+    else this.tell('event', words(tag) || 'Event', { detail: tidy(words(payload)).slice(0, 2000) });
   }
 
-  click({ data, timestamp }, tell) {
-    const { id, x = 0, y = 0 } = data, last = this.clicks;
+  gap(ms) {
+    this.active = this.now;
+    if (ms > 0) this.tell('gap', `A gap of ${clock(ms)}`, { time: this.now - ms, to: this.now });
+    else this.tell('gap', 'A gap');
+  }
+
+  click({ id, x = 0, y = 0 }) {
+    const { now, clicks: last } = this, since = now - last?.times.at(-1);
     this.field = null;
-    if (last && timestamp - last.times.at(-1) < SYNTHETIC_MS) return;
-    if (last && timestamp - last.times.at(-1) <= RAGE_MS && Math.hypot(x - last.x, y - last.y) <= RAGE_PX) {
-      last.times.push(timestamp);
-      const rage = last.moment.rage || timestamp - last.times.at(-RAGE) <= RAGE_MS;
-      tell('click', last.moment.text, Object.assign(last.moment, { n: last.times.length, rage }));
+    if (since < SYNTHETIC_MS) return;
+    if (since <= RAGE_MS && Math.hypot(x - last.x, y - last.y) <= RAGE_PX) {
+      last.times.push(now);
+      const rage = last.moment.rage || now - last.times.at(-RAGE) <= RAGE_MS;
+      this.onMoment(Object.assign(last.moment, { n: last.times.length, rage }));
       last.unanswered = last.answerable;
       return;
     }
-    const node = this.clickable(id);
-    const answerable = !ANSWERING.test(node?.tag) || BUTTON.test(node.attributes.type);
-    const moment = tell('click', this.name(node) || 'something', { on: id });
-    this.clicks = { x, y, times: [timestamp], moment, answerable, unanswered: answerable };
+    const found = this.nodes.get(id), node = found?.nodeType === 3 ? found.parentNode : found;
+    const clicked = node?.closest(CLICKABLE) ?? node; // the button, not the icon in it
+    const answerable = !clicked?.matches(ANSWERING);
+    const moment = this.tell('click', this.name(clicked) || 'something', { on: id });
+    this.clicks = { x, y, times: [now], moment, answerable, unanswered: answerable };
   }
 
   // input tells that something was typed or chosen, once until something else
   // is; a click into the control becomes that. What was typed is nobody's.
-  input({ id, text }, tell) {
-    const node = this.nodes.get(id);
-    if (id === this.field || !node || /^(checkbox|radio)$/.test(node.attributes.type) || text === '') return;
+  input({ id, text }) {
+    const node = this.nodes.get(id), last = this.clicks?.moment;
+    if (id === this.field || text === '' || node?.nodeType !== 1 || node.matches(SWITCH)) return;
     this.field = id;
-    const key = this.clicks?.moment.on === id && !this.clicks.moment.rage ? { key: this.clicks.moment.key } : {};
-    tell('input', this.name(node) || 'a field', { ...key, n: 1, chosen: node.tag === 'select' });
+    const key = last?.on === id && !last.rage ? { key: last.key } : {};
+    this.tell('input', this.name(node), { ...key, n: 1, chosen: node.localName === 'select' });
   }
 
   // The copy of the page.
 
-  look(root, tell) {
+  look(root) {
     this.nodes.clear();
-    this.grow(root, null);
-    this.call(this.textOf(this.find((n) => n.tag === 'title')), tell);
+    this.root = copy({});
+    this.grow(root, this.root);
+    this.call(textOf(this.root.querySelector('title')));
   }
 
   // call gives the page that is on a name.
-  call(title, tell) {
-    if (this.page && title) tell('navigation', this.page.text, Object.assign(this.page, { title: words(title) }));
+  call(title) {
+    if (this.page && title) this.onMoment(Object.assign(this.page, { title: words(title) }));
   }
 
   // grow adds a tree. A loop, not recursion: how deep it is, is for the page to say.
-  grow(root, parent) {
-    for (const open = [[root, parent]]; open.length > 0;) {
-      const [given, above] = open.pop();
-      if (!isObject(given)) continue;
-      const attributes = {}, theirs = isObject(given.attributes) ? given.attributes : {};
-      for (const name of NAMING) if (typeof theirs[name] === 'string') attributes[name] = theirs[name];
-      const tag = words(given.tagName).toLowerCase();
-      if (BUTTON.test(attributes.type) && tag === 'input') attributes.value = words(theirs.value);
-      const children = list(given.childNodes);
-      this.nodes.set(given.id, { tag, attributes, text: words(given.textContent), parent: above, children: children.map((c) => c.id) });
-      for (const child of children) open.push([child, given.id]);
+  grow(root, parent, next = null) {
+    for (const open = [[root, parent, next]]; open.length > 0;) {
+      const [given, above, before] = open.pop(), node = copy(given);
+      if (node.nodeType === 3 && above.matches(WORDLESS)) continue;
+      above.insertBefore(node, before);
+      this.nodes.set(given.id, node);
+      this.ids.set(node, given.id);
+      const children = node.nodeType === 1 ? list(given.childNodes) : [];
+      for (const child of children.reverse()) open.push([child, node, null]);
     }
   }
 
   mutate({ removes, adds, texts, attributes }) {
-    for (const { id, parentId } of list(removes)) this.prune(id, parentId);
+    for (const { id } of list(removes)) this.prune(this.nodes.get(id));
     for (const { node, parentId, nextId } of list(adds)) {
-      const siblings = this.nodes.get(parentId)?.children;
-      if (!siblings || !isObject(node)) continue;
-      const at = siblings.indexOf(nextId);
-      siblings.splice(at < 0 ? siblings.length : at, 0, node.id);
-      this.grow(node, parentId);
+      const parent = this.nodes.get(parentId), next = this.nodes.get(nextId);
+      if (parent?.nodeType === 1 && isObject(node)) this.grow(node, parent, next?.parentNode === parent ? next : null);
     }
-    for (const { id, value } of list(texts)) if (this.nodes.has(id)) this.nodes.get(id).text = words(value);
-    for (const { id, attributes: changed } of list(attributes)) {
-      const mine = this.nodes.get(id)?.attributes;
-      if (mine && isObject(changed)) for (const name of NAMING) if (name in changed) mine[name] = words(changed[name]);
+    for (const { id, value } of list(texts)) {
+      const node = this.nodes.get(id);
+      if (node?.nodeType === 3) node.data = `${words(value)} `;
     }
+    for (const { id, attributes: changed } of list(attributes)) name(this.nodes.get(id), changed);
   }
 
-  prune(id, parentId) {
-    const parent = this.nodes.get(parentId);
-    if (parent) parent.children = parent.children.filter((child) => child !== id);
-    for (const open = [id]; open.length > 0;) {
-      const gone = open.pop();
-      open.push(...(this.nodes.get(gone)?.children ?? []));
-      this.nodes.delete(gone);
-    }
-  }
-
-  // Names.
-
-  // clickable is what a person would say was clicked: the button, not the icon in it.
-  clickable(id) {
-    const found = this.nodes.get(id);
-    for (let node = found; node; node = this.nodes.get(node.parent)) {
-      if (CLICKABLE.test(node.tag) || ROLE.test(node.attributes.role)) return node;
-    }
-    return found;
+  prune(node) {
+    if (!node) return;
+    const walker = document.createTreeWalker(node);
+    do this.nodes.delete(this.ids.get(walker.currentNode)); while (walker.nextNode());
+    node.remove();
   }
 
   name(node) {
     if (!node) return '';
-    const a = node.attributes;
-    const labelled = a['aria-labelledby'] ? this.textOf(this.find((n) => n.attributes.id === a['aria-labelledby'])) : '';
-    const own = CONTROL.test(node.tag) ? a.value || this.labelOf(node) || a.placeholder || a.name : this.textOf(node);
-    const name = tidy(a['aria-label'] || labelled || own || a.alt || a.title || this.pictured(node) || '');
-    if (/^[*\s]+$/.test(name)) return 'masked text';
-    return name ? `“${name.length > LONGEST ? `${name.slice(0, LONGEST - 1)}…` : name}”` : this.described(node);
+    const given = (key) => node.getAttribute(key);
+    const find = (key, id) => id && textOf(this.root.querySelector(`[${key}="${CSS.escape(id)}"]`));
+    const own = !node.matches(CONTROL) ? textOf(node) : given('value') || find('for', given('id'))
+      || textOf(node.closest('label')) || given('placeholder') || given('name');
+    const pictured = node.querySelector(PICTURED);
+    const names = [given('aria-label'), find('id', given('aria-labelledby')), own, given('alt'), given('title'),
+      pictured?.getAttribute('alt'), pictured?.getAttribute('title'), pictured?.getAttribute('aria-label')];
+    const text = tidy(names.find(Boolean) ?? '');
+    if (/^[*\s]+$/.test(text)) return 'masked text';
+    return text ? `“${text.length > LONGEST ? `${text.slice(0, LONGEST - 1)}…` : text}”` : this.described(node);
   }
 
-  described({ tag, attributes }) {
-    const more = attributes.id ? `#${attributes.id}` : attributes.class ? `.${tidy(attributes.class).split(' ')[0]}` : '';
-    return (CONTROL.test(tag) ? `${attributes.type || tag} field` : `<${tag || 'page'}${more}>`).slice(0, LONGEST);
-  }
-
-  labelOf(node) {
-    const { id } = node.attributes;
-    const label = id && this.find((n) => n.tag === 'label' && n.attributes.for === id);
-    if (label) return this.textOf(label);
-    for (let up = this.nodes.get(node.parent); up; up = this.nodes.get(up.parent)) if (up.tag === 'label') return this.textOf(up);
-    return '';
-  }
-
-  // pictured is the name of a picture in the node.
-  pictured(node) {
-    for (const inner of this.within(node)) {
-      const { alt, title, 'aria-label': label } = inner.attributes;
-      if (alt || title || label) return alt || title || label;
-    }
-    return '';
-  }
-
-  find(suits) {
-    for (const node of this.nodes.values()) if (suits(node)) return node;
-    return undefined;
-  }
-
-  textOf(node) {
-    let text = '';
-    for (const inner of node ? this.within(node) : []) {
-      text += `${inner.text} `;
-      if (text.length > 2 * LONGEST) break;
-    }
-    return tidy(text);
-  }
-
-  // within gives what can be read in a node, in its order.
-  * within(node) {
-    for (const open = [node]; open.length > 0;) {
-      const next = open.pop();
-      yield next;
-      for (const id of next.children.toReversed()) {
-        const child = this.nodes.get(id);
-        if (child && !WORDLESS.test(child.tag)) open.push(child);
-      }
-    }
+  described(node) {
+    const { localName, id, classList } = node;
+    const more = id ? `#${id}` : classList.length > 0 ? `.${classList[0]}` : '';
+    const isControl = node.matches(CONTROL);
+    return (isControl ? `${node.getAttribute('type') || localName} field` : `<${localName}${more}>`).slice(0, LONGEST);
   }
 }

@@ -9,14 +9,16 @@ const STATES = /(?<!\\):(focus-visible|focus|fullscreen|target|invalid|user-inva
 const VALID = /(?<!\\):valid(?![\w-])/g; // stars are no address: what is not noted as invalid is valid
 const CHECKED = ':where(form, fieldset, input, select, textarea):where(:not(:disabled, [readonly]))';
 const DEFINED = /(?<!\\):defined(?![\w-])/g;
-const MEDIA = /\(\s*(prefers-[a-z-]+|forced-colors|inverted-colors|(?:any-)?(?:hover|pointer))\s*(?::\s*([a-z-]+)\s*)?\)/gi;
+const FEATURES = 'prefers-[a-z-]+|forced-colors|inverted-colors|(?:any-)?(?:hover|pointer)';
+const MEDIA = new RegExp(`\\(\\s*(${FEATURES})\\s*(?::\\s*([a-z-]+)\\s*)?\\)`, 'gi');
 const BOTH_SCHEMES = /\b(?:light\s+dark|dark\s+light)\b/;
 
 export class Styles {
   constructor() {
-    this.features = null; // of the visitor: ["hover:none", …]; null: not recorded
-    this.originals = new Map(); // what is rewritten → {original, written}; held, or the browser makes the rules' objects anew
-    this.owners = new Set(); // elements and constructed sheets of the page that may have to be rewritten again
+    this.features = []; // of the visitor: ["hover:none", …]; empty: not recorded
+    // What is rewritten → {original, written}; held, or the browser makes the rules' objects anew.
+    this.originals = new Map();
+    this.owners = new Set(); // elements and constructed sheets that may have to be rewritten again
   }
 
   // setMedia takes replay-media.
@@ -29,26 +31,20 @@ export class Styles {
   // media features is rewritten, or a constructed sheet.
   rewrite(owner) {
     const sheet = owner.cssRules ? owner : owner.sheet;
-    if (sheet) {
-      this.replace(sheet.media, 'mediaText', (text) => this.media(text));
-      this.rewriteRules(sheet.cssRules);
-    } else if (owner.nodeName === 'SOURCE') {
-      this.replace(owner, 'media', (text) => this.media(text));
-    } else if (owner.nodeName === 'META' && owner.name === 'color-scheme') {
-      this.replace(owner, 'content', (text) => this.scheme(text));
-    } else if (owner.style?.colorScheme) {
-      this.replace(owner.style, 'colorScheme', (text) => this.scheme(text));
-    } else {
-      return;
-    }
+    if (sheet) this.replace(sheet.media, 'mediaText');
+    if (sheet) this.rewriteRules(sheet.cssRules);
+    else if (owner.nodeName === 'SOURCE') this.replace(owner, 'media');
+    else if (owner.nodeName === 'META' && owner.name === 'color-scheme') this.replace(owner, 'content');
+    else if (owner.style?.colorScheme) this.replace(owner.style, 'colorScheme');
+    else return;
     this.owners.add(owner);
   }
 
   rewriteRules(rules) {
     for (const rule of rules) {
       if (rule.selectorText?.includes(':')) this.rewriteSelector(rule);
-      if (rule.media) this.replace(rule.media, 'mediaText', (text) => this.media(text));
-      if (rule.style?.colorScheme) this.replace(rule.style, 'colorScheme', (text) => this.scheme(text));
+      if (rule.media) this.replace(rule.media, 'mediaText');
+      if (rule.style?.colorScheme) this.replace(rule.style, 'colorScheme');
       if (rule.cssRules?.length) this.rewriteRules(rule.cssRules);
     }
   }
@@ -56,33 +52,32 @@ export class Styles {
   rewriteSelector(rule) {
     const selector = rule.selectorText;
     const own = selector.replace(OWN, '[replay-$1]').replace(STATES, '[replay-state~="$1"]')
-      .replace(VALID, `${CHECKED}:not([replay-state~="invalid"])`).replace(DEFINED, ':not([replay-state~="undefined"])');
+      .replace(VALID, `${CHECKED}:not([replay-state~="invalid"])`)
+      .replace(DEFINED, ':not([replay-state~="undefined"])');
     if (own !== selector) rule.selectorText = own;
   }
 
   // replace rewrites a property, from its original each time.
-  replace(object, property, how) {
+  replace(object, property) {
     const known = this.originals.get(object);
     const original = known?.written === object[property] ? known.original : object[property];
-    const written = how(original);
+    const written = this.asVisited(original);
     if (written === object[property]) return;
     object[property] = written;
     this.originals.set(object, { original, written: object[property] });
   }
 
-  media(text) {
-    if (!this.features) return text;
-    return text.replace(MEDIA, (all, name, value) => {
-      const values = this.features.filter((f) => f.startsWith(`${name.toLowerCase()}:`)).map((f) => f.split(':')[1]);
-      if (values.length === 0) return all; // the visitor's browser did not know it
-      const holds = value ? values.includes(value.toLowerCase()) : !/^no(ne|-preference)$/.test(values[0]);
+  // asVisited decides what is asked of the visitor's browser. Where a page leaves
+  // its color scheme to that, this is it.
+  asVisited(text) {
+    const scheme = this.features.find((f) => f.startsWith('prefers-color-scheme:'))?.split(':')[1];
+    const decided = text.replace(MEDIA, (all, name, value) => {
+      const feature = `${name.toLowerCase()}:`, first = this.features.find((f) => f.startsWith(feature));
+      if (!first) return all; // the visitor's browser did not know it
+      const isWanted = value && this.features.includes(feature + value.toLowerCase());
+      const holds = value ? isWanted : !/:no(ne|-preference)$/.test(first);
       return holds ? '(min-width: 0)' : '(max-width: 0)';
     });
-  }
-
-  // scheme decides where a page leaves its color scheme to the browser.
-  scheme(text) {
-    const scheme = this.features?.find((f) => f.startsWith('prefers-color-scheme:'))?.split(':')[1];
-    return scheme ? text.replace(BOTH_SCHEMES, scheme) : text;
+    return scheme ? decided.replace(BOTH_SCHEMES, scheme) : decided;
   }
 }

@@ -6,7 +6,6 @@
 const BACK_MS = 1000; // so far events are mixed up without any fault
 const AHEAD_MS = 7 * 24 * 3600_000; // more than that passes between no two events of a visit
 const PAUSE_MS = 60_000; // a longer pause may be the clock, set right again
-const KEPT = 2000; // events between two states that are kept
 
 const isTime = (time) => Number.isFinite(time) && Math.abs(time) <= 8.64e15;
 
@@ -24,12 +23,9 @@ export class Timeline {
     return known ? { ...known, index, exact: known.index === index } : { index, time: null, shifts: [0] };
   }
 
-  keep({ index, time, shifts }) {
-    const i = this.states.findLastIndex((s) => s.index <= index);
-    if (this.states[i]?.index === index) return;
-    const [a, b] = [this.states[i - 1], this.states[i]];
-    const between = a && a.shifts[0] === b.shifts[0] && b.shifts[0] === shifts[0] && index - a.index < KEPT;
-    this.states.splice(between ? i : i + 1, between ? 1 : 0, { index, time, shifts });
+  keep(state) {
+    const before = this.states.findLastIndex((s) => s.index <= state.index);
+    if (this.states[before]?.index !== state.index) this.states.splice(before + 1, 0, state);
   }
 
   // place gives a time its place on the time line, and moves the state there.
@@ -46,21 +42,13 @@ export class Timeline {
     return state.time = Math.max(time + state.shifts[0], before);
   }
 
-  // take puts events, the first of which is at index, in their places.
-  take(index, events) {
+  // take puts events, the first of which is at index, in their places. They may stand
+  // for count events.
+  take(index, events, count = events.length) {
     const state = this.at(index);
     for (const e of events) if (isTime(e?.timestamp)) e.timestamp = this.place(state, e.timestamp);
-    this.keep({ ...state, index: index + events.length });
-    return events;
-  }
-
-  // pass takes the events from index on as what their bounds say, and gives these
-  // their places.
-  pass(index, { count, startTime, endTime }) {
-    const state = this.at(index);
-    const bounds = [this.place(state, startTime), this.place(state, endTime)];
     this.keep({ ...state, index: index + count });
-    return bounds;
+    return events;
   }
 }
 

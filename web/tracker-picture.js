@@ -1,6 +1,6 @@
 // The part of the tracker that notes what the picture needs and rrweb does not
-// record. tracker.js calls picture.complete() with each event before it is pushed, and
-// picture.took() after that. The notes are attributes, and travel as rrweb's
+// record. tracker.js calls picture.complete() with each event before it is cleaned,
+// picture.meet() with each node in it, and picture.took() at the end. The notes are attributes, and travel as rrweb's
 // own mutations, in their place among all others:
 //
 //   replay-size     "W H": the box of what is not recorded (pictures, canvases, icons)
@@ -12,38 +12,40 @@
 //   replay-image    of a picture: a copy, as a data: address (data-inline-images)
 //   replay-missing  of a link: its style sheet may not be read
 const picture = (() => {
-  const { matches } = Element.prototype; // of a form it may be a field
   const BOXES = /^(img|video|canvas|object|embed)$/;
   const HOSTS = /-|^(article|aside|div|footer|header|main|nav|p|section|span)$/; // a shadow root can be closed there
   const OTHERS = /^(img|input|video|canvas|object|embed|iframe|b|em|i)$/; // have a box, or an icon
-  const ICON = /[\ue000-\uf8ff]/, ICON_FONT = /^[^,]*(icon|symbol|awesome|glyph)/i; // private use; or words that a font draws
-  const STATES = ["popover-open", "fullscreen", "focus", "focus-visible", "target", "indeterminate", "invalid", "user-invalid", "user-valid"]
+  const ICON = /[\ue000-\uf8ff]/; // private use
+  const ICON_FONT = /^[^,]*(icon|symbol|awesome|glyph)/i; // draws words
+  const STATES = ["popover-open", "fullscreen", "focus", "focus-visible", "target", "indeterminate",
+    "invalid", "user-invalid", "user-valid"]
     .filter((state) => CSS.supports(`selector(:${state})`));
-  const ANY_STATE = [":not(:defined)", ...STATES.map((state) => ":" + state)].join();
-  const FEATURES = ["prefers-color-scheme:light dark", "prefers-reduced-motion:no-preference reduce",
-    "prefers-reduced-transparency:no-preference reduce", "prefers-contrast:no-preference more less custom",
-    "forced-colors:none active", "inverted-colors:none inverted", "hover:none hover", "any-hover:none hover",
-    "pointer:none coarse fine", "any-pointer:none coarse fine"]
-    .flatMap((line) => line.split(":")[1].split(" ").map((value) => `${line.split(":")[0]}:${value}`));
-  const LOOK_MS = 100, IDLE_LOOK_MS = 1000, IDLE_LOOK_MAX_MS = 30000;
+  // Who may be in one of them, or not be defined, beside what has the focus and the
+  // like. To ask all elements would take a tenth of a second of a large page.
+  const MAY_HAVE = /-|^(style|link|input|select|textarea|button|output|fieldset|form|object|progress)$/;
+  const FEATURES = [["prefers-color-scheme", "light dark"], ["prefers-reduced-motion", "no-preference reduce"],
+    ["prefers-contrast", "no-preference more less custom"], ["forced-colors", "none active"],
+    ["hover", "none hover"], ["any-hover", "none hover"],
+    ["pointer", "none coarse fine"], ["any-pointer", "none coarse fine"],
+  ].flatMap(([name, values]) => values.split(" ").map((value) => `${name}:${value}`));
+  const asks = FEATURES.map((feature) => matchMedia(`(${feature})`));
+  const LOOK_MS = 100, LAST_LOOK_MS = 30000;
   const MEASURE_MS = 10; // of the elements in one look
-  const SHARE = 20; // between two looks is this many times the time of one
+  const SHARE = 20; // between two looks is this many times the time of one, up to a second
   // A browser's own text of a shorthand with var(), of which a longhand is set later.
-  const BROKEN = /(^|[^\w-])(?!--)[a-z-]+: ;/, EMPTY = /(^|[^\w-])(?!--)([a-z-]+): (?=;)/g;
+  const BROKEN = /(^|[^\w-])(?!--)([a-z-]+): (?=;)/, EMPTY = new RegExp(BROKEN, "g");
 
   const roots = new Set(); // documents and shadow roots that are recorded
-  const met = new WeakSet(); // roots that rrweb knows: it tells of their adopted sheets once
   const worn = new WeakMap(); // root → its adopted sheets, as they were recorded
   const read = new WeakMap(); // link → the address whose sheet is recorded
   const sources = new Map(); // address → what fetch made of it
   const copies = new WeakMap(); // img → {src, url}
-  const icons = new Set();
+  const asked = new Set(); // elements that may have a state
   let told = new Map(); // element → {attribute: what was told of it} since the last full snapshot
-  let states = new Map(); // element → replay-state
   let news = new Map(); // element → {attribute: value}, to be sent
   let fresh = []; // elements whose box is to be looked at
-  let timer = 0, sending = false;
-  let cost = 0, idle = 0, pause = IDLE_LOOK_MS; // ms: of the last look; until the next one of an idle page
+  let timer = 0, pause = LOOK_MS, cost = 0; // ms: until the next look; of the last one
+  let sending = false;
 
   // What is told.
 
@@ -56,7 +58,8 @@ const picture = (() => {
   }
 
   function send() {
-    const attributes = [...news].map(([el, a]) => ({ id: record.mirror.getId(el), attributes: a })).filter(({ id }) => id > 0);
+    const all = Array.from(news, ([el, attributes]) => ({ id: record.mirror.getId(el), attributes }));
+    const attributes = all.filter(({ id }) => id > 0);
     news = new Map();
     if (!attributes.length) return;
     sending = true;
@@ -64,53 +67,56 @@ const picture = (() => {
     sending = false;
   }
 
-  function soon() {
-    if (pause > IDLE_LOOK_MS) rest(IDLE_LOOK_MS);
-    timer = timer || setTimeout(safe(() => look()), Math.min(Math.max(LOOK_MS, SHARE * cost), IDLE_LOOK_MS));
-  }
-
-  function rest(ms) {
+  // A look follows each event. More come after it, less and less often and in the end
+  // no more, for what no event tells: a new title, sheet.disabled = true and the like.
+  const soon = () => lookIn(LOOK_MS);
+  function lookIn(ms) {
+    if (timer && pause <= ms) return;
+    clearTimeout(timer);
     pause = ms;
-    clearTimeout(idle);
-    idle = setTimeout(safe(idleLook), Math.max(pause, SHARE * cost));
-  }
-
-  // idleLook is for what no event tells, a new title, sheet.disabled = true and the
-  // like. It comes less and less often while nothing happens.
-  function idleLook() {
-    rest(Math.min(2 * pause, IDLE_LOOK_MAX_MS));
-    if (isHidden(document) || !stopRecorder || !roots.size) return;
-    noteMissed();
-    look();
+    timer = setTimeout(safe(() => { noteMissed(); look(); }), Math.max(ms, Math.min(SHARE * cost, 1000)));
   }
 
   function look(most = MEASURE_MS) {
     const begun = performance.now();
     clearTimeout(timer);
     timer = 0;
-    const found = new Map(), moving = new Map();
+    const moving = new Map();
     for (const root of roots) {
       if (!(root.host ? root.isConnected : root.defaultView)) { roots.delete(root); continue; }
-      for (const el of root.querySelectorAll(ANY_STATE)) {
-        found.set(el, STATES.filter((s) => matches.call(el, ":" + s)).join(" ") || "undefined");
-      }
-      for (const el of root.querySelectorAll("style, link")) {
-        if (el.disabled || el.sheet && el.sheet.disabled) found.set(el, "disabled");
-      }
+      for (const el of distinguished(root)) asked.add(el);
       for (const a of root.getAnimations ? root.getAnimations() : []) noteMotion(a, moving);
       noteAdopted(root);
     }
-    for (const el of states.keys()) if (!found.has(el)) note(el, "replay-state", null);
-    for (const [el, state] of found) note(el, "replay-state", state);
-    states = found;
+    for (const el of asked) {
+      if (el.isConnected) note(el, "replay-state", stateOf(el) || null);
+      else asked.delete(el);
+    }
     for (const el of told.keys()) if (told.get(el)["replay-motion"] && !moving.has(el)) note(el, "replay-motion", null);
-    for (const [el, list] of moving) note(el, "replay-motion", stringify(list), stringify(list.map((m) => ({ ...m, at: m.paused && m.at }))));
+    for (const [el, list] of moving) {
+      const apart = list.map((motion) => ({ ...motion, at: motion.paused && motion.at })); // from time, that goes on
+      note(el, "replay-motion", stringify(list), stringify(apart));
+    }
     for (const start = performance.now(); fresh.length && performance.now() - start < most;) measure(fresh.pop());
     if (fresh.length) soon();
-    note(document.documentElement, "replay-media", FEATURES.filter((f) => matchMedia(`(${f})`).matches).join(" "));
-    if (news.size) rest(IDLE_LOOK_MS);
+    note(document.documentElement, "replay-media", FEATURES.filter((_, i) => asks[i].matches).join(" "));
+    const next = news.size ? 10 * LOOK_MS : 4 * pause;
     send();
     cost = performance.now() - begun;
+    if (next < LAST_LOOK_MS) lookIn(next);
+  }
+
+  function distinguished(root) {
+    const focus = root.host ? root.activeElement : focusOf(root), all = focus ? [focus] : [];
+    if (document.fullscreenElement) all.push(...root.querySelectorAll(":fullscreen"));
+    if (root.location && root.location.hash) all.push(...root.querySelectorAll(":target"));
+    return all;
+  }
+
+  function stateOf(el) {
+    if (/^(style|link)$/.test(localName(el))) return el.disabled || el.sheet && el.sheet.disabled ? "disabled" : "";
+    if (!matches(el, ":defined")) return "undefined";
+    return STATES.filter((state) => matches(el, ":" + state)).join(" ");
   }
 
   // CSS's own animations run by themselves in the replay.
@@ -124,7 +130,7 @@ const picture = (() => {
       rate: playbackRate, paused: playState === "paused" });
   }
 
-  // rrweb sees adoptedStyleSheets set, not pushed to, and not of a root that comes back.
+  // rrweb sees adoptedStyleSheets set, not pushed to.
   function noteAdopted(root) {
     const sheets = root.adoptedStyleSheets, before = worn.get(root);
     if (!sheets || !before || sheets.length === before.length && before.every((s, i) => s === sheets[i])) return;
@@ -152,7 +158,6 @@ const picture = (() => {
       noteSize(el);
       if (el.localName === "img" && String(options.inlineImages) === "true") noteImage(el);
     } else if (isIcon(el)) {
-      icons.add(el);
       noteSize(el);
     } else if (isClosed(el)) {
       note(el, "replay-closed", "");
@@ -164,7 +169,7 @@ const picture = (() => {
   // loses those that load later, and loads others anew.
   function noteImage(img) {
     const { currentSrc, naturalWidth, naturalHeight } = img;
-    if (!img.complete || !naturalWidth || secrecy(img, new Map())) return;
+    if (!img.complete || !naturalWidth || secrecy(img)) return;
     if ((copies.get(img) || {}).src !== currentSrc) {
       const canvas = document.createElement("canvas");
       const scale = Math.min(1, img.offsetWidth * devicePixelRatio / naturalWidth || 1);
@@ -193,16 +198,18 @@ const picture = (() => {
   function isClosed(el) {
     if (!HOSTS.test(el.localName) || el.firstChild || el.shadowRoot || !el.offsetHeight) return false;
     const map = el.computedStyleMap && el.computedStyleMap();
-    if (!map || ["height", "min-height", "aspect-ratio"].some((name) => !/^(auto|0px)$/.test(map.get(name)))) return false;
+    const isAuto = (name) => /^(auto|0px)$/.test(map.get(name));
+    if (!map || !["height", "min-height", "aspect-ratio"].every(isAuto)) return false;
     const { paddingTop, paddingBottom, position } = getComputedStyle(el);
-    if (el.clientHeight <= parseFloat(paddingTop) + parseFloat(paddingBottom) || !/static|relative/.test(position)) return false;
-    return !/flex|grid/.test(getComputedStyle(el.parentElement || el).display)
+    if (el.clientHeight <= parseFloat(paddingTop) + parseFloat(paddingBottom)) return false;
+    return /static|relative/.test(position) && !/flex|grid/.test(getComputedStyle(el.parentElement || el).display)
       && content(el, "::before") === "none" && content(el, "::after") === "none";
   }
 
   // Style sheets.
 
-  const fill = (css, el) => css.replace(EMPTY, (_, before, name) => `${before}${name}: ${getComputedStyle(el).getPropertyValue(name)}`);
+  const valueOf = (el, name) => getComputedStyle(el).getPropertyValue(name);
+  const fill = (css, el) => css.replace(EMPTY, (_, before, name) => `${before}${name}: ${valueOf(el, name)}`);
 
   // repair fills in what an element has that the rule is for, if there is one.
   function repair(css, rules, root) {
@@ -218,18 +225,19 @@ const picture = (() => {
   // sourceOf is a style element's own text, if that is all there is in its sheet.
   function sourceOf(el) {
     const copy = new CSSStyleSheet(), text = el.textContent;
+    const rulesOf = (sheet) => Array.from(sheet.cssRules, (rule) => rule.cssText).join();
     copy.replaceSync(text);
-    const { cssRules } = el.sheet;
-    return copy.cssRules.length === cssRules.length && [...copy.cssRules].every((r, i) => r.cssText === cssRules[i].cssText) && text;
+    return rulesOf(copy) === rulesOf(el.sheet) && text;
   }
 
-  const absolute = (css, base) => css.replace(/url\(\s*(["']?)(?!["']?(?:#|[a-z]+:))([^"')]+)\1\s*\)/gi, (all, _, path) => {
+  const RELATIVE = /url\(\s*(["']?)(?!["']?(?:#|[a-z]+:))([^"')]+)\1\s*\)/gi;
+  const absolute = (css, base) => css.replace(RELATIVE, (all, _, path) => {
     try { return `url("${new URL(path, base).href}")`; } catch { return all; }
   });
 
   // textOf is a sheet as text, with what it imports; it throws if that may not be read.
-  const textOf = (sheet) => [...sheet.cssRules].map((rule) =>
-    (rule.styleSheet ? imported(rule, textOf(rule.styleSheet)) : absolute(rule.cssText, sheet.href || document.baseURI))).join("\n");
+  const textOf = ({ href, cssRules }) => Array.from(cssRules, (rule) => (rule.styleSheet
+    ? imported(rule, textOf(rule.styleSheet)) : absolute(rule.cssText, href || document.baseURI))).join("\n");
 
   function imported({ media, layerName, supportsText }, css) {
     if (layerName != null) css = `@layer ${layerName}{${css}}`;
@@ -248,15 +256,14 @@ const picture = (() => {
   // broken, or that its server lets everybody read though the link did not ask.
   function fetchSheet(link, isBroken) {
     const { href } = link;
-    if (!sources.has(href)) sources.set(href, fetch(href).then((answer) => (answer.ok ? answer.text() : Promise.reject(answer.status))));
+    const textIn = (answer) => (answer.ok ? answer.text() : Promise.reject(answer.status));
+    if (!sources.has(href)) sources.set(href, fetch(href).then(textIn));
     sources.get(href).then((css) => {
       if (link.href !== href || isBroken && /@import/i.test(css)) return; // a repaired text has its imports
       note(link, "_cssText", absolute(css, href));
-      soon();
     }).catch(() => {
       if (!isBroken) note(link, "replay-missing", "");
-      soon();
-    });
+    }).then(soon);
   }
 
   function mendSheet(el, attributes) {
@@ -288,7 +295,7 @@ const picture = (() => {
     const { style } = attributes;
     if (typeof style === "string") attributes.style = fill(style, el);
     else for (const name in style) {
-      if (!style[name] && [...el.style].includes(name)) style[name] = getComputedStyle(el).getPropertyValue(name);
+      if (!style[name] && [...el.style].includes(name)) style[name] = valueOf(el, name);
     }
   }
 
@@ -297,51 +304,49 @@ const picture = (() => {
   function enter(root) {
     if (!root) return;
     roots.add(root);
-    if (root.adoptedStyleSheets) worn.set(root, met.has(root) && root.host ? [] : [...root.adoptedStyleSheets]);
-    met.add(root);
+    // rrweb tells of a shadow root's adopted sheets once, not when it comes back.
+    if (root.adoptedStyleSheets) worn.set(root, worn.has(root) && root.host ? [] : [...root.adoptedStyleSheets]);
     on(root, "load", loaded, true);
   }
 
-  function meet(serialized, isNew) {
-    for (const open = [serialized]; open.length;) {
-      const s = open.pop(), node = nodeOf(s.id), { attributes } = s;
-      if (!node) continue;
-      if (isNew) told.delete(node);
-      if (s.type === 0) enter(node);
-      if (s.isShadowHost) enter(node.shadowRoot);
-      if (s.isShadow && !roots.has(node.parentNode)) enter(node.parentNode);
-      if (attributes) meetElement(node, s);
-      else if (ICON.test(s.textContent)) fresh.push(node.parentElement);
-      for (const child of s.childNodes || []) open.push(child);
-    }
+  // meet sees each node before it is cleaned.
+  function meet(serialized, node) {
+    const { type, attributes, isShadowHost, isShadow, textContent } = serialized;
+    told.delete(node);
+    if (type === 0) enter(node);
+    if (isShadowHost) enter(node.shadowRoot);
+    if (isShadow && !roots.has(node.parentNode)) enter(node.parentNode);
+    if (attributes) meetElement(node, serialized);
+    else if (ICON.test(textContent)) fresh.push(node.parentElement);
   }
 
   function meetElement(el, { tagName, attributes }) {
+    if (MAY_HAVE.test(tagName) || "popover" in attributes) asked.add(el);
     if (tagName === "style" || tagName === "link") mendSheet(el, attributes);
     if (attributes.style) mendStyle(el, attributes);
     if (BOXES.test(tagName) || attributes.type === "image") sizes.observe(el);
-    if (attributes.rr_dataURL && secrecy(el, new Map())) delete attributes.rr_dataURL;
+    if (attributes.rr_dataURL && secrecy(el)) delete attributes.rr_dataURL;
     if (!el.firstElementChild && (HOSTS.test(tagName) || OTHERS.test(tagName))) fresh.push(el);
   }
 
   function complete({ type, data }) {
     if (type === FULL) {
       roots.clear();
+      asked.clear();
       told = new Map();
-      meet(data.node);
     } else if (type === INCREMENTAL && data.source === MUTATION && !sending) {
-      for (const add of data.adds) meet(add.node, true);
       for (const { id, attributes } of data.attributes) if (nodeOf(id)) {
+        if ("popover" in attributes) asked.add(nodeOf(id));
         if (attributes._cssText) mendSheet(nodeOf(id), attributes);
         if (attributes.style) mendStyle(nodeOf(id), attributes);
       }
     } else if (type === INCREMENTAL && data.source === CANVAS) {
-      if (secrecy(nodeOf(data.id), new Map())) data.commands = []; // masked
+      if (secrecy(nodeOf(data.id))) data.commands = []; // masked
     } else if (type === INCREMENTAL && data.source === ADOPTED) {
       const root = nodeOf(data.id).shadowRoot || nodeOf(data.id);
       worn.set(root, [...root.adoptedStyleSheets]);
-      for (const { rules } of data.styles || []) for (const r of rules) {
-        if (BROKEN.test(r.rule)) for (const sheet of root.adoptedStyleSheets) r.rule = repair(r.rule, sheet.cssRules, root);
+      for (const r of (data.styles || []).flatMap(({ rules }) => rules)) if (BROKEN.test(r.rule)) {
+        for (const sheet of root.adoptedStyleSheets) r.rule = repair(r.rule, sheet.cssRules, root);
       }
     }
   }
@@ -353,19 +358,18 @@ const picture = (() => {
 
   // begin goes on until listeners are aborted.
   function begin() {
-    for (const f of FEATURES) on(matchMedia(`(${f})`), "change", soon);
-    on(document.fonts, "loadingdone", safe(() => {
-      for (const el of icons) if (el.isConnected) fresh.push(el); else icons.delete(el);
+    for (const query of asks) on(query, "change", soon);
+    on(document.fonts, "loadingdone", safe(() => { // icons have their widths now
+      for (const [el, { "replay-size": size }] of told) if (size) fresh.push(el);
       soon();
     }));
-    rest(IDLE_LOOK_MS);
     listeners.signal.addEventListener("abort", () => {
-      for (const id of [idle, timer]) clearTimeout(id);
+      clearTimeout(timer);
       timer = 0;
       sizes.disconnect();
       roots.clear();
     });
   }
 
-  return { begin, look, complete, took };
+  return { begin, look, complete, meet: safe(meet), took };
 })();

@@ -15,7 +15,7 @@ let endsListeners = false;
 EventTarget.prototype.addEventListener.call(window, "", null, { get signal() { endsListeners = true; } });
 if (!endsListeners) return;
 
-let maskSelector, blockSelector, anySelector; // the owner's two, and these with EDITORS
+let maskSelector, blockSelector, anySelector; // the owner's two; all elements that may be secret in themselves
 const IGNORED = "[data-replay-ignore], [data-replay-ignore] *";
 const SHOWN = "[data-replay-show]";
 const EDITORS = "textarea, [contenteditable]:not([contenteditable=false i]), [role~=textbox i], [role~=searchbox i], "
@@ -23,10 +23,10 @@ const EDITORS = "textarea, [contenteditable]:not([contenteditable=false i]), [ro
 const CONTROLS = /^(input|textarea|select)$/;
 const CHOICES = /^(radio|checkbox)$/;
 const BUTTONS = /^(button|submit|reset|image)$/;
-const SET = /^(radio|checkbox|range|color|button|submit|reset|image|select-one|select-multiple)$/; // nobody types into these
+const SET = /^(radio|checkbox|range|color|button|submit|reset|image|select-.*)$/; // nobody types into these
 const OWN_VALUE = /^(button|option|li|progress|meter|data|param)$/; // their value attribute is the page's
 const URLS = /^(href|src|rr_src|action|formaction|xlink:href|data|poster|cite|background|longdesc|manifest)$/;
-const WORDS = /^(title|alt|placeholder|label|summary|value|content|aria-(label|description|placeholder|roledescription|valuetext)|data-.*)$/;
+const WORDS = /^(title|alt|placeholder|label|summary|value|content|aria-(label|.*description|placeholder)|data-.*)$/;
 const ECHO = /^data-(?!replay-|rr-)/; // on a control: where scripts copy its value
 
 // A form with a field named tagName has no tagName of its own to read, and a
@@ -34,15 +34,16 @@ const ECHO = /^data-(?!replay-|rr-)/; // on a control: where scripts copy its va
 // and documents is read through the prototypes' own getters.
 const own = (f) => Function.prototype.call.bind(f);
 const getter = (type, name) => own(Object.getOwnPropertyDescriptor(type.prototype, name).get);
-const nodeType = getter(Node, "nodeType"), parentNode = getter(Node, "parentNode"), ownerDocument = getter(Node, "ownerDocument");
+const nodeType = getter(Node, "nodeType"), parentNode = getter(Node, "parentNode");
 const localName = getter(Element, "localName"), childElementCount = getter(Element, "childElementCount");
-const hostOf = getter(ShadowRoot, "host"), viewOf = getter(Document, "defaultView"), designMode = getter(Document, "designMode");
+const attributesOf = getter(Element, "attributes"), ownerDocument = getter(Node, "ownerDocument");
+const viewOf = getter(Document, "defaultView"), designMode = getter(Document, "designMode");
 const isHidden = getter(Document, "hidden"), referrerOf = getter(Document, "referrer");
-const titleOf = getter(Document, "title"), addressOf = getter(Document, "documentURI"), attributesOf = getter(Element, "attributes");
+const titleOf = getter(Document, "title"), addressOf = getter(Document, "documentURI");
+const focusOf = getter(Document, "activeElement"), byTag = own(Document.prototype.getElementsByTagName);
 const matches = own(Element.prototype.matches), attributeOf = own(Element.prototype.getAttribute);
 const attributeNames = own(Element.prototype.getAttributeNames), boxOf = own(Element.prototype.getBoundingClientRect);
 const byId = own(Document.prototype.getElementById), byName = own(Document.prototype.getElementsByName);
-const formsIn = own(Document.prototype.getElementsByTagName), kindOf = own(Object.prototype.toString);
 
 const stars = (text) => text.replace(/\S/g, "*");
 const nodeOf = (id) => record.mirror.getNode(id);
@@ -164,7 +165,7 @@ function isDrawn(text) {
 const targetOf = (event) => event.composedPath()[0] || event.target;
 const isElement = (node) => !!node && nodeType(node) === 1;
 const shows = (el) => isElement(el) && matches(el, SHOWN) && !/^(password|hidden)$/.test(el.type)
-  && !secrecy(el, new Map());
+  && !secrecy(el);
 
 // hear learns what a control, or a text node, holds now.
 function hear(holder, text) {
@@ -182,10 +183,11 @@ function finish() {
   if (isElement(runIn) && isControl(runIn) && !SET.test(runIn.type) && !shows(runIn)) learnWords(runIn.value);
 }
 
+const GOES_ON = /^(Backspace|Shift|CapsLock|AltGraph|Process|Unidentified|Dead)$/;
 function heardKey(event) {
   const target = targetOf(event), { key = "", isTrusted } = event;
   if (!isTrusted) return;
-  if (target !== runIn || key.length > 1 && !/^(Backspace|Shift|CapsLock|AltGraph|Process|Unidentified|Dead)$/.test(key)) finish();
+  if (target !== runIn || key.length > 1 && !GOES_ON.test(key)) finish();
   runIn = target;
   if (key === "Backspace") run = run.slice(0, -1);
   if (key.length !== 1 || event.ctrlKey !== event.altKey || event.metaKey || shows(target)) return;
@@ -225,7 +227,7 @@ function hearTyping(win) {
 // ── Controls ─────────────────────────────────────────────────────────────────
 
 function maskValue(value, el) {
-  if (BUTTONS.test(el.type)) return secrecy(el, new Map()) ? stars(value) : cleanWords(value); // its label
+  if (BUTTONS.test(el.type)) return secrecy(el) ? stars(value) : cleanWords(value); // its label
   if (shows(el)) return value;
   if (el.type === "hidden" || matches(el, IGNORED)) return "";
   if (el.type === "password" || localName(el) === "select") return value && "********"; // not even its length
@@ -294,11 +296,10 @@ function cleanCSS(css) {
 
 // outer is the element around a node, also out of a shadow tree or a frame.
 function outer(node) {
-  const parent = nodeType(node) === 9 ? node : parentNode(node);
-  if (!parent || nodeType(parent) === 1) return parent;
-  if (nodeType(parent) === 11) return kindOf(parent) === "[object ShadowRoot]" ? hostOf(parent) : null;
-  const win = viewOf(parent);
-  return win && win.frameElement;
+  const parent = parentNode(node) || node, type = nodeType(parent);
+  if (type === 1) return parent === node ? null : parent;
+  const win = type === 9 && viewOf(parent);
+  return win ? win.frameElement : type === 11 && parent.host || null;
 }
 
 function isEditor(el) {
@@ -310,12 +311,12 @@ function isEditor(el) {
 // secrecy tells how an element is recorded; of an editor the text is masked, its own
 // labels are not. seen remembers the answers for the length of one event.
 const OPEN = 0, EDITOR = 1, MASKED = 2, BLOCKED = 3;
-function secrecy(el, seen) {
+function secrecy(el, seen = new Map()) {
   if (!el) return OPEN;
   let found = seen.get(el);
   if (found === undefined) {
     found = typedInto.has(el) ? EDITOR : OPEN;
-    if (matches(el, anySelector) || designMode(ownerDocument(el)) === "on") {
+    if (matches(el, anySelector)) {
       if (matches(el, blockSelector)) found = BLOCKED;
       else if (matches(el, maskSelector)) found = MASKED;
       else if (!found && isEditor(el)) found = EDITOR;
@@ -328,8 +329,11 @@ function secrecy(el, seen) {
 }
 
 function secrecyAt(id, seen) {
-  const node = nodeOf(id);
-  return node ? secrecy(nodeType(node) === 1 ? node : outer(node), seen) : OPEN;
+  if (!seen.has(id)) {
+    const node = nodeOf(id);
+    seen.set(id, node ? secrecy(nodeType(node) === 1 ? node : outer(node), seen) : OPEN);
+  }
+  return seen.get(id);
 }
 
 // A link's fragment may name a section of its own page.
@@ -339,20 +343,21 @@ function cleanAddress(el, tag, value) {
   return cutAddress(value, !path || path === addressOf(doc).split(/[?#]/)[0] ? doc : null);
 }
 
+const cleanDeclaration = (name, value) => (name.startsWith("--") ? cleanWords(value) : cleanCSS(value));
 function cleanStyle(style) {
   for (const [name, value] of Object.entries(style)) {
-    const text = [].concat(value)[0];
-    if (typeof text !== "string") continue;
-    const clean = name.startsWith("--") ? cleanWords(text) : cleanCSS(text);
-    style[name] = Array.isArray(value) ? [clean, value[1]] : clean;
+    if (typeof value === "string") style[name] = cleanDeclaration(name, value);
+    else if (value) value[0] = cleanDeclaration(name, value[0]); // and its priority
   }
 }
 
 function cleanAttribute(el, tag, name, value, masked) {
   if (name === "value" && !OWN_VALUE.test(tag)) return CONTROLS.test(tag) ? maskValue(value, el) : stars(value);
-  if (/^aria-value/.test(name) || masked && WORDS.test(name) || CONTROLS.test(tag) && ECHO.test(name) && !shows(el)) return stars(value);
+  if (/^aria-value/.test(name) || masked && WORDS.test(name)) return stars(value);
+  if (CONTROLS.test(tag) && ECHO.test(name) && !shows(el)) return stars(value);
   if (tag === "meta" && name === "content" && !/^(viewport|color-scheme)$/.test(el.name)) return "";
-  if (masked && (/^(a|area)$/.test(tag) && name === "href" || /^data:/.test(value))) return ""; // a typed link, a pasted picture
+  // A link that was typed, a picture that was pasted.
+  if (masked && (/^(a|area)$/.test(tag) && name === "href" || /^data:/.test(value))) return "";
   if (/^(style|_cssText|replay-.*)$/.test(name)) return cleanCSS(value);
   if (/srcset$|^ping$/.test(name)) return value.replace(/\S+/g, (part) => cutAddress(part));
   if (URLS.test(name)) return cleanAddress(el, tag, value);
@@ -362,13 +367,13 @@ function cleanAttribute(el, tag, name, value, masked) {
 
 // A control, or an editor, is labelled by its page: its own words are masked
 // only where the owner says so, or what is around it is masked.
-function cleanAttributes(el, attributes, seen) {
-  const tag = localName(el), masked = secrecy(el, seen) === MASKED;
+function cleanAttributes(el, attributes, masked) {
+  const tag = localName(el);
   for (const name of Object.keys(attributes)) {
     const value = attributes[name];
     if (/^on|^srcdoc$|^selected$/.test(name)) delete attributes[name]; // a frame's document is recorded itself
     else if (name === "style" && value && typeof value === "object") cleanStyle(value);
-    else if (typeof value === "object" && value) delete attributes[name]; // a field of a form, by the name of what rrweb reads
+    else if (typeof value === "object" && value) delete attributes[name]; // a form's field of the name that rrweb reads
     else if (typeof value === "string" && (!name.startsWith("rr_") || name === "rr_src")) {
       attributes[name] = cleanAttribute(el, tag, name, value, masked);
     }
@@ -383,13 +388,16 @@ function cleanBlocked(serialized, el) {
   delete serialized.isShadowHost;
 }
 
-// cleanNode cleans a serialized node and all below it. fresh: it appears just after a key.
+// cleanNode cleans a serialized node and all below it, when the picture has what it
+// needs of them. fresh: it appears just after a key.
 function cleanNode(serialized, seen, fresh) {
   const node = nodeOf(serialized.id);
+  if (node) picture.meet(serialized, node);
   if (serialized.attributes) {
-    if (secrecy(node, seen) === BLOCKED) return cleanBlocked(serialized, node);
+    const secret = secrecy(node, seen);
+    if (secret === BLOCKED) return cleanBlocked(serialized, node);
     if (serialized.tagName === "form") cleanForm(serialized, node);
-    cleanAttributes(node, serialized.attributes, seen);
+    cleanAttributes(node, serialized.attributes, secret === MASKED);
     if (isControl(node)) noteControl(serialized.id, node);
   } else if (serialized.textContent) serialized.textContent = cleanText(node, serialized.textContent, seen, fresh);
   for (const child of serialized.childNodes || []) cleanNode(child, seen, fresh);
@@ -399,8 +407,9 @@ function cleanNode(serialized, seen, fresh) {
 function cleanForm(serialized, form) {
   delete serialized.isSVG;
   if (attributesOf(form) === form.attributes) return;
-  for (const name of Object.keys(serialized.attributes)) if (!name.startsWith("rr_")) delete serialized.attributes[name];
-  for (const name of attributeNames(form)) serialized.attributes[name] = attributeOf(form, name);
+  const real = attributeNames(form).map((name) => [name, attributeOf(form, name)]);
+  const noted = Object.entries(serialized.attributes).filter(([name]) => name.startsWith("rr_"));
+  serialized.attributes = Object.fromEntries(real.concat(noted));
 }
 
 function cleanText(node, text, seen, fresh) {
@@ -429,7 +438,9 @@ function cleanMutation(data, seen) {
     if (data.isAttachIframe) hearTyping(viewOf(nodeOf(node.id)));
   }
   for (const text of data.texts) if (text.value) text.value = cleanText(nodeOf(text.id), text.value, seen, fresh);
-  for (const { id, attributes } of data.attributes) cleanAttributes(nodeOf(id), attributes, seen);
+  for (const { id, attributes } of data.attributes) {
+    cleanAttributes(nodeOf(id), attributes, secrecyAt(id, seen) === MASKED);
+  }
   return data.adds.length + data.removes.length + data.attributes.length + data.texts.length > 0;
 }
 
@@ -439,7 +450,7 @@ function cleanSheets(data) {
   }
   for (const name of ["replace", "replaceSync", "fontSource"]) if (data[name]) data[name] = cleanCSS(data[name]);
   const { set } = data;
-  if (set && set.value) set.value = set.property.startsWith("--") ? cleanWords(set.value) : cleanCSS(set.value);
+  if (set && set.value) set.value = cleanDeclaration(set.property, set.value);
   return true;
 }
 

@@ -25,13 +25,15 @@ const { record } = rrwebRecord;
 const { stringify } = JSON; // pages replace such things; these are from before
 const { WebSocket: Socket, Event: PlainEvent, File: PlainFile, fetch } = window;
 
-const FLUSH_MS = 500, FIRST_FLUSH_MS = 100, FLUSH_EVENTS = 50; // first: until there is an ack
-const BUFFER = 8 << 20; // UTF-16 units of JSON that may wait for an ack, the newest full snapshot apart
+const FLUSH_MS = 500, FIRST_FLUSH_MS = 100; // first: until there is an ack
+const BUFFER = 16 << 20; // UTF-16 units of JSON that may wait for an ack, the newest full snapshot apart
 const QUOTA = 2 << 20; // UTF-16 units of them in sessionStorage
 const IDLE_MS = 30 * 60000; // a page that loads after this begins a new session
 const CHECKOUT_MS = 5 * 60000;
+const LOCK_MS = 3000; // how long a page waits for what the one before it holds
 const SILENCE_MS = 30000; // without a session_ready or an ack: the connection is dead
 const RETRY_MS = 500, RETRY_MAX_MS = 30000;
+const BATCH_SIZE = 250000; // UTF-16 units, but for larger events: sessionStorage has whole batches
 const POST_MS = 1000, POST_SIZE = 500000; // between two POSTs; what one has, so that proxies let it pass
 const POSTS_MS = 3 * 60000; // of POSTs, until a WebSocket is tried again
 const LAST_SIZE = 60000; // bytes: browsers let a fetch outlive its page up to 64 KiB
@@ -45,9 +47,9 @@ const STORE = "session-replay";
 // rrweb's event types, and the sources of its incremental events, that matter here.
 const FULL = 2, INCREMENTAL = 3, META = 4, CUSTOM = 5;
 const MUTATION = 0, CLICKS = 2, INPUT = 5, CANVAS = 9, ADOPTED = 15;
-const VISITOR = [1, 2, 3, 5, 6, 7, 12, 14]; // sources of what a visitor does: mouse, touch, scroll, input, media, selection
+const VISITOR = [1, 2, 3, 5, 6, 7, 12, 14]; // what a visitor does: mouse, touch, scroll, input, media, selection
 
-let options = {};
+let options = { ...(script && script.dataset) };
 let wanted = false; // between start() and stop()
 let stopRecorder = null;
 let listeners = null; // an AbortController: ends every listener at once
@@ -57,15 +59,14 @@ let troubles = 0, mendTimer = 0, mendedAt = -Infinity; // exceptions of the reco
 let unlock = () => {};
 let turn = 0; // raised when a begin() that waits is of no use any more
 let held = []; // batches and errors that are not acked: {seq (0: not sent yet), snap, text, kind (of an error)}
-let heldSize = 0;
 let noted = 0; // errors
-let pending = [], pendingSize = 0, flushTimer = 0; // events of the next batch
+let pending = "", flushTimer = 0; // the next batch's events
 let snapshotSize = 0, snapshotAt = 0; // of the newest full snapshot
 let limit = (32 << 20) - (64 << 10); // bytes that one message may have
 let fullSince = 0; // when the buffer was full, and recording stopped
 let socket = null, ready = false, readyAt = 0;
 let stored = false; // sessionStorage has batches
-let news = false, newsTimer = 0; // something is to be said since the last session_start
+let newsTimer = 0; // set while something is to be said that the last session_start did not have
 let sent = 0; // how many of held went over this connection
 let retries = 0, retryTimer = 0, silence = 0, refusals = 0;
 
@@ -98,7 +99,7 @@ function on(target, type, f, capture = false) {
 // if that is later, from the last event of its session. Events and files carry
 // both clocks where no page has its hands.
 
-const sinceStart = own(Object.getOwnPropertyDescriptor(PlainEvent.prototype, "timeStamp").get);
+const sinceStart = getter(PlainEvent, "timeStamp");
 const monotonic = () => sinceStart(new PlainEvent(""));
 const timeOfDay = () => new PlainFile([], "").lastModified;
 let origin = timeOfDay() - monotonic();
@@ -110,11 +111,11 @@ function setClock(last = 0) { origin = Math.max(timeOfDay(), last) - monotonic()
 
 // toText is JSON.stringify for pages whose libraries gave arrays and strings a
 // toJSON of their own (Prototype.js did).
-function toText(value, replacer) {
+function toText(value) {
   const theirs = [Array.prototype, String.prototype].filter((p) => p.toJSON).map((p) => [p, p.toJSON]);
   for (const [p] of theirs) delete p.toJSON;
   try {
-    return stringify(value, replacer);
+    return stringify(value);
   } finally {
     for (const [p, toJSON] of theirs) p.toJSON = toJSON;
   }
@@ -126,7 +127,6 @@ const emit = safe((event) => {
   event.timestamp = now(); // rrweb asks the page's Date
   const { type, data } = event;
   if (type === META) guardForms();
-  if (type === FULL) unguard();
   if (data.positions) for (const at of data.positions) at.timeOffset = Math.max(-500, Math.min(0, at.timeOffset));
   if (type === INCREMENTAL) notePage();
   safe(picture.complete)(event);
@@ -158,7 +158,6 @@ function startRecorder() {
     errorHandler: (error) => !(error instanceof DOMException) && mend(error),
   });
   if (!stop) {
-    unguard();
     stopRecorder = null;
     explain("failed");
   } else if (stopRecorder === starting) stopRecorder = safe(stop);
@@ -169,7 +168,6 @@ function startRecorder() {
 // snapshot makes whole.
 function mend(error) {
   trouble(error);
-  unguard();
   mendSoon();
   return true;
 }
@@ -191,41 +189,37 @@ function isUnreadable(node) {
     || attributes !== attributesOf(node) && attributes.length > 0;
 }
 
-const unreadable = new Set(); // as the newest snapshot found them
-const leftOut = new WeakMap(); // forms → what stands for them
-function placeholderFor(form) {
-  if (!leftOut.has(form)) {
-    const { width, height } = boxOf(form), mark = document.createElement("form");
-    for (const [name, value] of [["data-replay-left-out", "form"], ["rr_width", `${width}px`], ["rr_height", `${height}px`]]) {
-      mark.setAttribute(name, value);
-    }
-    leftOut.set(form, mark);
-  }
+const unreadable = new Map(); // such forms, as the newest snapshot found them → what stands for them
+function leaveOut(form) {
+  const { width, height } = boxOf(form), mark = document.createElement("form");
+  mark.setAttribute("data-replay-left-out", "form");
+  mark.setAttribute("rr_width", `${width}px`);
+  mark.setAttribute("rr_height", `${height}px`);
+  unreadable.set(form, mark);
   record.mirror.add(form, { id: -2 }); // rrweb's word for what it passes over
-  return leftOut.get(form);
 }
 
 // rrweb keeps for good the getter of childNodes that it finds at its first
 // snapshot: here it finds one that puts a mark in the place of such forms. It
 // would look elsewhere if it saw Zone.js.
-let guarded = false, unguard = () => {};
+let guarded = false;
 function guardForms() {
   unreadable.clear();
-  for (const form of formsIn(document, "form")) if (isUnreadable(form)) unreadable.add(form);
+  for (const form of byTag(document, "form")) if (isUnreadable(form)) leaveOut(form);
   if (guarded) return;
   guarded = true;
-  const theirs = Object.getOwnPropertyDescriptor(Node.prototype, "childNodes"), list = own(theirs.get), { Zone } = window;
-  const apply = (_, node) => {
-    const nodes = list(node);
-    return unreadable.size ? Array.from(nodes, (child) => (unreadable.has(child) ? placeholderFor(child) : child)) : nodes;
-  };
-  Object.defineProperty(Node.prototype, "childNodes", { ...theirs, get: new Proxy(theirs.get, { apply }) });
+  const theirs = Object.getOwnPropertyDescriptor(Node.prototype, "childNodes"), list = own(theirs.get);
+  const { Zone } = window;
+  function get() {
+    return unreadable.size ? Array.from(list(this), (child) => unreadable.get(child) || child) : list(this);
+  }
+  get.toString = () => "[native code]"; // what rrweb looks for
+  Object.defineProperty(Node.prototype, "childNodes", { ...theirs, get });
   if (Zone) window.Zone = undefined;
-  unguard = () => {
+  Promise.resolve().then(() => { // no script of the page's runs before
     Object.defineProperty(Node.prototype, "childNodes", theirs);
     if (Zone) window.Zone = Zone;
-    unguard = () => {};
-  };
+  });
 }
 
 function endRecorder() {
@@ -237,15 +231,15 @@ const takeSnapshot = safe(() => { if (stopRecorder && snapshotAt) record.takeFul
 
 const customEvent = (tag, payload) => ({ type: CUSTOM, data: { tag, payload }, timestamp: now() });
 
-const bytesOf = (text) => (text.length * 3 < limit ? text.length : new Blob([text]).size);
+const isPlain = (text) => text.length * 3 < limit || !/[^\0-\x7f]/.test(text);
+const bytesOf = (text) => (isPlain(text) ? text.length : new Blob([text]).size);
 
 // fitted gives the text of an event that one message can hold: of a larger one
 // the largest data: addresses are left out.
 function fitted(event) {
   let text = toText(event);
   for (let most = limit >> 1; bytesOf(text) > limit && most > 1000; most >>= 2) {
-    const shorter = (found) => (found.length > most ? LEFT_OUT : found);
-    text = toText(event, (_, value) => (typeof value === "string" ? value.replace(/data:[^\s"'()<>]+/g, shorter) : value));
+    text = text.replace(/data:[^\s"'()<>\\]+/g, (found) => (found.length > most ? LEFT_OUT : found));
   }
   return bytesOf(text) > limit ? null : text;
 }
@@ -262,15 +256,15 @@ function push(event) {
   if (fullSince) return;
   const text = fitted(event);
   if (text === null) return event.type === FULL ? tooLarge() : mend(new Error("an event larger than a message"));
-  if (heldSize + pendingSize > BUFFER + snapshotSize) return bufferFull();
-  if (event.type === META || pendingSize + text.length > limit / 4) flush(); // a snapshot's batch begins with its Meta
-  pending.push(text);
-  pendingSize += text.length;
+  if (heldSize() + pending.length > BUFFER + snapshotSize) return bufferFull();
+  const snap = event.type === FULL; // its batch begins with its Meta
+  if (event.type === META || !snap && pending.length + text.length > Math.min(limit / 4, BATCH_SIZE)) flush();
+  pending += (pending && ",") + text;
   if (session && (isVisitors(event) || event.timestamp - session.at < IDLE_MS)) session.at = event.timestamp;
-  const snap = event.type === FULL;
-  if (snap) [snapshotSize, snapshotAt] = [pendingSize, event.timestamp];
-  if (snap || pending.length >= FLUSH_EVENTS) flush(snap);
-  else {
+  if (snap) {
+    [snapshotSize, snapshotAt] = [pending.length, event.timestamp];
+    flush(snap);
+  } else {
     const pause = session && session.acked ? FLUSH_MS : FIRST_FLUSH_MS;
     flushTimer = flushTimer || setTimeout(safe(() => { noteMissed(); flush(); }), pause);
   }
@@ -297,28 +291,25 @@ function noteMissed() {
 function flush(snap = false) {
   clearTimeout(flushTimer);
   flushTimer = 0;
-  if (!pending.length) return;
-  held.push({ seq: 0, snap, text: pending.join(",") });
-  heldSize += pendingSize;
-  pending = [];
-  pendingSize = 0;
+  if (!pending) return;
+  held.push({ seq: 0, snap, text: pending });
+  pending = "";
   transmit();
   pack();
 }
 
+const heldSize = () => held.reduce((sum, { text }) => sum + text.length, 0);
 const numbered = () => held.map((batch) => { batch.seq = batch.seq || session.next++; return batch; });
 
 // A full buffer stops the recorder: what is held stays playable. Once half of it is
-// acked mendSoon goes on, with a word about the gap and a fresh snapshot.
+// acked it goes on, with a word about the gap and a fresh snapshot.
 function bufferFull() {
   fullSince = now();
   flush();
   endRecorder();
 }
 
-const mayGoOn = () => fullSince && wanted && heldSize <= BUFFER / 2;
 function goOn() {
-  if (!mayGoOn()) return;
   const gap = customEvent("gap", { from: fullSince, to: now() });
   fullSince = 0;
   push(gap);
@@ -341,24 +332,24 @@ function notePage() {
 
 // tell says soon, with another session_start, what lists show of a session.
 function tell() {
-  news = true;
   newsTimer = newsTimer || setTimeout(safe(sayNews), TELL_MS);
 }
 
 function sayNews() {
+  if (!newsTimer || !ready) return;
   clearTimeout(newsTimer);
   newsTimer = 0;
-  if (news && ready) sayStart();
+  sayStart();
 }
 
 function noteError(type, error, data) {
   if (++noted > MAX_ERRORS) return;
   Object.assign(data, { stack: error && error.stack, timestamp: now() });
-  for (const key of Object.keys(data)) if (typeof data[key] === "string") data[key] = cleanWords(data[key]).slice(0, 8192);
+  for (const [key, value] of Object.entries(data)) {
+    if (typeof value === "string") data[key] = cleanWords(value).slice(0, 8192);
+  }
   data.url = cutAddress(location.href, document);
-  const text = toText(data);
-  held.push({ seq: 0, kind: type, text });
-  heldSize += text.length;
+  held.push({ seq: 0, kind: type, text: toText(data) });
   transmit();
 }
 
@@ -376,15 +367,14 @@ function listen() {
   for (const type of ["popstate", "hashchange"]) listenFor(window, type, notePage);
   if (window.navigation instanceof EventTarget) listenFor(navigation, "currententrychange", notePage);
   listenFor(document, "visibilitychange", () => {
-    push(customEvent("visibility", { hidden: isHidden(document) }));
-    if (ready) say("visibility_change", { hidden: isHidden(document), timestamp: now() });
-    if (isHidden(document)) keep();
+    const hidden = isHidden(document);
+    push(customEvent("visibility", { hidden }));
+    if (ready) socket.send(toText({ type: "visibility_change", data: { hidden, timestamp: now() } }));
+    if (hidden) keep();
     else if (!socket) connect();
   }, true);
   listenFor(window, "pagehide", leave, true);
   listenFor(window, "pageshow", (e) => { if (e.persisted) comeBack(); }, true);
-  listenFor(document, "freeze", () => { keep(); disconnect(); }, true);
-  listenFor(document, "resume", connect, true);
   listenFor(window, "online", () => { if (!ready) { disconnect(); connect(); } });
   listenFor(window, "offline", reconnect);
   hearTyping(window);
@@ -397,12 +387,7 @@ function listen() {
 // Without Web Locks (insecure origins) the duplicate takes it over: the server
 // closes the other's connection, and that one stops.
 
-const newId = () => Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => (byte + 256).toString(16).slice(1)).join("");
-
-function hold(batches) {
-  held = batches;
-  heldSize = batches.reduce((sum, batch) => sum + batch.text.length, 0);
-}
+const newId = () => crypto.getRandomValues(new Uint32Array(4)).join("-");
 
 function load() {
   try {
@@ -423,8 +408,7 @@ function keep(leaving = false) {
   const tab = session || leaving && load();
   if (!tab) return;
   const all = session ? numbered() : (tab.held || []).concat(held);
-  let room = QUOTA;
-  const fitting = all.filter((batch) => (room -= batch.text.length) >= 0); // the oldest, without a hole
+  const fitting = oldest(all, QUOTA, ({ text }) => text.length);
   for (const some of [fitting, []]) {
     try {
       sessionStorage.setItem(STORE, toText({ ...tab, held: some }));
@@ -437,26 +421,17 @@ function keep(leaving = false) {
 
 const forget = safe(() => sessionStorage.removeItem(STORE));
 
+// lock gives whether this page has the session now. The page before it may hold
+// the lock for a moment still, and store something more.
 function lock(id) {
-  if (!navigator.locks) return Promise.resolve(true);
-  const mine = turn;
+  const mine = turn, patience = new AbortController();
+  setTimeout(() => patience.abort(), LOCK_MS);
   return new Promise((done) => {
-    navigator.locks.request(`${STORE}:${id}`, { ifAvailable: true }, (got) => {
-      const isMine = got !== null && mine === turn;
-      done(isMine);
-      return isMine && new Promise((release) => { unlock = release; });
-    }).catch(() => done(true)); // no locks here: as if there were no API
-  });
-}
-
-// claim gives the session that this tab had, if it is free. The page before
-// this one may hold its lock for a moment still, and store something more.
-async function claim() {
-  for (let saved = load(), tries = 0; saved && tries < 6; tries++) {
-    if (await lock(saved.id)) return load();
-    await new Promise((done) => setTimeout(done, 150));
-  }
-  return null;
+    navigator.locks.request(`${STORE}:${id}`, { signal: patience.signal }, () => {
+      done(mine === turn);
+      return mine === turn && new Promise((release) => { unlock = release; });
+    }).catch(({ name }) => done(name !== "AbortError")); // no locks here: as if there were no API
+  }).catch(() => true);
 }
 
 // newSession makes the session's token, too: what a page sends when it is left
@@ -474,10 +449,10 @@ function newSession() {
 
 // begin finds the tab's session, while the recorder already fills held.
 async function begin() {
-  const mine = ++turn;
-  const { held: before = [], ...found } = await claim() || {};
+  const mine = ++turn, saved = load();
+  const { held: before = [], ...found } = saved && await lock(saved.id) && load() || {};
   if (mine !== turn) return; // left or stopped meanwhile
-  hold(before.concat(held));
+  held = before.concat(held);
   stored = before.length > 0;
   goOnWith(found.id ? found : newSession());
 }
@@ -496,11 +471,11 @@ function goOnWith(found) {
 // A tab is left when nothing happens for long: what its visitor does then begins
 // another session. A computer that sleeps stops the monotonic clock.
 const isVisitors = ({ type, data }) => type === INCREMENTAL && VISITOR.includes(data.source);
-const isLeft = (event) => session && isVisitors(event) && !held.length && !pending.length
+const isLeft = (event) => session && isVisitors(event) && !held.length && !pending
   && (now() - session.at > IDLE_MS || timeOfDay() - now() > IDLE_MS);
 
 function startAfresh() {
-  if (ready) say("session_end", { sessionId: session.id });
+  if (ready) socket.send(END);
   disconnect();
   letGo();
   setClock();
@@ -517,7 +492,7 @@ function leave() {
   disconnect();
   letGo();
   session = null;
-  hold([]);
+  held = [];
 }
 
 function letGo() {
@@ -531,24 +506,26 @@ function comeBack() {
   takeSnapshot();
 }
 
+// remembered gives what a storage has of a name; otherwise value, and puts it there.
+function remembered(storage, name, value) {
+  try {
+    const stored = window[storage], key = `${STORE}:${name}`;
+    value = stored.getItem(key) || value;
+    stored.setItem(key, value);
+  } catch { /* there is none, or no room: another page will not know */ }
+  return value;
+}
+
 // visitor is a random name for this browser on this site; nothing is measured.
 function visitor() {
-  if (options.visitor === "off") return undefined;
-  try {
-    const name = `${STORE}:visitor`;
-    const id = localStorage.getItem(name) || `visitor_${newId()}`;
-    localStorage.setItem(name, id);
-    return id;
-  } catch {
-    return undefined;
-  }
+  return options.visitor === "off" ? undefined : remembered("localStorage", "visitor", `visitor_${newId()}`);
 }
 
 // ── Delivery ─────────────────────────────────────────────────────────────────
 // A batch is held until the server has acked it, and sent again on each new
 // connection; the server knows by its number what it has already.
 
-const say = (type, data) => socket.send(toText({ type, data }));
+const END = '{"type":"session_end","data":{}}';
 
 function startText() {
   const { id, resume, acked, page: nth, first, started, entry, title, referrer, user, traits, pages, clicks } = session;
@@ -561,10 +538,7 @@ function startText() {
   } });
 }
 
-function sayStart() {
-  news = false;
-  socket.send(startText());
-}
+const sayStart = () => socket.send(startText());
 
 const batchText = ({ seq, kind, text }) => (kind ? `{"type":"${kind}","data":{"seq":${seq},${text.slice(1)}}`
   : `{"type":"events_batch","data":{"seq":${seq},"events":[${text}]}}`);
@@ -599,10 +573,8 @@ function poster() {
     send(line) { lines.push(line); timer = timer || setTimeout(safe(post), POST_MS); },
     close() { clearTimeout(timer); cancel.abort(); } };
   function post() {
-    let n = 0;
-    for (let size = 0; n < lines.length && (!n || size + lines[n].length < POST_SIZE); n++) size += lines[n].length;
-    const some = lines.splice(0, n);
-    if (!n || !some[0].startsWith('{"type":"session_start"')) some.unshift(startText());
+    const some = lines.splice(0, oldest(lines, POST_SIZE, (line) => line.length).length || 1);
+    if (!some.length || !some[0].startsWith('{"type":"session_start"')) some.unshift(startText());
     fetch(options.posts, { method: "POST", body: some.join("\n"), signal: cancel.signal })
       .then(async (answer) => { answered(answer.status, await answer.text()); })
       .catch(safe(() => {
@@ -628,6 +600,9 @@ function poster() {
   return made;
 }
 
+// oldest gives the first of a list that there is room for, without a hole.
+const oldest = (list, room, sizeOf) => list.filter((one) => (room -= sizeOf(one)) >= 0);
+
 const unacked = (...more) => [startText(), ...numbered().map(batchText), ...more];
 
 // pack compresses what waits for a session's first ack, a page's first snapshot for
@@ -635,7 +610,8 @@ const unacked = (...more) => [startText(), ...numbered().map(batchText), ...more
 let packed = {};
 const pack = () => packNow().catch(() => {}); // old browsers cannot
 async function packNow() {
-  if (!session || ready || session.acked || heldSize < LAST_SIZE / 2 || heldSize > PACK_SIZE) return;
+  const size = heldSize();
+  if (!session || ready || session.acked || size < LAST_SIZE / 2 || size > PACK_SIZE) return;
   const { id } = session, text = new Blob([unacked().join("\n")]);
   packed = { id, body: await new Response(text.stream().pipeThrough(new CompressionStream("gzip"))).blob() };
 }
@@ -645,8 +621,7 @@ async function packNow() {
 function sendLast(...more) {
   const lines = unacked(...more), isTooMuch = new Blob(lines).size + lines.length > LAST_SIZE;
   if (isTooMuch && ready && !socket.post) lines.splice(1, sent);
-  let room = LAST_SIZE;
-  const fitting = lines.filter((line) => (room -= new Blob([line]).size + 1) >= 0); // the oldest, without a hole
+  const fitting = oldest(lines, LAST_SIZE, (line) => new Blob([line]).size + 1);
   const isPacked = isTooMuch && !ready && packed.id === session.id && packed.body.size <= LAST_SIZE;
   if (!isPacked && fitting.length < 2) return;
   const body = isPacked ? packed.body : fitting.join("\n");
@@ -698,7 +673,6 @@ function sendLess() {
   limit = Math.min(limit, bytesOf(largest.text)) / 2;
   if (limit < 50000) return endSession("refused: too_large");
   Object.assign(largest, { text: toText(customEvent("gap", {})), snap: false });
-  hold(held);
   disconnect();
   takeSnapshot();
   retry();
@@ -720,9 +694,9 @@ function halt(why) {
   letGo();
   for (const timer of [flushTimer, mendTimer, newsTimer]) clearTimeout(timer);
   session = null;
-  hold([]);
-  pending = [];
-  pendingSize = flushTimer = fullSince = mendTimer = newsTimer = 0;
+  held = [];
+  pending = "";
+  flushTimer = fullSince = mendTimer = newsTimer = 0;
 }
 
 function receive({ type, data = {} }) {
@@ -741,10 +715,9 @@ function started({ sessionId, resume, lastSeq, accepted = lastSeq }) {
   ready = true;
   if (stopRecorder || fullSince) reason = "";
   readyAt = now();
-  if (news) sayStart();
+  sayNews();
   transmit();
   watch();
-  if (mayGoOn()) mendSoon();
 }
 
 // startOver turns what is held into the beginning of another session: it can
@@ -754,7 +727,7 @@ function startOver(id, lastSeq) {
   unlock();
   lock(id);
   const first = held.findIndex((batch) => batch.snap);
-  hold(held.filter((batch, i) => batch.kind || first >= 0 && i >= first));
+  held = held.filter((batch, i) => batch.kind || first >= 0 && i >= first);
   for (const batch of held) batch.seq = 0;
   Object.assign(session, { id, next: lastSeq + 1, first: lastSeq + 1, acked: lastSeq, started: now() });
   sent = 0;
@@ -771,14 +744,14 @@ function align(lastSeq, accepted) {
   drop(lastSeq);
   const missing = [];
   for (let seq = lastSeq + 1; seq < nextSeq(); seq++) missing.push({ seq, text: toText(customEvent("gap", {})) });
-  hold(missing.concat(held));
+  held = missing.concat(held);
   session.next = Math.max(session.next, accepted + 1);
   sent = 0;
 }
 
 function drop(seq) {
   while (held.length && held[0].seq && held[0].seq <= seq) {
-    heldSize -= held.shift().text.length;
+    held.shift();
     sent = Math.max(0, sent - 1);
   }
   session.acked = Math.max(session.acked, seq);
@@ -790,7 +763,7 @@ function acked(seq) {
   retries = refusals = 0;
   watch();
   transmit();
-  if (mayGoOn()) mendSoon();
+  if (fullSince && heldSize() < BUFFER / 2) mendSoon();
 }
 
 function transmit() {
@@ -824,7 +797,7 @@ function renew() {
 // ── window.sessionReplay ─────────────────────────────────────────────────────
 
 function readOptions(given) {
-  const all = { ...(script && script.dataset), ...options, ...given };
+  const all = { ...options, ...given };
   const base = all.endpoint ? all.endpoint.replace(/(\/ws)?\/?$/, "/") : script && script.src || "";
   const url = new URL("ws", new URL(base, location.href)); // beside the script
   url.protocol = url.protocol.replace("http", "ws");
@@ -838,13 +811,7 @@ function readOptions(given) {
 // One draw a tab, so that a visit is recorded whole or not at all.
 function sampled() {
   const rate = options.sampleRate === undefined ? 1 : Number(options.sampleRate);
-  if (rate >= 1 || load()) return true;
-  let draw = Math.random();
-  try {
-    draw = Number(sessionStorage.getItem(`${STORE}:draw`) || draw);
-    sessionStorage.setItem(`${STORE}:draw`, draw);
-  } catch { /* one draw a page, then */ }
-  return draw < rate;
+  return rate >= 1 || !!load() || Number(remembered("sessionStorage", "draw", Math.random())) < rate;
 }
 
 // A frame is in the recording of a page around it that is recorded and can see into it.
@@ -860,7 +827,7 @@ function isInRecordedPage(frame = window) {
 // explain keeps the reason why nothing is recorded, and tells who develops the page.
 function explain(why) {
   reason = why;
-  const { debug = "false" } = { ...(script && script.dataset), ...options };
+  const { debug = "false" } = options;
   if (why && (debug !== "false" || /^(localhost|127\..*|\[::1\])$/.test(location.hostname))) {
     console.info(`session-replay: ${why}`);
   }
@@ -877,12 +844,11 @@ function start(given) {
   options = readOptions(given);
   if (isInRecordedPage()) return explain("recorded by the page around this frame");
   if (navigator.globalPrivacyControl && options.gpc !== "ignore") return explain("gpc");
-  const join = (selector, more) => (more ? `${selector}, ${more}` : selector);
-  maskSelector = join("[data-replay-mask]", options.maskText);
-  blockSelector = join("[data-replay-block]", options.blockSelector);
+  maskSelector = ["[data-replay-mask]"].concat(options.maskText || []).join();
+  blockSelector = ["[data-replay-block]"].concat(options.blockSelector || []).join();
   // These throw if a selector is malformed, or JSON cannot hold what is said of
   // the user: then nothing is recorded.
-  anySelector = `${maskSelector}, ${blockSelector}, ${EDITORS}`;
+  anySelector = `${maskSelector}, ${blockSelector}, ${EDITORS}, :root`; // of a root: its document's designMode
   own(Document.prototype.querySelector)(document, anySelector);
   toText([options.user, options.traits]);
   if (!sampled()) return explain("sampled-out");
@@ -904,9 +870,8 @@ function stop() {
   safe(picture.look)(Infinity);
   endRecorder();
   flush();
-  const last = '{"type":"session_end","data":{}}';
-  if (ready && !socket.post) socket.send(last); // closing sends what a socket was given
-  else if (session) sendLast(last);
+  if (ready && !socket.post) socket.send(END); // closing sends what a socket was given
+  else if (session) sendLast(END);
   endSession("stopped");
 }
 
@@ -916,8 +881,8 @@ function identify(user, traits) {
     known.user = user || known.user;
     known.traits = { ...known.traits, ...traits };
   }
-  news = true;
-  if (ready) sayStart();
+  tell();
+  sayNews();
 }
 
 window.sessionReplay = {
@@ -927,11 +892,11 @@ window.sessionReplay = {
   event: safe((name, payload) => { if (wanted) push(customEvent(String(name), payload)); }),
   get sessionId() { return session ? session.id : null; },
   get state() {
-    const recording = wanted && !!stopRecorder, waiting = held.length + Math.sign(pending.length);
+    const recording = wanted && !!stopRecorder, waiting = held.length + Number(!!pending);
     const transport = !ready ? "" : socket.post ? "post" : "websocket";
     return { recording, reason: why(), transport, waiting, errors: troubles };
   },
 };
 
-if (script && script.dataset.autostart === "false") explain("not-started");
+if (options.autostart === "false") explain("not-started");
 else window.sessionReplay.start();

@@ -1,7 +1,7 @@
 // The page of one session: its player, what happened in it, what it is.
 
 import {
-  $, browser, clock, connect, copied, count, el, getJSON, inWaiting, offerSignOut, patiently, person, place, request,
+  $, browser, clock, connect, copied, count, el, getJSON, inWaiting, offerSignOut, patiently, person, place, remove,
   when, words, write,
 } from './api.js';
 import { Cleaner } from './events.js';
@@ -17,25 +17,21 @@ const STEP = 5000, LONG_STEP = 30000;
 const LEAD = 1000; // while it plays, a line is shown and gone to this much early: one sees it happen
 const PASSED = 2000; // so soon after a gap it is told
 const panel = new Panel($, (time) => jump(time - lead()));
+const tell = (moment) => panel.add(moment);
 let player, feed, gap;
 
 // Words: the message stands in the stage instead of a picture, the note below it.
 
-function message(text, ...more) {
-  if ($.message.firstChild?.textContent === text) return;
-  $.message.replaceChildren(text, ...more);
-  $.message.hidden = !text;
-}
-
+function message(text) { write($.message, text); }
 function note(text) { write($.note, text || player?.scene?.lack || ''); }
 function waiting(ms) { note(ms ? inWaiting(ms) : 'Connected again.'); }
 
 function failed(err) {
-  const gone = 'There is no such session. It may have been deleted. ';
-  const text = err.status === 404 ? gone : `This cannot be loaded: ${err.message}. `;
+  const gone = 'There is no such session. It may have been deleted.';
+  const text = err.status === 404 ? gone : `This cannot be loaded: ${err.message}.`;
   if (player?.scene) return note(text);
-  for (const part of [$.panel, document.querySelector('aside')]) part.hidden = !recording.info;
-  return message(text, el('a', { href: '/', textContent: 'All sessions' }));
+  $.panel.hidden = $.aside.hidden = !recording.info;
+  return message(text);
 }
 
 const WORDS = {
@@ -54,43 +50,27 @@ function sayState({ state, scene }) {
 // About.
 
 const TOLD = ('sessionId userId url entryUrl title lastUrl lastTitle referrer startTime viewport timeZone userAgent'
-  + ' create page firstSeq pages clicks').split(' ');
+  + ' create page firstSeq pages clicks traits').split(' ');
 
 function describe() {
   const { info } = recording, meta = info.metadata ?? {}, name = person(info.userId);
+  const { width, height } = meta.viewport ?? {};
   write($.who, name);
   $.who.title = `All sessions of ${words(info.userId)}`;
   $.who.href = `/?userId=${encodeURIComponent(info.userId)}`;
   document.title = `${name} · ${place(meta.url)}`;
-  const size = meta.viewport && `${words(meta.viewport.width)} × ${words(meta.viewport.height)}`;
-  facts($.about, {
-    Browser: browser(meta.userAgent), Window: size, Started: when(recording.start ?? info.createdAt),
-    Duration: clock(length()),
-  });
-  facts($.more, {
-    ...traits(meta), 'First page': meta.url, 'Last page': meta.lastUrl, 'Came from': meta.referrer,
-    'Time zone': meta.timeZone, 'User id': info.userId, Events: count(recording.total), 'User agent': meta.userAgent,
-    Session: id,
-  });
-}
-
-// traits are what the page says of its user, and whatever else it sent.
-function traits({ traits: given, ...meta }) {
-  const own = given !== null && typeof given === 'object' ? Object.entries(given) : [];
+  const facts = {
+    browser: browser(meta.userAgent), size: width && `${words(width)} × ${words(height)}`,
+    started: when(recording.start ?? info.createdAt), 'first-page': meta.url, 'last-page': meta.lastUrl,
+    'came-from': meta.referrer, 'time-zone': meta.timeZone, 'user-id': info.userId, 'user-agent': meta.userAgent,
+    'session-id': id,
+  };
+  for (const [name, value] of Object.entries(facts)) write($[name], words(value));
+  // What the page says of its user, and whatever else it sent.
   const others = Object.entries(meta).filter(([name]) => !TOLD.includes(name));
-  return Object.fromEntries([...own, ...others].slice(0, 50));
-}
-
-// facts keeps the nodes that there are: somebody may be reading them.
-const known = new Map();
-
-function facts(list, all) {
-  for (const [name, value] of Object.entries(all)) {
-    const key = `${list.id} ${name}`, text = words(value);
-    if (!text || text === '{}') continue;
-    if (!known.has(key)) list.append(el('dt', { textContent: name }), known.set(key, el('dd')).get(key));
-    write(known.get(key), text);
-  }
+  const traits = [...Object.entries(meta.traits ?? {}), ...others].slice(0, 50);
+  $.traits.replaceChildren(...traits.flatMap(([name, value]) =>
+    [el('dt', { textContent: name }), el('dd', { textContent: words(value) })]));
 }
 
 const length = () => Math.max(0, recording.end - recording.start) || 0;
@@ -98,45 +78,43 @@ const length = () => Math.max(0, recording.end - recording.start) || 0;
 // What happened.
 
 // addError groups errors that say the same: the first has the line.
-function addError({ id: number, data, createdAt }) {
+function addError({ data, createdAt }) {
   const sent = Number.isFinite(data?.timestamp) ? data.timestamp : Date.parse(data?.timestamp ?? createdAt);
   const latest = recording.isActive ? Infinity : recording.end; // live, an error comes before its events
   const time = Math.min(Math.max(Number.isFinite(sent) ? sent : recording.end, recording.start), latest);
   const text = (words(data?.message ?? data?.reason ?? data?.error) || 'Error without a message').slice(0, 500);
-  const detail = words(data?.stack).slice(0, 5000);
-  const group = `error ${text} ${detail}`, first = panel.moments.get(group);
-  const key = first ? `${group} ${number ?? time}` : group;
-  if (first && panel.moments.has(key)) return;
-  panel.add({ key, kind: 'error', time, text, detail, n: 1, again: first && group });
-  if (first) panel.add({ key: group, n: first.n + 1 });
+  const detail = words(data?.stack).slice(0, 5000), key = `error ${text} ${detail}`;
+  const { times } = panel.moments.get(key) ?? { times: [] };
+  if (times.includes(time)) return; // it came live, and is stored
+  times.push(time);
+  tell({ key, kind: 'error', time: times[0], text, detail, times, n: times.length });
+  if (times.length > 1) tell({ key: `${key} ${time}`, kind: 'error', time, text, again: true });
 }
 
-// read counts the chunks that the list is filled from. Those of a small session
-// are all read in advance (they stay in the browser's cache); those of a long
-// one as they are played, or on demand.
+// read has the chunks that the list is filled from. Those of a small session are
+// all read in advance (they stay in the browser's cache); those of a long one as
+// they are played, or on demand.
 const read = new Set();
 
-function took({ from, next }) {
-  for (const c of recording.chunks) if (from <= c.fromIndex && c.fromIndex + c.count <= next) read.add(c.fromIndex);
+function took({ from }) {
+  read.add(from);
   if (!$.part.hidden) sayPart();
 }
 
 function sayPart() {
-  const all = recording.chunks.length;
-  $.part.hidden = read.size >= all;
-  const far = `${count(read.size)} of ${count(all)} parts so far`;
+  const { chunks } = recording, known = chunks.filter((c) => read.has(c.fromIndex)).length;
+  $.part.hidden = known === chunks.length;
+  const far = `${count(known)} of ${count(chunks.length)} parts so far`;
   write($['part-text'], `A long session: this list is filled as it is played, ${far}.`);
 }
 
 const isLong = ({ chunks }) => chunks.length > SCAN_CHUNKS || chunks.reduce((sum, c) => sum + c.bytes, 0) > SCAN_BYTES;
 
-const tell = (cleaner, events) => cleaner.take(events).marks.forEach((moment) => panel.add(moment));
-
 async function scan() {
-  const cleaner = new Cleaner();
+  const cleaner = new Cleaner(null, tell);
   for (const chunk of recording.chunks) {
     const piece = await recording.readChunk(chunk, 0);
-    tell(cleaner, piece.events);
+    cleaner.take(piece.events);
     took(piece);
   }
 }
@@ -152,24 +130,21 @@ function change() {
   $.play.disabled = $.seek.disabled = $.copy.disabled = !player.scene;
   panel.measure(recording.start, length()); // the line of a live session grows
   panel.head(time + lead());
-  if (write($.length, clock(length()))) describe();
+  for (const part of [$.length, $.duration]) write(part, clock(length()));
+  write($.events, count(recording.total));
   if (!dragging) sayTime(Math.min(Math.max(time - recording.start, 0), length()) || 0);
   $.live.hidden = !recording.isActive;
-  $.live.setAttribute('aria-pressed', player.following);
+  $.live.ariaPressed = player.following;
   sayWhere(panel.at('navigation', time));
   sayGap(panel.at('gap', time), time);
 }
 
 function sayTime(shown) {
   $.seek.value = Math.min(shown, $.seek.max = length());
-  showTime(shown);
-  const quiet = player.state === 'playing' && document.activeElement === $.seek; // it would be read out all the time
-  if (!quiet) $.seek.setAttribute('aria-valuetext', `${clock(shown)} of ${clock(length())}`);
-}
-
-function showTime(shown) {
   write($.now, clock(shown));
   $.timeline.style.setProperty('--played-share', shown / (length() || 1));
+  const isRead = document.activeElement === $.seek && player.state === 'playing'; // aloud, all the time
+  if (dragging || !isRead) $.seek.ariaValueText = `${clock(shown)} of ${clock(length())}`;
 }
 
 function sayWhere(page) {
@@ -181,8 +156,7 @@ function sayWhere(page) {
 
 function sayGap(now, time) {
   if (now && now !== gap && time - (now.to ?? now.time) < PASSED) {
-    const ms = now.to - now.time;
-    const long = ms > 0 ? ` of ${clock(ms)}` : '';
+    const long = now.to > now.time ? ` of ${clock(now.to - now.time)}` : '';
     note(now.lost || `The recording has a gap here${long}: what happened in it was not kept.`);
   }
   gap = now;
@@ -200,10 +174,8 @@ function badge(state) {
 
 function jump(time) {
   note('');
-  gap = panel.at('gap', time);
-  const sought = player.seek(time);
+  player.seek(time);
   remember();
-  return sought;
 }
 
 function toggle() {
@@ -233,11 +205,11 @@ function goLive() {
 let dragging = false;
 
 function controls() {
-  $.play.onclick = toggle;
-  $.live.onclick = goLive;
+  const buttons = { play: toggle, live: goLive, full: fullScreen, copy, delete: removeSession, 'read-all': readAll };
+  for (const [name, does] of Object.entries(buttons)) $[name].onclick = does;
   $.seek.oninput = () => {
     dragging = true;
-    showTime(Number($.seek.value));
+    sayTime(Number($.seek.value));
   };
   $.seek.onchange = () => {
     dragging = false;
@@ -246,14 +218,12 @@ function controls() {
   $.speed.onchange = () => player.setSpeed(Number($.speed.value));
   $.skip.checked = player.skip = localStorage.getItem('skip') !== 'false';
   $.skip.onchange = () => localStorage.setItem('skip', player.skip = $.skip.checked);
-  $.full.onclick = fullScreen;
-  $.copy.onclick = copy;
-  $.delete.onclick = remove;
-  $['read-all'].onclick = () => {
-    $['read-all'].disabled = true;
-    scan().catch(failed);
-  };
   document.addEventListener('keydown', key);
+}
+
+function readAll() {
+  $['read-all'].disabled = true;
+  scan().catch(failed);
 }
 
 function fullScreen() {
@@ -262,7 +232,8 @@ function fullScreen() {
 }
 
 function faster(by) {
-  $.speed.selectedIndex = Math.min(Math.max($.speed.selectedIndex + by, 0), $.speed.options.length - 1);
+  const { options, selectedIndex } = $.speed;
+  $.speed.value = (options[selectedIndex + by] ?? options[selectedIndex]).value;
   $.speed.onchange();
 }
 
@@ -283,14 +254,9 @@ function key(e) {
   KEYS[e.key](e);
 }
 
-async function remove() {
-  if (!confirm(`Delete this session of ${person(recording.info.userId)}? It cannot be brought back.`)) return;
-  try {
-    await request(recording.path, { method: 'DELETE' });
-    location.assign('/');
-  } catch (err) {
-    note(`It was not deleted: ${err.message}`);
-  }
+async function removeSession() {
+  const asks = `Delete this session of ${person(recording.info.userId)}?`;
+  if (await remove(recording.path, asks, note)) location.assign('/');
 }
 
 // Live.
@@ -308,21 +274,18 @@ function receive(type, data, bytes) {
   else if (type === 'session_started') join();
 }
 
-let isFirst = true;
-
 // joined answers the first join and those after a lost connection or the
 // session's return: what was missed meanwhile is read as history.
-async function joined({ totalEvents, snapshotIndex, isActive, state }) {
+function joined({ totalEvents, snapshotIndex, isActive, state }) {
   player.missed(totalEvents);
   recording.newestSnapshot = snapshotIndex ?? recording.newestSnapshot;
   recording.isActive = isActive;
   badge(state ?? 'live');
   if (!isActive) return ended();
-  if (player.returns || player.state === 'waiting' || (isFirst && asked === null)) {
+  if (player.wantsLive || player.state === 'waiting') {
     note('');
     player.follow();
   }
-  isFirst = false;
 }
 
 async function ended() {
@@ -334,10 +297,8 @@ async function ended() {
 
 async function open() {
   const info = await recording.load();
-  const unseen = new Cleaner(); // reads what comes before there is a scene
   player = new Player(recording, $.stage, {
-    change, note, failed, piece: took, mark: (moment) => panel.add(moment),
-    unseen: (events) => change(tell(unseen, events)), gapEnd: (time) => panel.at('gap', time)?.to ?? 0,
+    change, note, failed, piece: took, mark: tell, gapEnd: (time) => panel.at('gap', time)?.to ?? 0,
   });
   window.player = player; // for the console, and for tests
   describe();

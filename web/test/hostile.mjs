@@ -91,6 +91,7 @@ export function vectors(evil) {
     node("style", { media: `(prefers-color-scheme: dark), url(${url("media")})`, _cssText: `@media (hover) { i { background: url(${url("in-media")}) } }` }),
     { ...node("evil-element", { onclick: run("custom") }), isCustom: true },
     node("textarea", { value: `</textarea><script>${run("textarea")}</script>` }),
+    { ...text("no element"), childNodes: [node("b", {}, "in a text")] },
     node("noscript", {}, `<img src="${url("noscript")}">`),
     node("template", { shadowrootmode: "open" }, node("img", { src: url("template") })),
     { ...node("div", {}, { ...node("img", { src: url("shadow"), onerror: run("shadow") }), isShadow: true }), isShadowHost: true },

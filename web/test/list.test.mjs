@@ -13,7 +13,7 @@ test("an empty list leads to the demo and shows the tag to embed", async (t) => 
   const page = await open(t, "/");
   await says(page, "#tag", new RegExp(`<script src="${s.h.url}/tracker.js" async></script>`));
   assert.equal(await page.getAttribute("#empty a", "href"), "/demo");
-  assert.ok(await page.isVisible("#empty"));
+  await page.waitForSelector("#empty:visible");
 });
 
 test("live sessions appear first and by themselves, and become recorded ones", async (t) => {
@@ -21,7 +21,7 @@ test("live sessions appear first and by themselves, and become recorded ones", a
   await page.waitForSelector("#empty:visible");
   const tracker = await track(t, "comes-and-goes", { lastUrl: "https://shop.example/done", pages: 3, clicks: 12 });
   await page.waitForSelector('#live a[href="/view/comes-and-goes"]');
-  assert.match(await text(page, "#live tr"), /live user.*shop\.example\/live → \/done.*Live.*3.*12/);
+  assert.match(await text(page, "#live tr"), /live user.*shop\.example\/live → \/done.*Live.*3.*12/s);
   assert.match(await page.title(), /^● 1 · /);
   await tracker.send(snapshot(Date.now(), 0));
   assert.deepEqual((await s.h.json("/sessions?active=false")).sessions, []);

@@ -451,9 +451,10 @@ test("the time line: steps of the clock are taken out", () => {
 
 test("the time line goes on from piece to piece, in whatever order they are read", () => {
   const timeline = new Timeline();
-  timeline.pass(0, { count: 10, startTime: 1000, endTime: 9000 });
+  const bounds = (index, count, ...raw) => timeline.take(index, raw.map((timestamp) => ({ timestamp })), count).map((e) => e.timestamp);
+  bounds(0, 10, 1000, 9000);
   assert.deepEqual(times(timeline, 10, [10_000, 11_000 - HOUR]), [10_000, 10_000]);
-  assert.deepEqual(timeline.pass(12, { count: 8, startTime: 12_000 - HOUR, endTime: 19_000 - HOUR }), [11_000, 18_000]);
+  assert.deepEqual(bounds(12, 8, 12_000 - HOUR, 19_000 - HOUR), [11_000, 18_000]);
   assert.deepEqual(times(timeline, 0, [1000, 2000]), [1000, 2000], "again from the start");
   assert.deepEqual(times(timeline, 12, [12_000 - HOUR, 13_000 - HOUR]), [11_000, 12_000], "again behind the step");
   assert.deepEqual(times(timeline, 15, [15_500 - HOUR]), [14_500], "in the middle");

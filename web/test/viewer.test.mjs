@@ -450,6 +450,25 @@ test("a live session: back in time, back to live, and then it is history", async
   assert.ok(Number(await recorded(page, "#clock")) < 30);
 });
 
+test("an error that comes live and is read as well is told once", async (t) => {
+  const tracker = await track(t, "told-once");
+  await tracker.send([...snapshot(start, 0), change(start, 1)]);
+  const page = await open(t);
+  await page.route("**/told-once/errors", async (route) => {
+    await page.waitForFunction(() => window.player?.following && window.player.scene);
+    await tracker.say("javascript_error", { message: "it broke", timestamp: start });
+    await says(page, "#lines", /it broke/);
+    await until(async () => (await s.h.json("/sessions/told-once/errors")).errors.length === 1, "the error to be stored");
+    await route.continue();
+  });
+  const answer = page.waitForResponse("**/told-once/errors");
+  await page.goto(`${s.h.url}/view/told-once`);
+  await (await answer).finished();
+  await tracker.say("javascript_error", { message: "something else", timestamp: start + 1000 });
+  await says(page, "#filters [value=error]", /Errors 2/);
+  assert.equal(await page.locator("#lines .error .tag").count(), 0);
+});
+
 test("a session that comes back after its end is followed again", async (t) => {
   const start = Date.now();
   let tracker = await track(t, "comes-back");
