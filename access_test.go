@@ -474,7 +474,7 @@ func (s *testServer) refusedWith(reason string) {
 func TestLimitConnections(t *testing.T) {
 	s := startServer(t, "MAX_CONNECTIONS=5", "MAX_CONNECTIONS_PER_ADDRESS=2", "TRUST_PROXY=true")
 	dial := func(addr string) (conn *websocket.Conn, status int) {
-		conn, resp, err := websocket.Dial(testContext(t), s.ws("tracker"),
+		conn, resp, err := websocket.Dial(t.Context(), s.ws("tracker"),
 			&websocket.DialOptions{HTTPHeader: http.Header{"X-Forwarded-For": {addr}}})
 		if resp == nil {
 			t.Fatal(err)

@@ -74,9 +74,6 @@ func waitUntil(t testing.TB, what string, happened func() bool) {
 	}
 }
 
-// testContext ends with the test, before its clean-up.
-func testContext(t testing.TB) context.Context { return t.Context() }
-
 // ---- the server ----
 
 // serverBinary builds the server once. It is a plain build also under go test

@@ -72,7 +72,7 @@ var testTransport = &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVer
 // as sends one request as a caller does. It follows no redirect and unpacks nothing.
 func (s *testServer) as(c caller, method, path string) answer {
 	s.t.Helper()
-	r, err := http.NewRequestWithContext(testContext(s.t), method, s.url+path, nil)
+	r, err := http.NewRequestWithContext(s.t.Context(), method, s.url+path, nil)
 	if err != nil {
 		s.t.Fatal(err)
 	}
@@ -492,7 +492,7 @@ func TestRESTDelete(t *testing.T) {
 		}
 		same(t, "DELETE a second time", s.ask("DELETE", "/sessions/"+id).status, 404)
 	}
-	same(t, "viewers hear which ended", viewer.next("session_ended").str("sessionId"), "live")
+	same(t, "viewers hear which ended", viewer.expect("session_ended").str("sessionId"), "live")
 	same(t, "rows that are left", querySQL[int](t, s.database, `select (select count(*) from session_events)
 		+ (select count(*) from session_errors) + (select count(*) from sessions)`), 1)
 }
