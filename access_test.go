@@ -271,7 +271,8 @@ func (s *testServer) expect(v verdict, name, path string, ok int, kind string) {
 	}
 	viewed := name == "GET /{$}" && want == ok && slices.Contains(s.env, "INGEST_KEY="+testKey)
 	if viewed != strings.Contains(a.body, testKey) {
-		s.t.Errorf("%s as %s: who may view is told the ingest key, and nobody else: got %s", name, v.caller.name, a.body)
+		s.t.Errorf("%s as %s: who may view is told the ingest key, and nobody else: got %s", name, v.caller.name,
+			a.body)
 	}
 	if name == "GET /health" {
 		if in := v.of("view", 200) == 200; in != strings.Contains(a.body, "totalEvents") ||
@@ -473,7 +474,7 @@ func (s *testServer) refusedWith(reason string) {
 func TestLimitConnections(t *testing.T) {
 	s := startServer(t, "MAX_CONNECTIONS=5", "MAX_CONNECTIONS_PER_ADDRESS=2", "TRUST_PROXY=true")
 	dial := func(addr string) (conn *websocket.Conn, status int) {
-		conn, resp, err := websocket.Dial(testContext(t), s.ws("tracker"),
+		conn, resp, err := websocket.Dial(t.Context(), s.ws("tracker"),
 			&websocket.DialOptions{HTTPHeader: http.Header{"X-Forwarded-For": {addr}}})
 		if resp == nil {
 			t.Fatal(err)

@@ -14,7 +14,8 @@ func TestBenchFollow(t *testing.T) {
 	s := startServer(t, "BATCH_INTERVAL=5000", "DATABASE_URL="+databaseIn(t, pg.url))
 	execSQL(t, s.database, `insert into sessions (session_id, user_id, url, metadata, is_active, server, updated_at)
 		select 'session-' || md5(i::text), 'user_' || i, 'https://example.com/shop', json_build_object(
-			'url', 'https://example.com/shop', 'userAgent', repeat('Mozilla/5.0 ', 12), 'referrer', '', 'timeZone', 'UTC'), true, 'other', now() + interval '1 hour'
+			'url', 'https://example.com/shop', 'userAgent', repeat('Mozilla/5.0 ', 12), 'referrer', '',
+			'timeZone', 'UTC'), true, 'other', now() + interval '1 hour'
 		from generate_series(1, 10000) i`)
 	execSQL(t, s.database, "vacuum analyze sessions")
 	measure := func(what string) {

@@ -86,7 +86,8 @@ func TestBoundsManySessions(t *testing.T) {
 		times, atMost int
 	}{{"one address", 1, 600, 60}, {"many addresses", 1 << 16, scale(2000, 5000), 0}} {
 		t.Run(tt.name, func(t *testing.T) {
-			s := startServer(t, "TRUST_PROXY=true", "MAX_BUFFER_BYTES=16MB", "MAX_MESSAGE_BYTES=1MB", "MAX_CONNECTIONS=300",
+			s := startServer(t, "TRUST_PROXY=true", "MAX_BUFFER_BYTES=16MB", "MAX_MESSAGE_BYTES=1MB",
+				"MAX_CONNECTIONS=300",
 				"SESSION_GRACE_PERIOD=1h")
 			honest := newTracker(t, sessionName(t, 0)).start(s.ws("tracker"))
 			waitUntil(t, "it records", func() bool { return honest.read(&honest.acked) > 0 })
@@ -200,7 +201,8 @@ func TestBoundsEverythingFull(t *testing.T) {
 	execSQL(t, s.database, `insert into session_errors (session_id, id, kind, error_data)
 		select 'old', i, 'error', to_json(repeat(md5(i::text), 2000)) from generate_series(1000, 2000) i`)
 	execSQL(t, s.database, `insert into sessions (session_id, user_id, url, metadata, is_active, updated_at)
-		select 'row' || i, 'u', '', json_build_object('other', repeat(md5(i::text), 250)), true, now() + interval '1 hour'
+		select 'row' || i, 'u', '', json_build_object('other', repeat(md5(i::text), 250)), true,
+			now() + interval '1 hour'
 		from generate_series(1, 10000) i`)
 	execSQL(t, s.database, "insert into servers values ('', now() + interval '1 hour')") // whose sessions these are
 	execSQL(t, s.database, `insert into session_events (session_id, first_index, event_count, raw_bytes, events)
@@ -234,7 +236,8 @@ func TestBoundsEverythingFull(t *testing.T) {
 		"/sessions/export?userId=ann"} {
 		var readers []net.Conn // a few of them have room at a time: those of one kind do not keep out the next
 		for range 10 {
-			readers = append(readers, slow(t, s, "GET "+path+" HTTP/1.1\r\nHost: 127.0.0.1\r\nAccept-Encoding: gzip\r\n\r\n"))
+			head := " HTTP/1.1\r\nHost: 127.0.0.1\r\nAccept-Encoding: gzip\r\n\r\n"
+			readers = append(readers, slow(t, s, "GET "+path+head))
 		}
 		s.takesNoMore()
 		t.Logf("%s: %d MB", path, s.peakMemory()>>20)
@@ -263,8 +266,8 @@ func TestBoundsClocks(t *testing.T) {
 	database := testDatabase(t)
 	clock := func(ahead string) {
 		for _, name := range []string{"now", "clock_timestamp"} {
-			execSQL(t, database, fmt.Sprintf(`create or replace function skewed.%s() returns timestamptz stable language sql
-				as $$ select pg_catalog.%[1]s() + interval '%s' $$`, name, ahead))
+			execSQL(t, database, fmt.Sprintf(`create or replace function skewed.%s() returns timestamptz
+				stable language sql as $$ select pg_catalog.%[1]s() + interval '%s' $$`, name, ahead))
 		}
 	}
 	execSQL(t, database, "create schema skewed")
@@ -373,7 +376,9 @@ func TestBoundsHealth(t *testing.T) {
 	}{
 		{"read-only", "read-only", readOnly},
 		{"hung", "takes no writes", func(l *load) func() { l.toDB.freeze(); return l.toDB.thaw }},
-		{"locked", "lock timeout", func(l *load) func() { return holdSQL(l.t, l.server.database, "lock table servers") }},
+		{"locked", "lock timeout", func(l *load) func() {
+			return holdSQL(l.t, l.server.database, "lock table servers")
+		}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()

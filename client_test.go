@@ -52,7 +52,8 @@ func testEvent(session string, n int) []byte {
 		return fmt.Appendf(nil, `{"type":4,"data":{"href":"https://example.com/%s/%d","width":1920},"timestamp":%d}`,
 			session, n, at)
 	case 1:
-		return fmt.Appendf(nil, `{"type":2,"data":{"of":%q,"n":%d,"text":"%s"},"timestamp":%d}`, session, n, snapshotText, at)
+		return fmt.Appendf(nil, `{"type":2,"data":{"of":%q,"n":%d,"text":"%s"},"timestamp":%d}`, session, n,
+			snapshotText, at)
 	}
 	odd := oddities[n%len(oddities)]
 	if n%5 == 0 {
@@ -195,7 +196,8 @@ func openWebSocket(dialer *net.Dialer, address string, buffer int, headers ...st
 
 func (c *testConn) shakeHands(u *url.URL, headers ...string) error {
 	c.SetDeadline(time.Now().Add(patience))
-	c.write("GET " + u.RequestURI() + " HTTP/1.1\r\nHost: " + u.Host + "\r\n" + strings.Join(headers, "") + upgradeHeaders)
+	c.write("GET " + u.RequestURI() + " HTTP/1.1\r\nHost: " + u.Host + "\r\n" +
+		strings.Join(headers, "") + upgradeHeaders)
 	if status := c.status(); status != http.StatusSwitchingProtocols {
 		c.Close()
 		return handshakeStatus(status)

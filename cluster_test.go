@@ -179,7 +179,8 @@ func TestFaultServersLatency(t *testing.T) {
 	})
 	all = all[len(all)/3:] // without the third that the servers record which are watched
 	p50, p99 := all[len(all)/2], all[len(all)*99/100]
-	t.Logf("%d sessions, %d viewers, %d batches seen: p50 %v, p99 %v", len(c.trackers), len(c.viewers), len(all), p50, p99)
+	t.Logf("%d sessions, %d viewers, %d batches seen: p50 %v, p99 %v", len(c.trackers), len(c.viewers), len(all), p50,
+		p99)
 	if fullFaults && p99 > time.Second {
 		t.Errorf("p99 is %v, the limit is a second", p99)
 	}

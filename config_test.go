@@ -117,7 +117,8 @@ func TestSettingsRefused(t *testing.T) {
 	cert, key := filepath.Join(dir, "cert.pem"), filepath.Join(dir, "key.pem")
 	testCertificate(t, cert, key, 1)
 	var bad []string
-	for _, name := range strings.Fields("PORT BATCH_SIZE BATCH_INTERVAL MAX_EVENTS_PER_SESSION SESSION_CLEANUP_INTERVAL " +
+	for _, name := range strings.Fields("PORT BATCH_SIZE BATCH_INTERVAL MAX_EVENTS_PER_SESSION " +
+		"SESSION_CLEANUP_INTERVAL " +
 		"SESSION_GRACE_PERIOD HEARTBEAT_INTERVAL MESSAGE_TIMEOUT READ_HEADER_TIMEOUT RETENTION_HOURS " +
 		"MAX_MESSAGE_BYTES MAX_BUFFER_BYTES MAX_CONNECTIONS MAX_CONNECTIONS_PER_ADDRESS MAX_HEADER_BYTES " +
 		"MAX_SESSION_BYTES MAX_STORAGE_BYTES MAX_SESSIONS_PER_MINUTE DB_MAX_CONNECTIONS DB_IDLE_TIMEOUT " +
@@ -130,7 +131,8 @@ func TestSettingsRefused(t *testing.T) {
 			bad = append(bad, name+"=0")
 		}
 	}
-	bad = append(bad, "PORT=65536", "DB_PORT=65536", "BATCH_SIZE=5s", "BATCH_SIZE=5b", "BATCH_INTERVAL=5MB", "BATCH_INTERVAL=3 minu", "MAX_SESSION_BYTES=5 byte s",
+	bad = append(bad, "PORT=65536", "DB_PORT=65536", "BATCH_SIZE=5s", "BATCH_SIZE=5b", "BATCH_INTERVAL=5MB",
+		"BATCH_INTERVAL=3 minu", "MAX_SESSION_BYTES=5 byte s",
 		"MAX_BUFFER_BYTES=5d", "MAX_BUFFER_BYTES=1023KB",
 		"RETENTION_HOURS=59m", "BATCH_INTERVAL=101 years", "LOG_LEVEL=loud", "LOG_MAX_FILES=1w", "LOG_ZIPPED=perhaps",
 		"TRUST_PROXY=perhaps", "METRICS_OPEN=2",
@@ -238,7 +240,8 @@ func TestDotEnv(t *testing.T) {
 		"DB_NAME=\r\nDB_USER=u":             "127.0.0.9 2 session_replay u",
 		"PORT=1\nnonsense\n":                file + ":2: not a line of the form NAME=value",
 		"PORT=1\nexport\n":                  file + ":2: not a line of the form NAME=value",
-		"BATCH_INTERVALL=1":                 file + `: "BATCH_INTERVALL" is not a setting; did you mean BATCH_INTERVAL?`,
+		"BATCH_INTERVALL=1": file +
+			`: "BATCH_INTERVALL" is not a setting; did you mean BATCH_INTERVAL?`,
 		"KEEP_RETENTION_HOURS=1": file +
 			`: "KEEP_RETENTION_HOURS" is not a setting; did you mean RETENTION_HOURS?`,
 		"DB_PASS=x":      file + `: "DB_PASS" is not a setting; did you mean DB_PASSWORD?`,
@@ -291,7 +294,8 @@ func TestProcessSettings(t *testing.T) {
 	other := newServer(t, "PORT="+s.port)
 	other.start()
 	<-other.exited
-	if code, out := other.cmd.ProcessState.ExitCode(), other.output.String(); code != 1 || !strings.Contains(out, s.port) {
+	if code, out := other.cmd.ProcessState.ExitCode(), other.output.String(); code != 1 ||
+		!strings.Contains(out, s.port) {
 		t.Errorf("a port in use: got exit code %d and %q, want 1 and an error that names the port", code, out)
 	}
 }
@@ -373,7 +377,8 @@ func TestCheck(t *testing.T) {
 		"?")] + "default_transaction_read_only=on"
 	ancient := strings.Replace(readOnly, "default_transaction_read_only=on", "search_path=ancient,pg_catalog", 1)
 	execSQL(t, database, "create schema ancient")
-	execSQL(t, database, `create function ancient.current_setting(text) returns text language sql as $$ select '110022' $$`)
+	execSQL(t, database, `create function ancient.current_setting(text) returns text
+		language sql as $$ select '110022' $$`)
 	t.Chdir(t.TempDir()) // no .env of a developer's
 	file := filepath.Join(t.TempDir(), "file")
 	os.WriteFile(file, nil, 0o600)
@@ -448,7 +453,8 @@ func TestArguments(t *testing.T) {
 func TestConfigURL(t *testing.T) {
 	for host, want := range map[string]string{
 		"127.0.0.1": "http://127.0.0.1:1", "replay.example": "http://replay.example:1", "::1": "http://[::1]:1",
-		"0.0.0.0": "http://" + net.JoinHostPort(ownAddress(), "1"), "::": "http://" + net.JoinHostPort(ownAddress(), "1"),
+		"0.0.0.0": "http://" + net.JoinHostPort(ownAddress(), "1"),
+		"::":      "http://" + net.JoinHostPort(ownAddress(), "1"),
 	} {
 		same(t, "HOST="+host, (config{}).url(host, "1"), want)
 	}

@@ -154,13 +154,16 @@ func busy(st *storeTest) (ended *atomic.Int64, letGo func()) {
 	ended = new(atomic.Int64)
 	for range st.pool.Config().MaxConns {
 		go func() { // ends with the statement
-			st.pool.Exec(context.Background(), "select set_config('lock_timeout', '0', true), pg_advisory_xact_lock_shared(1)")
+			st.pool.Exec(context.Background(),
+				"select set_config('lock_timeout', '0', true), pg_advisory_xact_lock_shared(1)")
 			ended.Add(1)
 		}()
 	}
 	waitUntil(st, "the pool is full", func() bool {
-		return querySQL[int](st, st.database, "select count(*) from pg_locks where locktype = 'advisory' and not granted "+
-			"and database = (select oid from pg_database where datname = current_database())") == int(st.pool.Config().MaxConns)
+		return querySQL[int](st, st.database, `select count(*) from pg_locks
+			where locktype = 'advisory' and not granted and
+			database = (select oid from pg_database where datname = current_database())`) ==
+			int(st.pool.Config().MaxConns)
 	})
 	return ended, letGo
 }
@@ -270,7 +273,8 @@ func (l *load) reads(times int) (failed int64) {
 		readers.Go(func() {
 			for range times {
 				id := l.trackers[i%len(l.trackers)].session
-				for _, path := range []string{"/sessions", "/sessions/" + id, "/sessions/" + id + "/events", "/health"} {
+				for _, path := range []string{"/sessions", "/sessions/" + id, "/sessions/" + id + "/events",
+					"/health"} {
 					if status, _ := l.server.get(path); status != http.StatusOK {
 						bad.Add(1)
 					}
@@ -297,7 +301,9 @@ func TestFaultPooler(t *testing.T) {
 			l.record(scale(8, 40), nil)
 			l.reads(2)
 			if more == "" {
-				waitUntil(t, "the log names the setting", func() bool { return strings.Contains(l.server.output.String(), named) })
+				waitUntil(t, "the log names the setting", func() bool {
+					return strings.Contains(l.server.output.String(), named)
+				})
 			}
 			if failed := l.reads(scale(5, 20)); failed > 0 {
 				t.Errorf("%d of %d reads failed", failed, 8*4*scale(5, 20))
@@ -405,7 +411,8 @@ func TestCitusRules(t *testing.T) {
 	mutable := mutableFunctions(st)
 	for sql, refused := range map[string]bool{
 		"insert into sessions (session_id) values ($1) on conflict (session_id) do update set updated_at = now()": true,
-		"insert into sessions (session_id) values ($1) on conflict (session_id) do update set url = excluded.url": false,
+		"insert into sessions (session_id) values ($1) " +
+			"on conflict (session_id) do update set url = excluded.url": false,
 		"insert into sessions (url) values ($1)":                                             true,
 		"update sessions set ended_at = case when $2 then now() end where session_id = $1":   true,
 		"update sessions set ended_at = coalesce(ended_at, now()) where session_id = $1":     true,
@@ -433,7 +440,8 @@ func TestCitusRules(t *testing.T) {
 func keysWithoutSession(t *storeTest) (wrong []string) {
 	rows, _ := t.pool.Query(t.Context(), `
 		with keys as (
-			select indrelid as of, indexrelid::regclass::text as name, indkey::int2[] as columns from pg_index where indisunique
+			select indrelid as of, indexrelid::regclass::text as name, indkey::int2[] as columns from pg_index
+			where indisunique
 			union all select conrelid, conname, conkey from pg_constraint where contype = 'f')
 		select k.name, exists (select from pg_attribute a where a.attrelid = k.of and a.attname = 'session_id'
 			and a.attnum = any(k.columns)) from keys k join pg_class c on c.oid = k.of
@@ -537,10 +545,11 @@ func sendAll(st *storeTest) {
 	_, err = st.ofUser(ctx, "u", 1)
 	must(err)
 	must(st.remove(ctx, "paged"))
-	execSQL(st, st.database, "insert into sessions (session_id, user_id, url, metadata, is_active, updated_at, ended_at) "+
-		"values ('abandoned', '', '', '{}', true, now() - interval '1 day', null), "+
-		"('empty', '', '', '{}', false, now(), now() - interval '2 day'), "+
-		"('old', '', '', '{}', false, now(), now() - interval '2 day')")
+	execSQL(st, st.database,
+		"insert into sessions (session_id, user_id, url, metadata, is_active, updated_at, ended_at) "+
+			"values ('abandoned', '', '', '{}', true, now() - interval '1 day', null), "+
+			"('empty', '', '', '{}', false, now(), now() - interval '2 day'), "+
+			"('old', '', '', '{}', false, now(), now() - interval '2 day')")
 	execSQL(st, st.database, "update sessions set event_count = 1 where session_id = 'old'")
 	must(st.beat(ctx))
 	must(st.beat(ctx))
@@ -563,7 +572,8 @@ func TestHealthRefusedClaim(t *testing.T) {
 		tr := newTracker(t, sessionName(t, 0)+code).start(s.ws("tracker"))
 		waitUntil(t, "/health tells "+code, func() bool {
 			status, body := s.get("/health")
-			return status == http.StatusServiceUnavailable && bytes.Contains(body, []byte("the database refuses a statement")) &&
+			return status == http.StatusServiceUnavailable &&
+				bytes.Contains(body, []byte("the database refuses a statement")) &&
 				bytes.Contains(body, []byte(code))
 		})
 		execSQL(t, s.database, "drop trigger refuse on sessions")

@@ -84,7 +84,8 @@ func (l *load) record(trackers int, change func(i int, tr *testTracker)) {
 	l.server.waitHealthy()
 	for i := range trackers {
 		tr := l.tracker(i)
-		tr.perBatch, tr.window, tr.pause = 1+rand.IntN(25), 1+rand.IntN(16), time.Duration(10+rand.IntN(30))*time.Millisecond
+		tr.perBatch, tr.window, tr.pause = 1+rand.IntN(25), 1+rand.IntN(16),
+			time.Duration(10+rand.IntN(30))*time.Millisecond
 		if change != nil {
 			change(i, tr)
 		}
@@ -258,7 +259,9 @@ var faults = []fault{
 		{"cancelled, as by a timeout", refusing("57014")},
 		{"a standby", refusing("25006")},
 		{"an internal error", refusing("XX000")},
-		{"read-only, the old connections ended", func(l *load) { l.failing(func() (mend func()) { return readOnly(l) })() }},
+		{"read-only, the old connections ended", func(l *load) {
+			l.failing(func() (mend func()) { return readOnly(l) })()
+		}},
 		{"a locked table", func(l *load) {
 			l.failing(func() func() {
 				return holdSQL(l.t, l.server.database, "lock table sessions in access exclusive mode")
@@ -313,7 +316,8 @@ var faults = []fault{
 		func(l *load) {
 			held := l.tracker(1000).start(l.address)
 			waitUntil(l.t, "it records", func() bool { return held.ackedEvents() > 0 })
-			letGo := holdSQL(l.t, l.server.database, "select from sessions where session_id = '"+held.session+"' for update")
+			letGo := holdSQL(l.t, l.server.database,
+				"select from sessions where session_id = '"+held.session+"' for update")
 			for range scale(2, 10) {
 				l.progress("a locked row of another session")
 			}
@@ -326,9 +330,10 @@ var faults = []fault{
 		change: func(_ int, tr *testTracker) { tr.perBatch, tr.window, tr.pause = 100, 50, 20*time.Millisecond },
 		after:  func(l *load) { l.server.checkMemory() }},
 	// Nothing closes their connections: a server that waited for them would wait for ever.
-	{name: "viewers do not read", env: []string{"HEARTBEAT_INTERVAL=3600000"}, quick: 1, full: 2, times: 1, fullTimes: 1,
-		change: func(_ int, tr *testTracker) { tr.perBatch, tr.pause, tr.window = 20, time.Millisecond, 1000 },
-		ways:   []way{{"viewers that did not read", viewersSilent}}},
+	{name: "viewers do not read", env: []string{"HEARTBEAT_INTERVAL=3600000"}, quick: 1, full: 2, times: 1,
+		fullTimes: 1,
+		change:    func(_ int, tr *testTracker) { tr.perBatch, tr.pause, tr.window = 20, time.Millisecond, 1000 },
+		ways:      []way{{"viewers that did not read", viewersSilent}}},
 	{name: "sessions move between two servers", quick: 6, full: 30, times: 1, fullTimes: 1, ways: []way{{"moves",
 		movedAbout}}},
 }
@@ -369,7 +374,8 @@ func terminated(l *load) {
 	}
 	waitUntil(l.t, "the viewers' connections end", func() bool { return len(l.viewers[0].look().breaks) > breaks })
 	for _, v := range l.viewers {
-		stored := querySQL[int](l.t, l.server.database, "select event_count from sessions where session_id = $1", v.session)
+		stored := querySQL[int](l.t, l.server.database, "select event_count from sessions where session_id = $1",
+			v.session)
 		if seen := v.look().next; seen > stored {
 			l.t.Errorf("%s: viewers saw %d events, %d are stored after SIGTERM", v.session, seen, stored)
 		}

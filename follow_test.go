@@ -53,7 +53,9 @@ func TestFollow(t *testing.T) {
 			t.Errorf("the moves and the end are told as %s", m)
 		}
 	}
-	waitUntil(t, "its viewer hears of the end", func() bool { return slices.Contains(v.look().notices, "session_ended") })
+	waitUntil(t, "its viewer hears of the end", func() bool {
+		return slices.Contains(v.look().notices, "session_ended")
+	})
 	checkStored(t, a, tr)
 	deletedElsewhere(t, a, b)
 }
@@ -136,7 +138,9 @@ func TestHubForeignLists(t *testing.T) {
 		t.lists(row("s", 8, 0)) // it goes on there in its grace period
 		time.Sleep(time.Minute)
 		t.heard(v)
-		t.appear(asked, askHub(t, func(reply chan []string) command { return listRead{asked, nil, reply} })) // overtaken
+		t.appear(asked, askHub(t, func(reply chan []string) command {
+			return listRead{asked, nil, reply}
+		})) // overtaken
 		again := t.idle()
 		t.attach(again, "s", claim{epoch: 9})
 		t.publish(again, "s", 2, 1)

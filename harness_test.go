@@ -75,9 +75,6 @@ func waitUntil(t testing.TB, what string, happened func() bool) {
 	}
 }
 
-// testContext ends with the test, before its clean-up.
-func testContext(t testing.TB) context.Context { return t.Context() }
-
 // ---- the server ----
 
 // serverBinary builds the server once. It is a plain build also under go test
@@ -446,7 +443,8 @@ func checkStored(t testing.TB, s *testServer, trackers ...*testTracker) {
 			checkREST(t, s, tr)
 		}
 	}
-	if n := querySQL[int](t, s.database, "select count(*) from session_events where session_id <> all($1)", ours); n != 0 {
+	if n := querySQL[int](t, s.database, "select count(*) from session_events where session_id <> all($1)",
+		ours); n != 0 {
 		t.Errorf("got %d chunks of other sessions, want none", n)
 	}
 }
@@ -455,7 +453,8 @@ func checkStored(t testing.TB, s *testServer, trackers ...*testTracker) {
 func checkRows(t testing.TB, conn *pgx.Conn, tr *testTracker) {
 	t.Helper()
 	rows, err := conn.Query(context.Background(),
-		"select first_index, event_count, events from session_events where session_id = $1 order by first_index", tr.session)
+		"select first_index, event_count, events from session_events where session_id = $1 order by first_index",
+		tr.session)
 	if err != nil {
 		t.Fatalf("read chunks: %v", err)
 	}
@@ -464,7 +463,8 @@ func checkRows(t testing.TB, conn *pgx.Conn, tr *testTracker) {
 	_, err = pgx.ForEachRow(rows, []any{&first, &count, &packed}, func() error {
 		array, err := unpackChunk(packed)
 		if right := countRight(tr.session, first, array); err != nil || right != count {
-			t.Errorf("%s: the chunk at %d has %d right events, its row says %d (%v)", tr.session, first, right, count, err)
+			t.Errorf("%s: the chunk at %d has %d right events, its row says %d (%v)", tr.session, first, right, count,
+				err)
 		}
 		lost, doubled = lost+max(0, first-end), doubled+max(0, end-first)
 		end, stored, bytes = first+count, stored+count, bytes+len(packed)
@@ -473,7 +473,8 @@ func checkRows(t testing.TB, conn *pgx.Conn, tr *testTracker) {
 	acked, made, seq := tr.ackedEvents(), tr.madeEvents(), int(tr.read(&tr.made))
 	lost += max(0, acked-end)
 	if err != nil || lost+doubled > 0 || stored != made {
-		t.Errorf("%s: %d events made, %d acked; %d stored, %d lost, %d doubled (%v)", tr.session, made, acked, stored, lost,
+		t.Errorf("%s: %d events made, %d acked; %d stored, %d lost, %d doubled (%v)", tr.session, made, acked, stored,
+			lost,
 			doubled, err)
 	}
 	testTotals.acked.Add(int64(acked))

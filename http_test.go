@@ -72,7 +72,7 @@ var testTransport = &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVer
 // as sends one request as a caller does. It follows no redirect and unpacks nothing.
 func (s *testServer) as(c caller, method, path string) answer {
 	s.t.Helper()
-	r, err := http.NewRequestWithContext(testContext(s.t), method, s.url+path, nil)
+	r, err := http.NewRequestWithContext(s.t.Context(), method, s.url+path, nil)
 	if err != nil {
 		s.t.Fatal(err)
 	}
@@ -294,7 +294,8 @@ func TestRESTHealthWithoutCounts(t *testing.T) {
 	s := startInside(t)
 	holdSQL(t, s.database, "lock table sessions")
 	a := s.ask("GET", "/health")
-	same(t, "/health", said(a.status, string(a.fields(t)["status"]), string(a.fields(t)["database"])), `200 "healthy" null`)
+	same(t, "/health", said(a.status, string(a.fields(t)["status"]), string(a.fields(t)["database"])),
+		`200 "healthy" null`)
 }
 
 // An answer that comes late is sent all the same.
@@ -335,7 +336,8 @@ func restSessions(t *testing.T, s *testServer) {
 	for id, fields := range map[string]map[string]string{
 		"old": {"userId": `"ann"`, "eventCount": "250", "errorCount": "0", "isActive": "false",
 			"startTime": "1700000000000", "endTime": "1700000002049", "snapshotIndex": "200",
-			"metadata": `{"sessionId":"old","userId":"ann","url":"https://example.com/","startTime":1234567890123,` + metadata},
+			"metadata": `{"sessionId":"old","userId":"ann","url":"https://example.com/","startTime":1234567890123,` +
+				metadata},
 		"live": {"eventCount": "0", "errorCount": "0", "isActive": "true", "endedAt": "null", "startTime": "null",
 			"endTime": "null", "snapshotIndex": "null", "storedBytes": "0", "state": `"live"`},
 		"empty": {"eventCount": "0", "errorCount": "0", "isActive": "true", "endedAt": "null", "startTime": "null",
@@ -456,8 +458,8 @@ func unpacked(t testing.TB, a answer) string {
 func restChunk(t *testing.T, s *testServer) {
 	const path = "/sessions/old/chunks/100"
 	packed, plain := s.ask("GET", path, "Accept-Encoding: br, gzip, zstd"), s.ask("GET", path)
-	if stored := querySQL[[]byte](t, s.database,
-		"select events from session_events where session_id = 'old' and first_index = 100"); packed.body != string(stored) {
+	const chunk = "select events from session_events where session_id = 'old' and first_index = 100"
+	if stored := querySQL[[]byte](t, s.database, chunk); packed.body != string(stored) {
 		t.Errorf("got %d bytes, want the %d as they are stored", len(packed.body), len(stored))
 	}
 	same(t, "a client without gzip", plain.header.Get("Content-Encoding")+plain.body, unpacked(t, packed))
@@ -468,7 +470,8 @@ func restChunk(t *testing.T, s *testServer) {
 		same(t, "Content-Length", a.header.Get("Content-Length"), len(a.body))
 	}
 	execSQL(t, s.database, "update session_events set events = 'damaged' where first_index = 100")
-	same(t, "a damaged chunk", said(s.ask("GET", path).status, s.ask("GET", "/sessions/old/events?fromIndex=100").status),
+	same(t, "a damaged chunk", said(s.ask("GET", path).status,
+		s.ask("GET", "/sessions/old/events?fromIndex=100").status),
 		"500 500")
 }
 
@@ -489,7 +492,7 @@ func TestRESTDelete(t *testing.T) {
 		}
 		same(t, "DELETE a second time", s.ask("DELETE", "/sessions/"+id).status, 404)
 	}
-	same(t, "viewers hear which ended", viewer.next("session_ended").str("sessionId"), "live")
+	same(t, "viewers hear which ended", viewer.expect("session_ended").str("sessionId"), "live")
 	same(t, "rows that are left", querySQL[int](t, s.database, `select (select count(*) from session_events)
 		+ (select count(*) from session_errors) + (select count(*) from sessions)`), 1)
 }

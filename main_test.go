@@ -119,7 +119,8 @@ func TestRecordWatchReplay(t *testing.T) {
 	events := append(recordingFile(t), oddEvents()...)
 	events = append(events, json.RawMessage(`{"type":3,"data":{"text":"words of a visitor"}}`))
 	tracker := dialServer(t, s.ws("tracker"))
-	tracker.send("session_start", map[string]any{"sessionId": "demo", "userId": "ann", "url": "https://example.com/demo"})
+	tracker.send("session_start", map[string]any{"sessionId": "demo", "userId": "ann",
+		"url": "https://example.com/demo"})
 	first, middle := joinLive(t, s, "demo"), (*liveViewer)(nil)
 	for from := 0; from < len(events); from += 10 {
 		if from > len(events)/2 && middle == nil {
@@ -333,7 +334,8 @@ func TestHugeSnapshot(t *testing.T) {
 	second, err2 := viewer.read()
 	if !bytes.Contains(first, snapshot) || !bytes.Contains(first, []byte(`"hasMore":true`)) || !bytes.Contains(second,
 		[]byte(`1700000000002`)) || err != nil || err2 != nil {
-		t.Errorf("pages: got %d and %d bytes, %v, %v, want the snapshot in the first, the rest in the second", len(first),
+		t.Errorf("pages: got %d and %d bytes, %v, %v, want the snapshot in the first, the rest in the second",
+			len(first),
 			len(second), err, err2)
 	}
 	_, text = s.get("/sessions/huge/events") // ends where it has 4 MB

@@ -71,8 +71,8 @@ func playModel(t *testing.T, seed uint64) {
 		rows: map[string]*modelRow{}, users: map[*outbox]*modelTracker{}}
 	defer func() {
 		if t.Failed() {
-			t.Logf("seed %d (onlySeed repeats it), the last steps:\n\t%s", seed, strings.Join(m.did[max(0, len(m.did)-25):],
-				"\n\t"))
+			t.Logf("seed %d (onlySeed repeats it), the last steps:\n\t%s", seed,
+				strings.Join(m.did[max(0, len(m.did)-25):], "\n\t"))
 		}
 	}()
 	inHub(t, func(c *config) {
@@ -508,7 +508,8 @@ func (m *model) zombie() string {
 	if !ok {
 		return ""
 	}
-	return fmt.Sprintf("%s: epoch %d, seq %d is committed late: outcome %d", f.session, f.epoch, f.totals.seq, m.store(&f))
+	return fmt.Sprintf("%s: epoch %d, seq %d is committed late: outcome %d", f.session, f.epoch, f.totals.seq,
+		m.store(&f))
 }
 
 // quiet lets all leave and all be stored. Then what was sent last is stored too,

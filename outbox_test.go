@@ -12,7 +12,8 @@ import (
 // and the shorter the lists.
 func TestHubShare(t *testing.T) {
 	inHub(t, nil, func(t *hubTest) {
-		large := &description{userID: "u", metadata: []byte("{}"), brief: []byte(`{"x":"` + strings.Repeat("x", 8000) + `"}`)}
+		large := &description{userID: "u", metadata: []byte("{}"),
+			brief: []byte(`{"x":"` + strings.Repeat("x", 8000) + `"}`)}
 		for i := range 3 * outgoingMin / 4 / 8000 {
 			t.reserve(t.idle(), fmt.Sprint("large", i), true, 0)
 			t.attachAs(t.idle(), fmt.Sprint("large", i), claim{}, large)

@@ -108,7 +108,8 @@ func TestPost(t *testing.T) {
 			200, ready + " error:sequence_gap events_ack:1", "one"},
 		{"an error of the page", "key=key", "", lines(start, one, postReport(2)), plain,
 			200, ready + " events_ack:2", "one"},
-		{"a batch of nothing", "key=key", "", lines(start, `{"type":"events_batch","data":{"seq":1,"events":[]}}`), plain,
+		{"a batch of nothing", "key=key", "", lines(start, `{"type":"events_batch","data":{"seq":1,"events":[]}}`),
+			plain,
 			200, ready + " events_ack:1", ""},
 		{"a wrong line", "key=key", "", lines(start, `{"type":`, one), plain,
 			200, ready + " error:invalid_message events_ack:1", "one"},
@@ -122,9 +123,12 @@ func TestPost(t *testing.T) {
 		{"nothing", "key=key", "", "", plain, 400, "error:no_session", ""},
 		{"no JSON", "key=key", "", "hello", plain, 400, invalid, ""},
 		{"too large", "key=key", "", lines(body, strings.Repeat(" ", 4096)), plain, 413, "error:too_large", ""},
-		{"too large unpacked", "key=key", "", lines(body, strings.Repeat(" ", 4096)), zipped, 413, "error:too_large", ""},
+		{"too large unpacked", "key=key", "", lines(body, strings.Repeat(" ", 4096)), zipped, 413, "error:too_large",
+			""},
 		{"cut gzip", "key=key", "", body, func(s string) string { return zipped(s)[:60] }, 400, invalid, ""},
-		{"wrong checksum", "key=key", "", body, func(s string) string { return zipped(s)[:len(zipped(s))-8] + "12345678" },
+		{"wrong checksum", "key=key", "", body, func(s string) string {
+			return zipped(s)[:len(zipped(s))-8] + "12345678"
+		},
 			400, invalid, ""},
 		{"bytes behind gzip", "key=key", "", body, func(s string) string { return zipped(s) + "x" }, 400, invalid, ""},
 		{"two gzip members", "key=key", "", body, func(s string) string { return zipped(s) + zipped(s) },
@@ -139,8 +143,9 @@ func TestPost(t *testing.T) {
 			for attempt := range 2 { // the same once more changes nothing
 				got := s.post("/ws?"+c.query, sent, "Origin", c.origin)
 				same(t, fmt.Sprint("attempt ", attempt), said(got.status, got.saysOf()), said(c.status, c.says))
-				same(t, "the page may read it, with credentials", said(got.header.Get("Access-Control-Allow-Origin") == shop,
-					got.header.Get("Access-Control-Allow-Credentials")), c.origin == shop)
+				same(t, "the page may read it, with credentials",
+					said(got.header.Get("Access-Control-Allow-Origin") == shop,
+						got.header.Get("Access-Control-Allow-Credentials")), c.origin == shop)
 			}
 			there := querySQL[int](t, s.database, "select count(*) from sessions where session_id = $1", id)
 			if same(t, "sessions", there, strings.Count(c.says, "ready")); there > 0 {
@@ -324,7 +329,9 @@ func TestRecordingsRefused(t *testing.T) {
 	holds(t, "a full session", post("full", strings.Repeat(event+"\n", 20)), "400", "MAX_SESSION_BYTES")
 	first := open("joined")
 	first.sendRaw(event)
-	waitUntil(t, "it is stored", func() bool { return querySQL[int](t, s.database, "select count(*) from session_events") == 1 })
+	waitUntil(t, "it is stored", func() bool {
+		return querySQL[int](t, s.database, "select count(*) from session_events") == 1
+	})
 	holds(t, "what PostgreSQL refuses", post("joined", event), "400", "the database refused")
 	first.wantError("not_stored")
 	page := s.recording("numbered")
@@ -336,7 +343,8 @@ func TestRecordingsRefused(t *testing.T) {
 		t.Errorf("rrweb's client is told %s %v, want errors alone", m, err)
 	}
 	page.record(1, 1)
-	same(t, "its events", querySQL[int](t, s.database, "select event_count from sessions where session_id = 'numbered'"), 1)
+	const count = "select event_count from sessions where session_id = 'numbered'"
+	same(t, "its events", querySQL[int](t, s.database, count), 1)
 }
 
 // TestRecordingsURL begins a session at the second attempt, on another page.
@@ -347,7 +355,8 @@ func TestRecordingsURL(t *testing.T) {
 	tr := &tracker{core: &s.server.core, ctx: t.Context(), out: newOutbox(), share: true}
 	tr.mayStart = func() bool { return allowed }
 	c := &rrwebClient{tracker: tr, recording: "r"}
-	for _, url := range []string{"https://shop.example.com/a", "https://shop.example.com/b", "https://shop.example.com/c"} {
+	for _, url := range []string{"https://shop.example.com/a", "https://shop.example.com/b",
+		"https://shop.example.com/c"} {
 		_, err := c.handle(fmt.Appendf(nil, `{"type":4,"data":{"href":%q,"width":8,"height":6}}`, url))
 		same(t, url+": it is taken", err == nil, allowed)
 		allowed = true
@@ -357,7 +366,8 @@ func TestRecordingsURL(t *testing.T) {
 
 // TestPostLate is about a body that is not here in time: it is not said to be wrong.
 func TestPostLate(t *testing.T) {
-	p := &post{conn: conn{core: &core{budget: newBudget(1 << 20), metrics: &metrics{}}, out: newOutbox(), maxMessage: 1 << 20}}
+	p := &post{conn: conn{core: &core{budget: newBudget(1 << 20), metrics: &metrics{}}, out: newOutbox(),
+		maxMessage: 1 << 20}}
 	p.cfg.messageTimeout = time.Minute
 	p.ctx, p.cancel = context.WithCancel(t.Context())
 	p.cancel()

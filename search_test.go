@@ -18,13 +18,17 @@ import (
 func foundTest(t *testing.T, env ...string) *testServer {
 	t.Helper()
 	s := startInside(t, env...)
-	execSQL(t, s.database, `insert into sessions (session_id, user_id, url, metadata, is_active, created_at, ended_at, event_count, error_count, first_event_time, last_event_time)
-		select 's' || n, (array['ann', 'bob', 'Ann'])[1 + n % 3], 'https://shop.example/' || (array['Cart', 'cart/100%_off', 'home'])[1 + n % 3],
-			'{"traits":{"plan":"pro"},"pages":3,"clicks":2,"lastUrl":"https://shop.example/end"}', false, timestamptz '2026-01-01 12:00Z' + n * interval '1 day', now(),
+	execSQL(t, s.database, `insert into sessions (session_id, user_id, url, metadata, is_active, created_at, ended_at,
+			event_count, error_count, first_event_time, last_event_time)
+		select 's' || n, (array['ann', 'bob', 'Ann'])[1 + n % 3],
+			'https://shop.example/' || (array['Cart', 'cart/100%_off', 'home'])[1 + n % 3],
+			'{"traits":{"plan":"pro"},"pages":3,"clicks":2,"lastUrl":"https://shop.example/end"}', false,
+			timestamptz '2026-01-01 12:00Z' + n * interval '1 day', now(),
 			1, n / 6, 1000, 1000 + n * 10000 from generate_series(0, 6) n`)
 	execSQL(t, s.database, `insert into session_events (session_id, first_index, event_count, raw_bytes, events)
 		select session_id, 0, 1, 4, $1 from sessions`, zip([]byte("[{}]")))
-	execSQL(t, s.database, `insert into sessions (session_id, user_id, url, metadata, is_active, created_at) values ('live', 'ann', 'https://x.example/', '{}', true, '2026-02-01')`)
+	execSQL(t, s.database, `insert into sessions (session_id, user_id, url, metadata, is_active, created_at)
+		values ('live', 'ann', 'https://x.example/', '{}', true, '2026-02-01')`)
 	return s
 }
 
@@ -78,13 +82,15 @@ func TestFilters(t *testing.T) {
 		if got := strings.Join(page.ids(), " "); got != tt.ids || page.Total != tt.total {
 			t.Errorf("%s: got %q of %d, want %q of %d", tt.query, got, page.Total, tt.ids, tt.total)
 		}
-		if more := page.Offset+int64(len(page.Sessions)) < page.Total; page.HasMore != more && page.Offset < page.Total {
+		if more := page.Offset+int64(len(page.Sessions)) < page.Total; page.HasMore != more &&
+			page.Offset < page.Total {
 			t.Errorf("%s: got hasMore %t, want %t", tt.query, page.HasMore, more)
 		}
 	}
 	var page foundPage
 	s.getJSON("/sessions?userId=bob&limit=1", &page)
-	if got := string(page.Sessions[0].Metadata); !strings.Contains(got, `"clicks":2`) || !strings.Contains(got, "lastUrl") || strings.Contains(got, "plan") {
+	if got := string(page.Sessions[0].Metadata); !strings.Contains(got, `"clicks":2`) ||
+		!strings.Contains(got, "lastUrl") || strings.Contains(got, "plan") {
 		t.Errorf("metadata in a list: got %s, want clicks, pages, lastUrl, and no traits", got)
 	}
 }
@@ -104,7 +110,8 @@ func TestFiltersCountUpTo1000(t *testing.T) {
 		var page foundPage
 		s.getJSON("/sessions?limit=3", &page)
 		if page.Total != 1000 || page.TotalIsMore != tt.isMore || !page.HasMore {
-			t.Errorf("%d sessions: got total %d, more %t, hasMore %t, want 1000, %t, true", tt.rows, page.Total, page.TotalIsMore, page.HasMore, tt.isMore)
+			t.Errorf("%d sessions: got total %d, more %t, hasMore %t, want 1000, %t, true", tt.rows, page.Total,
+				page.TotalIsMore, page.HasMore, tt.isMore)
 		}
 	}
 }
@@ -113,15 +120,20 @@ func TestFiltersCountUpTo1000(t *testing.T) {
 func TestParameters(t *testing.T) {
 	t.Parallel()
 	s := foundTest(t)
-	refused := []string{"?user=ann", "?userId=", "?userId=a&userId=b", "?limit=0", "?limit=1001", "?limit=x", "?offset=-1", "?from=yesterday", "?from=2026-01-01",
-		"?to=99999999999999999", "?minDuration=-1", "?minDuration=1.5", "?errors=yes", "?active=1", "?userId=%00", "?url=%0A", "?userId=%zz", "?a;b", "?UserID=ann"}
+	refused := []string{"?user=ann", "?userId=", "?userId=a&userId=b", "?limit=0", "?limit=1001", "?limit=x",
+		"?offset=-1", "?from=yesterday", "?from=2026-01-01",
+		"?to=99999999999999999", "?minDuration=-1", "?minDuration=1.5", "?errors=yes", "?active=1", "?userId=%00",
+		"?url=%0A", "?userId=%zz", "?a;b", "?UserID=ann"}
 	for _, query := range refused {
-		if status, body := s.get("/sessions" + query); status != http.StatusBadRequest || !bytes.Contains(body, []byte(`{"error":`)) {
+		if status, body := s.get("/sessions" + query); status != http.StatusBadRequest ||
+			!bytes.Contains(body, []byte(`{"error":`)) {
 			t.Errorf("GET /sessions%s: got %d %s, want 400", query, status, body)
 		}
 	}
-	for _, request := range []string{"GET /", "GET /health", "GET /stats", "GET /metrics", "GET /sessions/active", "GET /sessions/s1", "GET /sessions/s1/events", "GET /sessions/s1/errors",
-		"GET /sessions/s1/chunks/0", "GET /sessions/s1/export", "GET /sessions/export?userId=ann", "DELETE /sessions?userId=ann", "DELETE /sessions/cleanup", "DELETE /sessions/s1"} {
+	for _, request := range []string{"GET /", "GET /health", "GET /stats", "GET /metrics", "GET /sessions/active",
+		"GET /sessions/s1", "GET /sessions/s1/events", "GET /sessions/s1/errors",
+		"GET /sessions/s1/chunks/0", "GET /sessions/s1/export", "GET /sessions/export?userId=ann",
+		"DELETE /sessions?userId=ann", "DELETE /sessions/cleanup", "DELETE /sessions/s1"} {
 		method, path, _ := strings.Cut(request, " ")
 		query := "?"
 		if strings.Contains(path, "?") {
@@ -149,7 +161,8 @@ func TestParameters(t *testing.T) {
 func recordTest(t *testing.T, s *testServer, id, user string, batches ...string) *testConn {
 	t.Helper()
 	c := dialServer(t, s.ws("tracker"))
-	c.send("session_start", map[string]any{"sessionId": id, "userId": user, "url": "https://shop.example/", "traits": map[string]any{"plan": "pro"}, "resume": ""})
+	c.send("session_start", map[string]any{"sessionId": id, "userId": user, "url": "https://shop.example/",
+		"traits": map[string]any{"plan": "pro"}, "resume": ""})
 	c.expect("session_ready")
 	for i, events := range batches {
 		c.sendRaw(fmt.Sprintf(`{"type":"events_batch","data":{"seq":%d,"events":[%s]}}`, i+1, events))
@@ -168,7 +181,8 @@ func TestExport(t *testing.T) {
 	waitUntil(t, "all is there", func() bool { return s.stat("totalEvents") == 4 })
 
 	status, body := s.get("/sessions/a/export")
-	if want := "[" + odd + `,{"type":2,"timestamp":2},{"type":3,"timestamp":3}]`; status != 200 || string(body) != want {
+	if want := "[" + odd + `,{"type":2,"timestamp":2},{"type":3,"timestamp":3}]`; status != 200 ||
+		string(body) != want {
 		t.Errorf("export of a: got %d %s, want %s", status, body, want)
 	}
 	if _, body := s.get("/sessions/c/export"); string(body) != "[]" {
@@ -281,7 +295,8 @@ func TestDeleteUserMeanwhile(t *testing.T) {
 			return old;
 		end $$; create trigger more before delete on sessions for each row execute function more()`)
 	execSQL(t, s.database, "update sessions set created_at = '2026-03-01' where session_id = 's4'")
-	if status, body := s.request("DELETE", "/sessions?userId=ann"); !strings.Contains(string(body), `"deletedCount":5`) {
+	if status, body := s.request("DELETE", "/sessions?userId=ann"); !strings.Contains(string(body),
+		`"deletedCount":5`) {
 		t.Errorf("got %d %s, want 5 deleted: ann's four, and one that began meanwhile", status, body)
 	}
 	if status, body := s.request("DELETE", "/sessions?userId=bob"); status != http.StatusServiceUnavailable {
@@ -356,7 +371,8 @@ func TestAudit(t *testing.T) {
 	ask("GET", "/sessions/export?userId=ann", "", token)
 	ask("DELETE", "/sessions/s4", "", token)
 	ask("DELETE", "/sessions?userId=bob", "", token)
-	want := []string{"signed in", "signed in", "sign-in refused", "sign-in refused", "opened s1", "opened s2", "opened s5", "exported s3", "exported ann", "deleted s4", "deleted bob"}
+	want := []string{"signed in", "signed in", "sign-in refused", "sign-in refused", "opened s1", "opened s2",
+		"opened s5", "exported s3", "exported ann", "deleted s4", "deleted bob"}
 	var got []string
 	waitUntil(t, "the log has it all", func() bool {
 		got = nil

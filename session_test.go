@@ -23,9 +23,6 @@ func (c *testConn) wantError(code string) {
 	}
 }
 
-// next is expect, for one type.
-func (c *testConn) next(kind string) testMessage { return c.expect(kind) }
-
 // objects decodes a JSON array of objects, or fails the test.
 func objects(t testing.TB, raw []byte) (list []map[string]json.RawMessage) {
 	t.Helper()

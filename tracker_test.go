@@ -233,7 +233,8 @@ func (tr *testTracker) hear(m testMessage) bool {
 	case "session_ready":
 		tr.resume, tr.ready = m.Data.Resume, true
 		if m.Data.LastSeq < tr.acked {
-			tr.t.Errorf("%s: lastSeq %d after an ack of %d: something acked is lost", tr.session, m.Data.LastSeq, tr.acked)
+			tr.t.Errorf("%s: lastSeq %d after an ack of %d: something acked is lost", tr.session, m.Data.LastSeq,
+				tr.acked)
 		}
 		tr.promised(m.Type, m.Data.LastSeq)
 		tr.sent = m.Data.LastSeq

@@ -150,7 +150,8 @@ func (v *testViewer) hear(text []byte) {
 			break // asked for before it joined anew
 		}
 		if d.HasMore && len(d.Events) == 0 {
-			v.t.Errorf("viewer of %s: an empty page at %d of %d, and more to come", v.session, d.FromIndex, d.TotalEvents)
+			v.t.Errorf("viewer of %s: an empty page at %d of %d, and more to come", v.session, d.FromIndex,
+				d.TotalEvents)
 		}
 		v.check(d.FromIndex, d.Events)
 		v.next += len(d.Events)

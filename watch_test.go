@@ -66,7 +66,8 @@ func TestHubLag(t *testing.T) {
 				}
 				read := t.messages(slow)
 				if lagged := t.metrics.viewersLagged.Load(); lagged != 1 || read[0] != "joined s 0" || len(read) >= n {
-					t.Fatalf("got %d lagging viewers and %d messages from %q on, want 1 and some of %d", lagged, len(read), read[0], n)
+					t.Fatalf("got %d lagging viewers and %d messages from %q on, want 1 and some of %d", lagged,
+						len(read), read[0], n)
 				}
 				for i, m := range read[1:] {
 					if want := fmt.Sprintf("live s %d+1", i); m != want {

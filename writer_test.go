@@ -149,11 +149,13 @@ func TestStoreChunks(t *testing.T) {
 		{"batches are joined", [][][]byte{numbered(0, 3), {}, numbered(3, 4), numbered(4, 9)}, []int64{9}},
 		{"just full", [][][]byte{{text(0, most-2-big)}}, []int64{1}},
 		{"a large event is alone", [][][]byte{numbered(0, 2), {text(2, 3*most)}, numbered(3, 5)}, []int64{2, 1, 2}},
-		{"large events inside a batch", [][][]byte{{text(0, 1), text(1, 2*most), text(2, 2*most), text(3, 1)}}, []int64{1, 1,
-			1, 1}},
+		{"large events inside a batch", [][][]byte{{text(0, 1), text(1, 2*most), text(2, 2*most), text(3, 1)}},
+			[]int64{1, 1,
+				1, 1}},
 		{"split at 1 MB, inside a batch and between", [][][]byte{
-			{text(0, most*2/5), text(1, most*2/5), text(2, most*2/5)}, {text(3, most*2/5), text(4, most*2/5)}}, []int64{2, 2,
-			1}},
+			{text(0, most*2/5), text(1, most*2/5), text(2, most*2/5)}, {text(3, most*2/5), text(4, most*2/5)}},
+			[]int64{2, 2,
+				1}},
 	}
 	for i, tt := range tests {
 		id := fmt.Sprintf("s%d", i)
@@ -208,8 +210,9 @@ func TestStoreChunkMap(t *testing.T) {
 	st.stored(st.flush("s", c,
 		event(4, 500, ""), event(2, 400, ""), event(2, 600, ""), event(3, 450, ""), // one chunk
 		event(2, 700, large), []byte(`{"type":3,"data":"`+large+`"}`), event(3, 800, "")))
-	st.holds("the map", "0+4 400-600 2, 4+1 700-700 4, 5+1 - , 6+1 800-800 ", `select string_agg(format('%s+%s %s-%s %s',
-		first_index, event_count, start_time, end_time, snapshot_index), ', ' order by first_index) from session_events`)
+	st.holds("the map", "0+4 400-600 2, 4+1 700-700 4, 5+1 - , 6+1 800-800 ",
+		`select string_agg(format('%s+%s %s-%s %s', first_index, event_count, start_time, end_time, snapshot_index),
+			', ' order by first_index) from session_events`)
 }
 
 // The cost of a page does not grow with the session: it finds its chunk by the
