@@ -24,8 +24,7 @@ const picture = (() => {
   // like. To ask all elements would take a tenth of a second of a large page.
   const MAY_HAVE = /-|^(style|link|input|select|textarea|button|output|fieldset|form|object|progress)$/;
   const FEATURES = [["prefers-color-scheme", "light dark"], ["prefers-reduced-motion", "no-preference reduce"],
-    ["prefers-contrast", "no-preference more less custom"], ["forced-colors", "none active"],
-    ["hover", "none hover"], ["any-hover", "none hover"],
+    ["prefers-contrast", "no-preference more less custom"], ["hover", "none hover"], ["any-hover", "none hover"],
     ["pointer", "none coarse fine"], ["any-pointer", "none coarse fine"],
   ].flatMap(([name, values]) => values.split(" ").map((value) => `${name}:${value}`));
   const asks = FEATURES.map((feature) => matchMedia(`(${feature})`));
@@ -41,6 +40,7 @@ const picture = (() => {
   const sources = new Map(); // address → what fetch made of it
   const copies = new WeakMap(); // img → {src, url}
   const asked = new Set(); // elements that may have a state
+  const plain = new Set(); // classes of empty elements that are no icons, since the last full snapshot
   let told = new Map(); // element → {attribute: what was told of it} since the last full snapshot
   let news = new Map(); // element → {attribute: value}, to be sent
   let fresh = []; // elements whose box is to be looked at
@@ -187,10 +187,13 @@ const picture = (() => {
   const content = (el, pseudo) => getComputedStyle(el, pseudo).content;
 
   function isIcon(el) {
-    const text = el.textContent;
+    const text = el.textContent, name = el.className;
     if (ICON.test(text)) return true;
-    if (text === "") return ICON.test(content(el, "::before") + content(el, "::after"));
-    return ICON_FONT.test(getComputedStyle(el).fontFamily);
+    if (text !== "") return ICON_FONT.test(getComputedStyle(el).fontFamily);
+    if (plain.has(name)) return false;
+    if (ICON.test(content(el, "::before") + content(el, "::after"))) return true;
+    if (name) plain.add(name);
+    return false;
   }
 
   // An empty element has no height of its own, unless there is something in it
@@ -333,6 +336,7 @@ const picture = (() => {
     if (type === FULL) {
       roots.clear();
       asked.clear();
+      plain.clear();
       told = new Map();
     } else if (type === INCREMENTAL && data.source === MUTATION && !sending) {
       for (const { id, attributes } of data.attributes) if (nodeOf(id)) {

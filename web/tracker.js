@@ -18,7 +18,7 @@
 // recorded as it is.
 //
 // What goes wrong here never reaches the page: every way in goes through safe().
-if (window.sessionReplay && typeof window.sessionReplay.start === "function") return; // embedded twice
+if (window.sessionReplay && window.sessionReplay.start) return; // embedded twice
 
 const script = document.currentScript || document.querySelector('script[src*="/tracker.js"]');
 const { record } = rrwebRecord;
@@ -237,11 +237,11 @@ const bytesOf = (text) => (isPlain(text) ? text.length : new Blob([text]).size);
 // fitted gives the text of an event that one message can hold: of a larger one
 // the largest data: addresses are left out.
 function fitted(event) {
-  let text = toText(event);
-  for (let most = limit >> 1; bytesOf(text) > limit && most > 1000; most >>= 2) {
+  let text = toText(event), size;
+  for (let most = limit >> 1; (size = bytesOf(text)) > limit && most > 1000; most >>= 2) {
     text = text.replace(/data:[^\s"'()<>\\]+/g, (found) => (found.length > most ? LEFT_OUT : found));
   }
-  return bytesOf(text) > limit ? null : text;
+  return size > limit ? null : text;
 }
 
 // tooLarge: without its snapshot nothing can be watched. What says so is recorded.
