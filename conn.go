@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"compress/flate"
 	"context"
@@ -8,6 +9,7 @@ import (
 	"io"
 	"math/bits"
 	"net"
+	"net/http"
 	"runtime"
 	"slices"
 	"sync"
@@ -127,6 +129,42 @@ func (c *conn) replyError(e *protocolError) {
 	if c.errors++; c.errors >= maxErrors {
 		c.out.closeAfterSending(closePolicy, "too many errors")
 	}
+}
+
+// The connection beneath.
+
+// hijacker hands a connection over from HTTP to a WebSocket, and keeps hold of
+// it for deadlines. The buffers of an HTTP connection take 8 KB for as long as
+// it lasts; smaller ones serve a tracker, which is sent little, as well.
+type hijacker struct {
+	http.ResponseWriter
+	wire *atomic.Int64 // counts what a tracker sends; nil for a viewer
+	conn net.Conn
+}
+
+func (h *hijacker) Hijack() (net.Conn, *bufio.ReadWriter, error) {
+	conn, rw, err := http.NewResponseController(h.ResponseWriter).Hijack()
+	if err == nil && h.wire != nil {
+		conn = counted{conn, conn, h.wire}
+		if rw.Reader.Buffered() == 0 {
+			rw = bufio.NewReadWriter(bufio.NewReaderSize(conn, 512), bufio.NewWriterSize(conn, 512))
+		}
+	}
+	h.conn = conn
+	return conn, rw, err
+}
+
+// counted counts the bytes that are read from a connection, or from a body.
+type counted struct {
+	net.Conn
+	from io.Reader
+	wire *atomic.Int64
+}
+
+func (c counted) Read(p []byte) (int, error) {
+	n, err := c.from.Read(p)
+	c.wire.Add(int64(n))
+	return n, err
 }
 
 // Reading.

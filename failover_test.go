@@ -521,7 +521,7 @@ func sendAll(st *storeTest) {
 	st.claimed("s", "", false)
 	st.commitOne(f) // of an old epoch
 	st.all("s", 0, 3)
-	_, err = st.chunks(ctx, "s")
+	_, err = st.chunks(ctx, "s", 0, 1)
 	must(err)
 	_, err = st.reports(ctx, "s")
 	must(err)

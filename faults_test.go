@@ -292,7 +292,10 @@ var faults = []fault{
 		fullTimes: 10,
 		change:    func(i int, tr *testTracker) { tr.mischief = i%2 == 0 },
 		ways: []way{
-			{"a cut in the middle of a frame", func(l *load) { l.toServer.cutInside(5000) }},
+			{"a cut in the middle of a frame", func(l *load) {
+				l.toServer.cutInside(5000)
+				waitUntil(l.t, "all links are new", l.toServer.isWhole)
+			}},
 			{"half-open connections", func(l *load) { // the server does not learn that the trackers leave them
 				l.toServer.freezeLinks()
 				for _, tr := range l.trackers {

@@ -1,14 +1,11 @@
 package main
 
 import (
-	"bufio"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"math"
-	"net"
 	"net/http"
 	"net/netip"
 	"net/url"
@@ -63,7 +60,7 @@ func (s *server) table() []route {
 		{"DELETE /sessions", viewers, s.query(s.handleDeleteUser, "userId")},
 		{"GET /sessions/export", viewers, s.query(s.withRoom(s.handleExportUser), "userId")},
 		{"GET /sessions/active", viewers, s.query(s.withRoom(s.handleActive))},
-		{"GET /sessions/{id}", viewers, s.query(s.withRoom(s.handleSession))},
+		{"GET /sessions/{id}", viewers, s.query(s.withRoom(s.handleSession), "chunksFrom")},
 		{"GET /sessions/{id}/events", viewers, s.query(s.handleEvents, "fromIndex", "limit")},
 		{"GET /sessions/{id}/errors", viewers, s.query(s.withRoom(s.handleErrors))},
 		{"GET /sessions/{id}/chunks/{index}", viewers, s.query(s.handleChunk, "of")},
@@ -328,40 +325,6 @@ func queryNumber(r *http.Request, name string, preset, least, most int64) (int64
 
 // WebSocket.
 
-// hijacker hands a connection over from HTTP to a WebSocket, and keeps hold of
-// it for deadlines. The buffers of an HTTP connection take 8 KB for as long as
-// it lasts; smaller ones serve a tracker, which is sent little, as well.
-type hijacker struct {
-	http.ResponseWriter
-	wire *atomic.Int64 // counts what a tracker sends; nil for a viewer
-	conn net.Conn
-}
-
-func (h *hijacker) Hijack() (net.Conn, *bufio.ReadWriter, error) {
-	conn, rw, err := http.NewResponseController(h.ResponseWriter).Hijack()
-	if err == nil && h.wire != nil {
-		conn = counted{conn, conn, h.wire}
-		if rw.Reader.Buffered() == 0 {
-			rw = bufio.NewReadWriter(bufio.NewReaderSize(conn, 512), bufio.NewWriterSize(conn, 512))
-		}
-	}
-	h.conn = conn
-	return conn, rw, err
-}
-
-// counted counts the bytes that are read from a connection, or from a body.
-type counted struct {
-	net.Conn
-	from io.Reader
-	wire *atomic.Int64
-}
-
-func (c counted) Read(p []byte) (int, error) {
-	n, err := c.from.Read(p)
-	c.wire.Add(int64(n))
-	return n, err
-}
-
 // enter counts a tracker's or a viewer's request, which then leaves; otherwise it
 // answers why not. A path with an id is that of rrweb's own client.
 func (s *server) enter(w http.ResponseWriter, r *http.Request) (addr netip.Addr, ok bool) {
@@ -525,6 +488,8 @@ func (s *server) handleChunk(w http.ResponseWriter, r *http.Request) error {
 
 // Sessions.
 
+const maxChunks = 10_000 // in one answer
+
 // sessionJSON is a session as lists show it.
 type sessionJSON struct {
 	sessionID
@@ -603,14 +568,20 @@ func (s *server) handleActive(w http.ResponseWriter, r *http.Request) error {
 
 func (s *server) handleSession(w http.ResponseWriter, r *http.Request) error {
 	id := r.PathValue("id")
+	from, err := queryNumber(r, "chunksFrom", 0, 0, maxIndex)
+	if err != nil {
+		return err
+	}
 	row, err := s.store.session(r.Context(), id)
 	if err != nil {
 		return err
 	}
-	chunks, err := s.store.chunks(r.Context(), id)
+	chunks, err := s.store.chunks(r.Context(), id, from, maxChunks+1)
 	if err != nil {
 		return err
 	}
+	more := len(chunks) > maxChunks
+	chunks = chunks[:min(len(chunks), maxChunks)]
 	type chunkJSON struct {
 		FromIndex     int64  `json:"fromIndex"`
 		Count         int64  `json:"count"`
@@ -629,8 +600,9 @@ func (s *server) handleSession(w http.ResponseWriter, r *http.Request) error {
 	one.Metadata = row.about.metadata
 	s.write(w, http.StatusOK, struct {
 		sessionJSON
-		Chunks []chunkJSON `json:"chunks"`
-	}{one, seek})
+		Chunks     []chunkJSON `json:"chunks"`
+		MoreChunks bool        `json:"moreChunks"`
+	}{one, seek, more})
 	return nil
 }
 

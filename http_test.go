@@ -371,7 +371,7 @@ func restSessions(t *testing.T, s *testServer) {
 
 func restSession(t *testing.T, s *testServer) {
 	session := s.ask("GET", "/sessions/old").fields(t)
-	wantKeys(t, "a session", session, sessionFields+" chunks")
+	wantKeys(t, "a session", session, sessionFields+" chunks moreChunks")
 	sum, bounds := 0, ""
 	for _, c := range objects(t, session["chunks"]) {
 		wantKeys(t, "a chunk", c, chunkFields)
@@ -381,9 +381,20 @@ func restSession(t *testing.T, s *testServer) {
 		same(t, path+": bytes", string(c["bytes"]), len(s.ask("GET", path).body))
 		sum += len(s.ask("GET", path, "Accept-Encoding: gzip").body)
 	}
+	same(t, "more chunks", string(session["moreChunks"]), "false")
 	same(t, "chunks", bounds, "0 100 1700000000000 1700000000099 0; 100 100 1700000001000 1700000001099 100; "+
 		"200 50 1700000002000 1700000002049 200; ")
 	same(t, "storedBytes", string(session["storedBytes"]), sum)
+	execSQL(t, s.database, `insert into session_events (session_id, first_index, event_count, raw_bytes, events)
+		select 'empty', n, 1, 1, '' from generate_series(1, $1) n`, maxChunks+1)
+	for _, tt := range []struct {
+		query, more string
+		chunks      int
+	}{{"", "true", maxChunks}, {"?chunksFrom=2", "false", maxChunks}, {"?chunksFrom=10001", "false", 1}} {
+		many := s.ask("GET", "/sessions/empty"+tt.query).fields(t)
+		same(t, "chunks"+tt.query, said(len(objects(t, many["chunks"])), string(many["moreChunks"])), said(tt.chunks, tt.more))
+	}
+	execSQL(t, s.database, "delete from session_events where session_id = 'empty'")
 	wantFields(t, "live", s.ask("GET", "/sessions/live").fields(t),
 		map[string]string{"chunks": "[]", "eventCount": "0", "isActive": "true"})
 }

@@ -169,6 +169,13 @@ func (p *testProxy) cutInside(bytes int64) {
 	p.each(func(l *link) { l.room.Store(rand.Int64N(bytes)) })
 }
 
+// isWhole reports whether no link is about to be cut.
+func (p *testProxy) isWhole() bool {
+	whole := true
+	p.each(func(l *link) { whole = whole && l.room.Load() > math.MaxInt64/2 })
+	return whole
+}
+
 // freezeLinks makes the present links pass nothing, not even their end.
 func (p *testProxy) freezeLinks() { p.each((*link).freeze) }
 

@@ -269,12 +269,14 @@ func (st *store) session(ctx context.Context, id string) (storedSession, error) 
 	return found[0], nil
 }
 
-// chunks gives the map of a session's chunks, without their events.
-func (st *store) chunks(ctx context.Context, id string) ([]chunk, error) {
+// chunks gives the map of a session's chunks from an event on, without their events,
+// up to limit.
+func (st *store) chunks(ctx context.Context, id string, from, limit int64) ([]chunk, error) {
 	ctx, cancel := context.WithTimeout(ctx, queryTimeout)
 	defer cancel()
 	rows, err := st.pool.Query(ctx, `select first_index, event_count, coalesce(start_time, 0), coalesce(end_time, 0),
-		coalesce(snapshot_index, -1), raw_bytes from session_events where session_id = $1 order by first_index`, id)
+		coalesce(snapshot_index, -1), raw_bytes from session_events
+		where session_id = $1 and first_index >= $2 order by first_index limit $3`, id, from, limit)
 	if err != nil {
 		return nil, err
 	}

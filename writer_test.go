@@ -167,7 +167,7 @@ func TestStoreChunks(t *testing.T) {
 			events = append(events, batch...)
 		}
 		st.stored(f)
-		chunks, err := st.chunks(t.Context(), id)
+		chunks, err := st.chunks(t.Context(), id, 0, 100)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -15,17 +15,25 @@ export class Recording {
     this.onWait = onWait;
     this.newestSnapshot = -1; // index of the newest full snapshot that is known
     this.timeline = new Timeline();
-    this.chunks = []; // {fromIndex, count, startTime, endTime, …}
+    this.stored = []; // {fromIndex, count, startTime, endTime, …} as the server has them
+    this.chunks = []; // the same on the time line
   }
 
   async load() {
-    const info = await patiently(() => getJSON(this.path), this.onWait);
+    const read = (from) => patiently(() => getJSON(`${this.path}?chunksFrom=${from}`), this.onWait);
+    const info = await read(this.committed);
+    const chunks = this.stored.concat(info.chunks ?? []);
+    for (let more = info; more.moreChunks; chunks.push(...more.chunks)) {
+      const last = chunks.at(-1);
+      more = await read(last.fromIndex + last.count);
+    }
     this.info = info;
     this.loaded = Date.now();
     this.isActive ??= info.isActive; // from then on the feed tells
     this.newestSnapshot = Math.max(this.newestSnapshot, info.snapshotIndex ?? -1);
     this.total = Math.max(this.total ?? 0, info.eventCount ?? 0);
-    this.chunks = await this.placed(info.chunks ?? []);
+    this.stored = chunks;
+    this.chunks = await this.placed(chunks);
     this.start = this.chunks[0]?.startTime ?? info.startTime ?? this.start ?? null;
     this.end = Math.max(this.end ?? -Infinity, this.chunks.at(-1)?.endTime ?? -Infinity);
     if (this.total > this.committed && info.endTime !== undefined) {
