@@ -14,7 +14,7 @@ export GOTOOLCHAIN = auto
 VERSION := $(shell git describe --tags --always --dirty 2>/dev/null)
 STAMP    = $(if $(VERSION),-ldflags '-X main.stamped=$(VERSION)',-buildvcs=false)
 
-.PHONY: build go web audit-web run test test-go test-web test-browsers test-postgres test-faults breakages bench fuzz install uninstall clean
+.PHONY: build go web audit-web run test test-browsers test-postgres test-faults breakages bench fuzz install uninstall clean
 
 # The server, one static binary. Needs Go alone; without npm it has no recorder.
 build: go web
@@ -45,15 +45,9 @@ test: build
 		{ echo "not gofmt's form:" $$unformatted; exit 1; }
 	go vet ./...
 	go vet -tags faults,bench,breakages ./...
+	go test -race -shuffle=on -parallel 4 -timeout 10m ./...
 	@scripts/chromium
-	@$(MAKE) --no-print-directory -j2 -Otarget test-go test-web
-
-# The two halves of make test: they wait more than they compute, and run side by side.
-test-go:
-	go test -race -shuffle=on -parallel 4 -timeout 15m ./...
-
-test-web:
-	MAKEFLAGS= TEST_SERVER='$(CURDIR)/session-replay' node --test --test-concurrency=5 --test-reporter=spec \
+	MAKEFLAGS= TEST_SERVER='$(CURDIR)/session-replay' node --test --test-concurrency=4 --test-reporter=spec \
 		scripts/*.test.mjs web/test/*.test.mjs
 
 # Recording and replay in Firefox and WebKitGTK, as Debian packages them.

@@ -40,7 +40,7 @@ func newAsset(name string, body []byte) asset {
 
 // comments, and the blanks at the start of lines, are a tenth of the tracker:
 // visitors need not download them.
-var comments = regexp.MustCompile(`(?m)^[ \t]*(//.*\n)?|[ \t]+// .*$`)
+var comments = regexp.MustCompile(`(?m)^\s*(//.*\n)?|[ \t]+// .*$`)
 
 // assets are the embedded files by their base names, and whether the recorder is
 // among them. The tracker is put together here: rrweb's recorder and ours, in a

@@ -21,6 +21,6 @@ select create_distributed_table('session_errors', 'session_id', colocate_with =>
 -- on every worker, and no server could say that it is there while one is away.
 
 -- These ask all workers, and fail while one is away: the lists (GET /sessions and
--- /sessions/active), the sums of /health, a user's sessions; every two seconds
--- of each server, the sessions that another has abandoned; at each cleanup, those
+-- /sessions/active), the sums of /health, a user's sessions; every ten seconds
+-- of each server, the sessions that nobody records; at each cleanup, those
 -- that are over. What is recorded, watched, replayed or exported by its id asks one.

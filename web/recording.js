@@ -15,24 +15,20 @@ export class Recording {
     this.onWait = onWait;
     this.newestSnapshot = -1; // index of the newest full snapshot that is known
     this.timeline = new Timeline();
-    this.stored = []; // {fromIndex, count, startTime, endTime, …} as the server has them
-    this.chunks = []; // the same on the time line
+    this.chunks = []; // {fromIndex, count, startTime, endTime, …}
   }
 
   async load() {
-    const read = (from) => patiently(() => getJSON(`${this.path}?chunksFrom=${from}`), this.onWait);
-    const info = await read(this.committed);
-    const chunks = this.stored.concat(info.chunks ?? []);
+    const read = (query) => patiently(() => getJSON(this.path + query), this.onWait);
+    const info = await read(""), chunks = info.chunks ?? [];
     for (let more = info; more.moreChunks; chunks.push(...more.chunks)) {
-      const last = chunks.at(-1);
-      more = await read(last.fromIndex + last.count);
+      more = await read(`?chunksFrom=${chunks.at(-1).fromIndex + 1}`);
     }
     this.info = info;
     this.loaded = Date.now();
     this.isActive ??= info.isActive; // from then on the feed tells
     this.newestSnapshot = Math.max(this.newestSnapshot, info.snapshotIndex ?? -1);
     this.total = Math.max(this.total ?? 0, info.eventCount ?? 0);
-    this.stored = chunks;
     this.chunks = await this.placed(chunks);
     this.start = this.chunks[0]?.startTime ?? info.startTime ?? this.start ?? null;
     this.end = Math.max(this.end ?? -Infinity, this.chunks.at(-1)?.endTime ?? -Infinity);

@@ -286,12 +286,17 @@ const picture = (() => {
     attributes._cssText = source ? absolute(source, el.baseURI) : repair(css, el.sheet.cssRules, el.getRootNode());
   }
 
-  // loaded sees a link's new sheet; rrweb tells of a link's first one.
+  // loaded sees a link's new sheet, and what a style element imports, when that has
+  // come; rrweb tells of a link's first one.
   function loaded({ target }) {
     if (target.localName === "iframe") fresh.push(target), soon();
     if (target.localName === "link" && target.sheet) setTimeout(safe(() => {
       if (read.get(target) !== target.href && target.sheet) readSheet(target);
     }));
+    if (target.localName === "style" && target.sheet && [...target.sheet.cssRules].some((r) => r.styleSheet)) {
+      try { note(target, "_cssText", textOf(target.sheet)); } catch { /* not all may be read */ }
+      soon();
+    }
   }
 
   function mendStyle(el, attributes) {

@@ -651,7 +651,7 @@ function reconnect() {
 function retry() {
   if (!wanted) return;
   const pause = Math.min(RETRY_MAX_MS, RETRY_MS * 2 ** retries++);
-  if (retries === 3 && navigator.onLine) explain("blocked");
+  if (retries === 3 && navigator.onLine && session && session.unopened > 0) explain("blocked");
   clearTimeout(retryTimer);
   retryTimer = setTimeout(safe(connect), pause * (0.5 + Math.random() / 2));
 }
@@ -827,8 +827,8 @@ function isInRecordedPage(frame = window) {
 // explain keeps the reason why nothing is recorded, and tells who develops the page.
 function explain(why) {
   reason = why;
-  const { debug = "false" } = options;
-  if (why && (debug !== "false" || /^(localhost|127\..*|\[::1\])$/.test(location.hostname))) {
+  const { debug = false } = options;
+  if (why && (String(debug) !== "false" || /^(localhost|127\..*|\[::1\])$/.test(location.hostname))) {
     console.info(`session-replay: ${why}`);
   }
 }
