@@ -72,6 +72,27 @@ func deletedElsewhere(t *testing.T, a, b *testServer) {
 	waitUntil(t, "its tracker hears of it", func() bool { return tr.why() == "session_deleted" })
 }
 
+// What is known of a server that has been gone for long is looked at until it is over.
+func TestFollowGone(t *testing.T) {
+	t.Parallel()
+	s := startInside(t)
+	execSQL(t, s.database, "insert into servers (server) values ('gone')")
+	execSQL(t, s.database, `insert into sessions (session_id, user_id, url, metadata, is_active, server)
+		values ('s', '', '', '{}', true, 'gone')`)
+	v := rawWebSocket(t, s, "viewer")
+	for m := v.expect("active_sessions", "session_started"); m.Type != "session_started"; {
+		m = v.expect("active_sessions", "session_started")
+	}
+	execSQL(t, s.database, "update servers set seen_at = now() - interval '1 hour' where server = 'gone'")
+	waitUntil(t, "nothing is known of it", func() bool {
+		others, err := s.server.store.others(t.Context())
+		return err == nil && len(others) == 0
+	})
+	time.Sleep(2 * listEvery * followEvery) // it has been looked for since
+	execSQL(t, s.database, "update sessions set is_active = false")
+	v.expect("session_ended")
+}
+
 func idsOf(m testMessage) (ids []string) {
 	var all []sessionID
 	json.Unmarshal([]byte(m.raw("sessions")), &all)
