@@ -294,9 +294,16 @@ const picture = (() => {
       if (read.get(target) !== target.href && target.sheet) readSheet(target);
     }));
     if (target.localName === "style" && target.sheet && [...target.sheet.cssRules].some((r) => r.styleSheet)) {
-      try { note(target, "_cssText", textOf(target.sheet)); } catch { /* not all may be read */ }
-      soon();
+      safe(tellText, () => {})(target);
     }
+  }
+
+  // tellText makes the text of a style element what is in its sheet.
+  function tellText(style) {
+    const css = textOf(style.sheet); // throws if not all may be read
+    const texts = [...style.childNodes].map((node, i) => ({ id: record.mirror.getId(node), value: i ? "" : css }));
+    const known = texts.filter(({ id }) => id > 0);
+    emit({ type: INCREMENTAL, data: { source: MUTATION, texts: known, removes: [], adds: [], attributes: [] } });
   }
 
   function mendStyle(el, attributes) {
@@ -314,7 +321,7 @@ const picture = (() => {
     roots.add(root);
     // rrweb tells of a shadow root's adopted sheets once, not when it comes back.
     if (root.adoptedStyleSheets) worn.set(root, worn.has(root) && root.host ? [] : [...root.adoptedStyleSheets]);
-    on(root, "load", loaded, true);
+    for (const type of ["load", "error"]) on(root, type, loaded, true); // error: some import has failed
   }
 
   // meet sees each node before it is cleaned.

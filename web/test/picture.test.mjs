@@ -16,7 +16,9 @@ let h, browser, here, other;
 before(async () => {
   h = await harness({ SESSION_GRACE_PERIOD: "500" });
   browser = await h.launch();
-  const served = Object.fromEntries(readdirSync(pages).map((name) => [`/${name}`, (request, response) => serve(name, response)]));
+  const late = (request) => (request.url.endsWith("?slow") ? 1500 : 0); // behind the first snapshot
+  const served = Object.fromEntries(readdirSync(pages).map((name) => [`/${name}`,
+    (request, response) => setTimeout(serve, late(request), name, response)]));
   other = await h.site(served);
   here = await h.site(served);
 });
