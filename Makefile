@@ -47,7 +47,7 @@ test: build
 	go vet -tags faults,bench,breakages ./...
 	go test -race -shuffle=on -parallel 4 -timeout 10m ./...
 	@scripts/chromium
-	MAKEFLAGS= TEST_SERVER='$(CURDIR)/session-replay' node --test --test-concurrency=4 --test-reporter=spec \
+	MAKEFLAGS= TEST_SERVER='$(CURDIR)/session-replay' node --test --test-concurrency=3 --test-reporter=spec \
 		scripts/*.test.mjs web/test/*.test.mjs
 
 # Recording and replay in Firefox and WebKitGTK, as Debian packages them.
