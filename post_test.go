@@ -462,7 +462,7 @@ func TestDeflate(t *testing.T) {
 // deflated is a message as permessage-deflate has it.
 func deflated(text string) string {
 	var out bytes.Buffer
-	z, _ := flate.NewWriter(&out, flate.BestSpeed)
+	z, _ := flate.NewWriter(&out, flate.DefaultCompression) // as browsers do
 	io.WriteString(z, text)
 	z.Flush()
 	return strings.TrimSuffix(out.String(), "\x00\x00\xff\xff")
