@@ -78,7 +78,8 @@ func parseRecording(t testing.TB, text []byte) (r []recorded) {
 		t.Fatalf("recording: %v", err)
 	}
 	for _, e := range events {
-		r = append(r, recorded{string(text[e.start:e.end]), e.kind, time.Duration(e.time-events[0].time) * time.Millisecond})
+		at := time.Duration(e.time-events[0].time) * time.Millisecond
+		r = append(r, recorded{string(text[e.start:e.end]), e.kind, at})
 	}
 	return r
 }
@@ -387,14 +388,16 @@ func bareReader(conn net.Conn, id string, pool *pgxpool.Pool, chunks []flush, wo
 		message = all
 		size := len(message)
 		if head&0x40 != 0 {
-			z.(flate.Resetter).Reset(io.MultiReader(bytes.NewReader(mask(message)), strings.NewReader(deflateTail)), nil)
+			whole := io.MultiReader(bytes.NewReader(mask(message)), strings.NewReader(deflateTail))
+			z.(flate.Resetter).Reset(whole, nil)
 			inflated.Reset()
 			inflated.ReadFrom(z) // its error: the stream has no end
 			size = inflated.Len()
 		}
 		if seq == 0 {
 			pool.Exec(context.Background(),
-				"insert into sessions (session_id, user_id, url, metadata, is_active) values ($1, '', '', '{}', true)", id)
+				"insert into sessions (session_id, user_id, url, metadata, is_active) "+
+					"values ($1, '', '', '{}', true)", id)
 			io.WriteString(conn, "\x81\x18{\"type\":\"session_ready\"}")
 			continue
 		}

@@ -246,7 +246,8 @@ func (b *bench) ingest(t *testing.T) {
 	b.report("the same, deflated on the wire", "≥ 100 MB/s", small.speed() >= 100e6, "%.0f MB/s", small.speed()/1e6)
 	compare := func(figure string, least float64, c, with *contender) {
 		share := 100 * c.speed() / with.speed()
-		b.report(figure, fmt.Sprintf("≥ %.0f %%", least), share >= least, "%.0f %% of %.0f MB/s", share, with.speed()/1e6)
+		b.report(figure, fmt.Sprintf("≥ %.0f %%", least), share >= least, "%.0f %% of %.0f MB/s",
+			share, with.speed()/1e6)
 	}
 	compare("deflated as a share of plain", 60, small, ours)
 	compare("plain as a share of gzip and pgx without a server", 70, ours, gzip)
@@ -425,7 +426,9 @@ func (b *bench) idle(t *testing.T) {
 			"/sessions?active=true", "/sessions?active=true&url=nowhere", "/sessions/active", "/stats")
 	})
 	t.Run("deflated", func(t *testing.T) {
-		b.idleTrackers(t, "deflated", func(text []byte) []byte { return maskedFrame(0xc1, []byte(deflated(string(text)))) })
+		b.idleTrackers(t, "deflated", func(text []byte) []byte {
+			return maskedFrame(0xc1, []byte(deflated(string(text))))
+		})
 	})
 }
 
@@ -487,7 +490,8 @@ func (b *bench) disk(t *testing.T) {
 		return querySQL[float64](t, s.database, "select ("+of+") / (select sum(raw_bytes) from sessions)::float8")
 	}
 	all := share("pg_total_relation_size('session_events') + pg_total_relation_size('sessions')")
-	b.report("bytes on disk per byte of JSON, recordings at their own pace", "≤ 0.20", all <= 0.20, "%.3f (chunks %.3f)",
+	b.report("bytes on disk per byte of JSON, recordings at their own pace", "≤ 0.20", all <= 0.20,
+		"%.3f (chunks %.3f)",
 		all, share("select sum(stored_bytes) from sessions"))
 }
 
@@ -603,7 +607,8 @@ func (b *bench) lists(t *testing.T) {
 		`"viewport":{"width":1280,"height":800,"devicePixelRatio":1},"startTime":1700000000000,"timeZone":"UTC"}`
 	execSQL(t, s.database, `insert into sessions (session_id, user_id, url, metadata, is_active, created_at, updated_at,
 			ended_at, event_count, error_count, raw_bytes, stored_bytes, first_event_time, last_event_time)
-		select 'old-' || n, 'user_' || n % 5000, 'https://example.com/Shop/' || n % 1000, $1, false, made, made, made, 3000,
+		select 'old-' || n, 'user_' || n % 5000, 'https://example.com/Shop/' || n % 1000, $1, false, made, made, made,
+			3000,
 			 greatest(0, n % 50 - 48), 3000000, 500000, 1, n::bigint * 7919 % 1800000
 		from (select n, now() - n * interval '1 minute' as made from generate_series(1, $2::integer) n) n`,
 		about, oldSessions)

@@ -42,7 +42,8 @@ func describe(w io.Writer, cfg config) {
 	case a.open:
 		viewing = "anyone on this machine (no ACCESS_TOKEN)"
 	case a.generated:
-		viewing = "who has the token that the start makes and prints (no ACCESS_TOKEN; several servers need the same one)"
+		viewing = "who has the token that the start makes and prints " +
+			"(no ACCESS_TOKEN; several servers need the same one)"
 	}
 	if a.key != "" {
 		recording = "who has INGEST_KEY"

@@ -190,7 +190,8 @@ var (
 		{1 << 30, []string{"GB", "g"}}, {1 << 40, []string{"TB", "t"}}}
 	times = []unit{{int64(time.Millisecond), []string{"ms"}},
 		{int64(time.Second), []string{"seconds", "s", "sec", "second"}},
-		{int64(time.Minute), []string{"minutes", "m", "min", "minute"}}, {int64(time.Hour), []string{"hours", "h", "hour"}},
+		{int64(time.Minute), []string{"minutes", "m", "min", "minute"}},
+		{int64(time.Hour), []string{"hours", "h", "hour"}},
 		{int64(24 * time.Hour), []string{"days", "d", "day"}}}
 )
 

@@ -255,7 +255,8 @@ func (st *store) watchedHere(ctx context.Context) ([]string, error) {
 func (h *hubState) following() following {
 	f := following{viewers: len(h.viewers) > 0, listed: h.listed, foreign: len(h.foreign)+len(h.marks) > 0}
 	for id, watching := range h.watchers {
-		if s := h.sessions[id]; s != nil && s.tracker != nil || len(f.watched) >= maxFollowed || !watchedLive(watching) {
+		s := h.sessions[id]
+		if s != nil && s.tracker != nil || len(f.watched) >= maxFollowed || !watchedLive(watching) {
 			continue
 		}
 		next := int64(0)
@@ -358,7 +359,8 @@ func (h *hubState) takeForeign(cmd appeared) {
 	h.listed = len(h.viewers) > 0
 	many := len(cmd.sessions) > manyNews
 	for _, s := range cmd.sessions {
-		if s.isActive && h.sessions[s.id] == nil && h.claiming[s.id] == 0 && h.addForeign(s.summary, cmd.asked) && !many {
+		isNew := s.isActive && h.sessions[s.id] == nil && h.claiming[s.id] == 0 && h.addForeign(s.summary, cmd.asked)
+		if isNew && !many {
 			h.toViewers(sessionStarted(s.id, s.about))
 		}
 	}

@@ -530,7 +530,8 @@ func toJSON(row storedSession) sessionJSON {
 	return sessionJSON{
 		sessionID: sessionID{row.id}, UserID: row.about.userID, Metadata: row.about.brief,
 		EventCount: now.events, ErrorCount: now.errors, StoredBytes: now.stored, RawBytes: now.raw,
-		IsActive: row.isActive, CreatedAt: row.createdAt.UTC(), UpdatedAt: row.updatedAt.UTC(), EndedAt: utc(row.endedAt),
+		IsActive:  row.isActive,
+		CreatedAt: row.createdAt.UTC(), UpdatedAt: row.updatedAt.UTC(), EndedAt: utc(row.endedAt),
 		StartTime: nullable(now.firstTime, 0), EndTime: nullable(now.endTime, 0),
 		SnapshotIndex: nullable(now.snapshot, -1),
 	}

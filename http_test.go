@@ -392,7 +392,8 @@ func restSession(t *testing.T, s *testServer) {
 		chunks      int
 	}{{"", "true", maxChunks}, {"?chunksFrom=2", "false", maxChunks}, {"?chunksFrom=10001", "false", 1}} {
 		many := s.ask("GET", "/sessions/empty"+tt.query).fields(t)
-		same(t, "chunks"+tt.query, said(len(objects(t, many["chunks"])), string(many["moreChunks"])), said(tt.chunks, tt.more))
+		got := said(len(objects(t, many["chunks"])), string(many["moreChunks"]))
+		same(t, "chunks"+tt.query, got, said(tt.chunks, tt.more))
 	}
 	execSQL(t, s.database, "delete from session_events where session_id = 'empty'")
 	wantFields(t, "live", s.ask("GET", "/sessions/live").fields(t),

@@ -56,7 +56,8 @@ func (f filter) where() (clause string, args []any) {
 	}
 	if f.minDuration > 0 {
 		and(`(length >= $%d or session_id in
-			(select session_id from sessions where is_active and last_event_time - first_event_time >= $%[1]d))`, f.minDuration)
+			(select session_id from sessions
+				where is_active and last_event_time - first_event_time >= $%[1]d))`, f.minDuration)
 	}
 	return clause, args
 }
@@ -69,7 +70,8 @@ func (st *store) find(ctx context.Context, f filter, limit, offset int64) (
 	where, args := f.where()
 	n := len(args)
 	found, err = st.list(ctx, fmt.Sprintf(`where session_id in (select session_id from sessions %s
-		order by created_at desc, session_id limit $%d offset $%d) order by created_at desc, session_id`, where, n+1, n+2),
+		order by created_at desc, session_id limit $%d offset $%d) order by created_at desc, session_id`,
+		where, n+1, n+2),
 		append(slices.Clip(args), limit+1, offset)...) // the inner one reads an index alone, however far the offset
 	if err != nil {
 		return nil, 0, err
@@ -361,11 +363,12 @@ func (s *server) handleCleanup(w http.ResponseWriter, r *http.Request) error {
 	}
 	n, err := s.store.removeOld(r.Context(), age, 0)
 	s.metrics.sessionsDeleted.Add(n)
-	s.audit.note(s.access.address(r), "deleted", "sessions", n, "older_than", inWords(int64(age), times), "complete", err == nil)
+	words := inWords(int64(age), times)
+	s.audit.note(s.access.address(r), "deleted", "sessions", n, "older_than", words, "complete", err == nil)
 	if err != nil {
 		return err
 	}
-	message := fmt.Sprintf("deleted %d sessions that ended more than %s ago", n, inWords(int64(age), times))
+	message := fmt.Sprintf("deleted %d sessions that ended more than %s ago", n, words)
 	s.write(w, http.StatusOK, map[string]any{"message": message, "deletedCount": n})
 	return nil
 }

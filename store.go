@@ -121,7 +121,8 @@ const (
 	insertSession = `insert into sessions (session_id, user_id, url, metadata, resume_hash, server, page, is_active)
 		values ($1, $2, $3, $4, $5, $6, $7, true) on conflict do nothing` + claimed
 	claimSession = `update sessions set epoch = epoch + 1, is_active = true, ended_at = null, updated_at = now(),
-		user_id = case when $8 then user_id else $2 end, url = $3, metadata = $4, server = $6, page = greatest(page, $7),
+		user_id = case when $8 then user_id else $2 end, url = $3, metadata = $4, server = $6,
+		page = greatest(page, $7),
 		resume_hash = coalesce(resume_hash, $5) where session_id = $1 and ($7 = 0 or page <= $7) and `
 	ofLaterPage   = "select exists (select from sessions where session_id = $1 and resume_hash = $2 and page > $3)"
 	withToken     = "resume_hash = $5"
@@ -386,7 +387,8 @@ type totals struct {
 }
 
 func (st *store) totals(ctx context.Context) (t totals, err error) {
-	err = st.pool.QueryRow(ctx, `select count(*), count(*) filter (where is_active), coalesce(sum(event_count), 0)::bigint,
+	err = st.pool.QueryRow(ctx, `select count(*), count(*) filter (where is_active),
+		coalesce(sum(event_count), 0)::bigint,
 		coalesce(sum(`+rowBytes+`), 0)::bigint from sessions where event_count > 0 or is_active`).
 		Scan(&t.sessions, &t.active, &t.events, &t.bytes)
 	return t, err
@@ -434,7 +436,8 @@ func (st *store) removeOld(ctx context.Context, age time.Duration, limit int64) 
 		Now   time.Time
 	}
 	for {
-		rows, err := st.pool.Query(ctx, "select session_id, "+rowBytes+`, ended_at < now() - $1::interval, clock_timestamp()
+		rows, err := st.pool.Query(ctx, "select session_id, "+rowBytes+`,
+			ended_at < now() - $1::interval, clock_timestamp()
 			from sessions where not is_active order by ended_at limit $2`, age, deleteStep)
 		if err != nil {
 			return deleted, err

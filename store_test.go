@@ -240,7 +240,8 @@ func TestStoreClaim(t *testing.T) {
 			first[tt.id] = c.epoch
 		}
 		if !errors.Is(err, tt.err) || err == nil && c.epoch-first[tt.id] != tt.epoch-1 {
-			t.Errorf("%s: got epoch %d, the first was %d, error %v, want the %dth, %v", tt.name, c.epoch, first[tt.id], err,
+			t.Errorf("%s: got epoch %d, the first was %d, error %v, want the %dth, %v",
+				tt.name, c.epoch, first[tt.id], err,
 				tt.epoch, tt.err)
 		}
 	}
@@ -289,7 +290,8 @@ func TestStoreClaimRow(t *testing.T) {
 		t.Errorf("got %+v, error %v, want the next epoch of ann, by its token, at %+v", again, err, f.totals)
 	}
 	row, err = st.session(t.Context(), "s")
-	if err != nil || !row.isActive || row.endedAt != nil || row.about.url != "u2" || string(row.about.metadata) != "{}" ||
+	if err != nil || !row.isActive || row.endedAt != nil || row.about.url != "u2" ||
+		string(row.about.metadata) != "{}" ||
 		row.about.userID != "ann" {
 		t.Errorf("got %+v of %+v, error %v", row, row.about, err)
 	}
@@ -332,7 +334,8 @@ func (t *storeTest) old(n int, bytes int) {
 			from generate_series(1, $1) i returning session_id),
 		e as (insert into session_events (session_id, first_index, event_count, raw_bytes, events)
 			select session_id, 0, 1, 2, 'x' from s)
-		insert into session_errors (session_id, id, kind, error_data) select session_id, 0, 'error', '{}' from s`, n, bytes)
+		insert into session_errors (session_id, id, kind, error_data)
+			select session_id, 0, 'error', '{}' from s`, n, bytes)
 }
 
 // rows checks how many of them each table has.
@@ -451,10 +454,12 @@ func TestStoreEndLost(t *testing.T) {
 	}
 	sweep := func(who *store, active string, held ...string) {
 		t.Helper()
-		if err := errors.Join(who.beat(t.Context()), who.endLost(t.Context(), append([]string{}, held...))); err != nil {
+		err := errors.Join(who.beat(t.Context()), who.endLost(t.Context(), append([]string{}, held...)))
+		if err != nil {
 			t.Fatal(err)
 		}
-		st.holds("active", active, "select string_agg(session_id, ' ' order by session_id) from sessions where is_active")
+		st.holds("active", active,
+			"select string_agg(session_id, ' ' order by session_id) from sessions where is_active")
 	}
 	sweep(other, "here there", "there")
 	sweep(st.store, "here there") // nobody holds what was claimed just now

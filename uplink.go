@@ -108,7 +108,8 @@ func (st *store) beforeConnect(_ context.Context, c *pgx.ConnConfig) error {
 		case prepares && (err.Code == "42P05" || err.Code == "26000"): // PostgreSQL has statements of other clients
 			if !st.pooled.Swap(true) {
 				st.log.Error("a pooler lends connections for a transaction at a time: "+
-					"add default_query_exec_mode=exec to DATABASE_URL; until the next start it is as if it were there", "err", err)
+					"add default_query_exec_mode=exec to DATABASE_URL; until the next start it is as if it were there",
+					"err", err)
 			}
 			st.reset()
 		}

@@ -102,7 +102,8 @@ func (w *writer) keep(work []*flush, err error) {
 		w.log.Error("session refused by the database", "session", work[0].session,
 			"events_up_to", work[0].totals.events, "err", err)
 	} else {
-		w.log.Warn("transaction not stored, will try again", "sessions", len(work), "attempt", work[0].attempts+1, "err", err)
+		w.log.Warn("transaction not stored, will try again", "sessions", len(work),
+			"attempt", work[0].attempts+1, "err", err)
 	}
 	for _, f := range work {
 		f.outcome = result
@@ -114,12 +115,13 @@ const (
 	updateRow = `update sessions set event_count = $3, error_count = $4, raw_bytes = $5, stored_bytes = $6,
 		first_event_time = nullif($7::bigint, 0), last_event_time = nullif($8::bigint, 0),
 		snapshot_index = nullif($9::bigint, -1),
-		last_seq = $10, is_active = $11, ended_at = now() + case when $11 then null else interval '0' end, updated_at = now()
+		last_seq = $10, is_active = $11, ended_at = now() + case when $11 then null else interval '0' end,
+		updated_at = now()
 		where session_id = $1 and epoch = $2 and event_count <= $3 and error_count <= $4 and last_seq <= $10`
 	insertChunk = `insert into session_events
 			(session_id, first_index, event_count, start_time, end_time, snapshot_index, raw_bytes, events)
-		select session_id, $3::bigint, $4::integer, nullif($5::bigint, 0), nullif($6::bigint, 0), nullif($7::bigint, -1),
-			$8::integer, $9::bytea
+		select session_id, $3::bigint, $4::integer, nullif($5::bigint, 0), nullif($6::bigint, 0),
+			nullif($7::bigint, -1), $8::integer, $9::bytea
 		from sessions where session_id = $1 and epoch = $2 on conflict do nothing`
 	insertReport = `insert into session_errors (session_id, id, kind, error_data)
 		select session_id, $3::bigint, $4::text, $5::json
