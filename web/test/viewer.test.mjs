@@ -445,7 +445,7 @@ test("a live session: back in time, back to live, and then it is history", async
   await tracker.end();
   await says(page, "#note", /has ended/);
   await page.waitForSelector("#badge", { state: "hidden" });
-  assert.ok(await page.isHidden("#live"));
+  await page.waitForSelector("#live", { state: "hidden" });
   await inState(page, "ended");
   await page.click("#play");
   await reaches(page, 1);
