@@ -62,13 +62,19 @@ export class Recording {
   // takeBatch takes a live batch's events to the time line, and what they say of
   // the session.
   takeBatch(from, events) {
-    this.timeline.take(from, events);
-    const times = events.map((e) => e?.timestamp).filter(Number.isFinite);
+    this.takeUncommitted(from, events);
     const snapshot = events.findLastIndex(isFull);
     this.total = Math.max(this.total, from + events.length);
+    if (snapshot >= 0) this.newestSnapshot = from + snapshot;
+  }
+
+  // takeUncommitted takes events to the time line that no chunk tells of: the
+  // session lasts until then, and begins there if nothing is known before.
+  takeUncommitted(from, events) {
+    this.timeline.take(from, events);
+    const times = events.map((e) => e?.timestamp).filter(Number.isFinite);
     this.end = times.reduce((a, b) => Math.max(a, b), this.end);
     this.start ??= times[0] ?? null;
-    if (snapshot >= 0) this.newestSnapshot = from + snapshot;
   }
 
   // read gives a piece of the session that begins at index, or behind a hole at
@@ -85,7 +91,7 @@ export class Recording {
   async page(index, limit) {
     const { body, bytes } = await this.fetch(`${this.path}/events?fromIndex=${index}&limit=${limit}`);
     const { fromIndex, events } = body;
-    this.timeline.take(fromIndex, events);
+    this.takeUncommitted(fromIndex, events);
     return { from: fromIndex, events, next: fromIndex + events.length, bytes };
   }
 

@@ -523,6 +523,21 @@ test("a live session without a snapshot waits for it, in words", async (t) => {
   assert.equal(await text(page, "#message"), "");
 });
 
+test("a live session of which nothing is committed has its times", async (t) => {
+  const start = Date.now() - 5000;
+  const tracker = await track(t, "uncommitted");
+  await tracker.send(snapshot(start, 0));
+  await tracker.send([mouse(start, 1), custom(start, 2, "mark", 1), change(start, 3)]);
+  const page = await open(t);
+  await page.route("**/sessions/uncommitted", async (route) => { // as it is until BATCH_INTERVAL has passed
+    const info = await (await route.fetch()).json();
+    return route.fulfill({ json: { ...info, chunks: [], eventCount: 0, startTime: null, endTime: null, snapshotIndex: null } });
+  });
+  await page.goto(`${s.h.url}/view/uncommitted`);
+  await says(page, "#lines", /^0:0[0-9]/);
+  await says(page, "#duration", /0:0[1-9]/);
+});
+
 test("a first snapshot that came while the connection was lost is shown", async (t) => {
   const start = Date.now();
   const tracker = await track(t, "missed-snapshot");
