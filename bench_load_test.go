@@ -293,6 +293,34 @@ func parallel(t *testing.T, n int, do func(int) error) {
 	}
 }
 
+// contender is a program that takes the same load as the others, each in turn,
+// and what it has done.
+type contender struct {
+	workload
+	address string
+	pid     int
+	bare    bool // acks no more than whole chunks: nothing waits for its last
+	sample
+	sent int64 // events
+}
+
+func (c *contender) speed() float64 { return c.bytes / c.seconds }
+
+func (b *bench) round(t *testing.T, c *contender) {
+	f := b.launch(t, c.address, c.workload)
+	time.Sleep(warmUp)
+	if !c.bare && c.sent == 0 {
+		b.profile(t, fmt.Sprintf("%d-deflated-%v", c.trackers, c.deflated))
+	}
+	c.sample.add(b.measure(t, f, c.pid, roundTime), 1)
+	if c.bare {
+		f.abandon()
+		return
+	}
+	f.stop(t)
+	c.sent += f.sent.Load()
+}
+
 // ---- the bare programs ----
 
 // A bare program does nothing but commit chunks, in a process of its own: chunks

@@ -266,34 +266,6 @@ func (b *bench) ingest(t *testing.T) {
 	b.report("peak resident memory in ingest", "≤ 400 MB", peak <= 400e6, "%.0f MB", peak/1e6)
 }
 
-// contender is a program that takes the same load as the others, each in turn,
-// and what it has done.
-type contender struct {
-	workload
-	address string
-	pid     int
-	bare    bool // acks no more than whole chunks: nothing waits for its last
-	sample
-	sent int64 // events
-}
-
-func (c *contender) speed() float64 { return c.bytes / c.seconds }
-
-func (b *bench) round(t *testing.T, c *contender) {
-	f := b.launch(t, c.address, c.workload)
-	time.Sleep(warmUp)
-	if !c.bare && c.sent == 0 {
-		b.profile(t, fmt.Sprintf("%d-deflated-%v", c.trackers, c.deflated))
-	}
-	c.sample.add(b.measure(t, f, c.pid, roundTime), 1)
-	if c.bare {
-		f.abandon()
-		return
-	}
-	f.stop(t)
-	c.sent += f.sent.Load()
-}
-
 func (b *bench) reportCPU(figure string, s sample) {
 	per := 100e6 / s.bytes
 	b.report(figure, "", false, "server %.2f, PostgreSQL %.2f, load generator %.2f; %.2f cores busy", s.server*per,

@@ -224,7 +224,7 @@ func (c *conn) readAll(r io.Reader) ([]byte, error) {
 	if c.unbudgeted {
 		first = int64(c.maxMessage) + 1 // it never grows
 		c.budget.force(first)
-	} else if err := c.takeFirst(first); err != nil {
+	} else if err := c.takeRoom(first); err != nil {
 		return nil, err
 	}
 	c.reserved = first
@@ -265,9 +265,9 @@ func (c *conn) readAll(r io.Reader) ([]byte, error) {
 	}
 }
 
-// takeFirst takes room for what begins to arrive. A connection's first message,
+// takeRoom takes room for a message that begins to arrive. A connection's first,
 // which starts a session, does not wait for longer than startTime: see claimRow.
-func (c *conn) takeFirst(n int64) error {
+func (c *conn) takeRoom(n int64) error {
 	if c.received.Load() > 1 {
 		return c.budget.take(c.ctx, n)
 	}

@@ -72,6 +72,7 @@ func TestMetrics(t *testing.T) {
 	viewer.expect("error")
 	viewer.expect("error")
 	waitUntil(t, "all is acked", func() bool { return tr.ackedEvents() == 200 })
+	same(t, "a post without a session", s.post("/ws", `{"type":"heartbeat"}`).status, 400)
 	got := parseMetrics(t, s.ask("GET", "/metrics").body)
 	for name, want := range map[string]float64{
 		`connections{type="tracker"}`: 1, `connections{type="viewer"}`: 1, "sessions_live": 1,
@@ -81,6 +82,7 @@ func TestMetrics(t *testing.T) {
 		"viewers_lagged_total": 0, "sessions_refused_total": 0, "sessions_deleted_total": 0,
 		"buffer_limit_bytes":                       256 << 20,
 		`refusals_total{reason="invalid_message"}`: 2,
+		`refusals_total{reason="no_session"}`:      1,
 	} {
 		value, there := got["session_replay_"+name]
 		same(t, name, said(value, there), said(want, true))
@@ -111,5 +113,5 @@ func TestMetrics(t *testing.T) {
 			t.Errorf("%s: got %v, want at least %v", name, got[name], least)
 		}
 	}
-	same(t, "/stats: refusals", s.statsOf().Refusals, "map[invalid_message:2]")
+	same(t, "/stats: refusals", s.statsOf().Refusals, "map[invalid_message:2 no_session:1]")
 }

@@ -86,8 +86,7 @@ func (st *store) find(ctx context.Context, f filter, limit, offset int64) (
 	ctx, cancel := context.WithTimeout(ctx, queryTimeout)
 	defer cancel()
 	count := fmt.Sprintf("select count(*) from (select from sessions %s limit $%d) counted", where, n+1)
-	err = st.pool.QueryRow(ctx, count,
-		append(slices.Clip(args), maxTotal+1)...).Scan(&total)
+	err = st.pool.QueryRow(ctx, count, append(slices.Clip(args), maxTotal+1)...).Scan(&total)
 	return found, total, err
 }
 

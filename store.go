@@ -238,8 +238,7 @@ func (st *store) list(ctx context.Context, clause string, args ...any) (found []
 		var s storedSession
 		a, n := &description{}, &s.now
 		if err := rows.Scan(&s.id, &a.userID, &a.url, &a.metadata, &s.isActive, &s.createdAt, &s.updatedAt, &s.endedAt,
-			&n.events,
-			&n.errors, &n.raw, &n.stored, &n.firstTime, &n.endTime, &n.snapshot, &n.seq); err != nil {
+			&n.events, &n.errors, &n.raw, &n.stored, &n.firstTime, &n.endTime, &n.snapshot, &n.seq); err != nil {
 			return nil, err
 		}
 		a.brief = rewrite(a.metadata, documented, maxField, nil)
@@ -330,8 +329,7 @@ func (st *store) chunkWith(ctx context.Context, id string, number int64,
 		query, cancel = context.WithTimeout(ctx, queryTimeout)
 		defer cancel()
 		const events = "select events from session_events where session_id = $1 and first_index = $2"
-		err = st.pool.QueryRow(query, events, id, c.first).
-			Scan(&c.events)
+		err = st.pool.QueryRow(query, events, id, c.first).Scan(&c.events)
 	}
 	if errors.Is(err, pgx.ErrNoRows) {
 		err = errNotFound

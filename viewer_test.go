@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -262,6 +263,23 @@ func (v *testViewer) waitFor(index int) {
 	v.t.Helper()
 	waitUntil(v.t, fmt.Sprintf("the viewer of %s has seen %d events", v.session, index),
 		func() bool { return v.look().next >= index })
+}
+
+// A page that is made of what is in memory has room for all of it.
+func TestPageOfMemory(t *testing.T) {
+	t.Parallel()
+	s := startInside(t, "BATCH_INTERVAL=1h")
+	large := strings.Repeat("x", 3*pageBytes)
+	s.recording("x").sendRaw(`{"type":"events_batch","data":{"seq":1,"events":[{"n":"` + large + `"}]}}`)
+	waitUntil(t, "it is accepted", func() bool { return s.memory().events == 1 })
+	p, err := s.server.eventPage(t.Context(), "x", 0, 10, "[")
+	if err != nil || p.count != 1 || p.cost < int64(len(p.text)) {
+		t.Errorf("got error %v, %d events, room for %d of %d bytes", err, p.count, p.cost, len(p.text))
+	}
+	p.release()
+	if left := s.server.outgoing.left(); left != outgoingBytes(s.server.cfg) {
+		t.Errorf("%d bytes of room are left of %d", left, outgoingBytes(s.server.cfg))
+	}
 }
 
 // Pages that are made at the same time do not wait for each other without end,

@@ -153,8 +153,7 @@ func (w *writer) commit(ctx context.Context, work []*flush) error {
 func queue(statements *pgx.Batch, f *flush) {
 	t := f.totals
 	statements.Queue(updateRow, f.session, f.epoch, t.events, t.errors, t.raw, t.stored, t.firstTime, t.endTime,
-		t.snapshot,
-		t.seq, !f.ended).Exec(func(tag pgconn.CommandTag) error {
+		t.snapshot, t.seq, !f.ended).Exec(func(tag pgconn.CommandTag) error {
 		if tag.RowsAffected() == 0 {
 			f.outcome = epochLost
 		}

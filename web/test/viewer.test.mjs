@@ -198,7 +198,12 @@ test("playing a large session holds a window of it", async (t) => {
     change(start, s + 0.5, { attributes: [{ id: 7, attributes: { title: `${s}`.padEnd(1_000_000, "x") } }] }),
   ]);
   await store("large", chunks);
-  const page = await open(t, "/view/large");
+  const page = await open(t);
+  await page.route("**/sessions/large", async (route) => { // as if no more chunks had room in one answer
+    const info = await (await route.fetch()).json();
+    await route.fulfill({ json: { ...info, chunks: info.chunks.slice(0, 3), moreChunks: true } });
+  });
+  await page.goto(`${s.h.url}/view/large`);
   await page.route("**/chunks/*", async (route) => { // too slow for the speed: it runs out again and again
     await sleep(100);
     await route.continue();
