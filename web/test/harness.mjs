@@ -47,6 +47,19 @@ export function patient(context) {
   return context;
 }
 
+// How Chromium is started. Of what is switched off, the last line is what it would do
+// for each window, which nobody sees here: two pages under the address bar and a process
+// in reserve. The other lines are Playwright's own: only the last such argument counts.
+export const chromiumOptions = (...args) => ({
+  executablePath: execFileSync("sh", ["-c", "command -v chromium"], { encoding: "utf8" }).trim(),
+  args: ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync", `--disable-features=${[
+      "AvoidUnnecessaryBeforeUnloadCheckSync", "DestroyProfileOnBrowserClose", "HttpsUpgrades", "PaintHolding",
+      "HttpsFirstBalancedModeAutoEnable", "ThirdPartyStoragePartitioning", "AvoidCorsURLLoaderRestartOnRedirect",
+      "LensOverlay", "MediaRouter", "OptimizationHints", "NetworkTimeServiceQuerying", "AimEnabled", "PreconnectToSearch",
+      "WebUIOmniboxPopup", "WebUIOmniboxAimPopup", "SpareRendererForSitePerProcess"].join()}`, ...args],
+});
+
 export async function freePort() {
   const socket = createSocket();
   await new Promise((done) => socket.listen(0, "127.0.0.1", done));
@@ -152,11 +165,8 @@ export async function harness(env = {}) {
 
     async launch(options = {}) {
       const { args = [], ...rest } = options;
-      const browser = await chromium.launch({
-        executablePath: execFileSync("sh", ["-c", "command -v chromium"], { encoding: "utf8" }).trim(),
-        args: ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-          "--disable-component-update", "--disable-sync", ...args],
-        ...rest, // playwright makes a new profile for each launch, and deletes it
+      const browser = await chromium.launch({ // playwright makes a new profile for each launch, and deletes it
+        ...chromiumOptions(...args), ...rest,
       });
       browsers.push(browser);
       const newContext = browser.newContext.bind(browser); // newPage calls it too

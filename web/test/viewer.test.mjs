@@ -2,14 +2,13 @@
 //
 //   node --test web/test/viewer.test.mjs
 import assert from "node:assert/strict";
-import { execFileSync } from "node:child_process";
 import { createServer } from "node:http";
 import { mkdtempSync, readFileSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { test } from "node:test";
 import { chromium } from "playwright-core";
-import { patient, sleep, until } from "./harness.mjs";
+import { chromiumOptions, patient, sleep, until } from "./harness.mjs";
 import { recording as hostileRecording } from "./hostile.mjs";
 import { change, clockChunks, clockPage, custom, inState, loaded, mouse, notes, reaches, recorded, says, serve, shows, snapshot, text } from "./pages.mjs";
 
@@ -41,10 +40,7 @@ test("a hostile recording runs nothing and requests nothing", async (t) => {
   // would: names looked up.
   const dir = mkdtempSync(join(tmpdir(), "session-replay-hostile-"));
   const log = join(dir, "netlog.json");
-  const own = patient(await chromium.launchPersistentContext(join(dir, "profile"), {
-    executablePath: execFileSync("sh", ["-c", "command -v chromium"], { encoding: "utf8" }).trim(),
-    args: ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-component-update", "--disable-sync", `--log-net-log=${log}`],
-  }));
+  const own = patient(await chromium.launchPersistentContext(join(dir, "profile"), chromiumOptions(`--log-net-log=${log}`)));
   t.after(async () => {
     await own.close();
     rmSync(dir, { recursive: true, force: true });
