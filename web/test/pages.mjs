@@ -5,20 +5,26 @@ import { after, before } from "node:test";
 import { gzipSync } from "node:zlib";
 import { harness, until } from "./harness.mjs";
 
+const look = { viewport: { width: 1280, height: 800 } };
+
 // serve starts both before the tests of a file. What it gives has them from then on.
 export function serve(env) {
   const t = {};
   before(async () => {
     t.h = await harness(env);
     t.browser = await t.h.launch();
-    t.site = await t.h.site({ "/": "<!doctype html>" });
+    t.context = await t.browser.newContext(look);
+    t.trackers = await t.context.newPage();
+    await t.trackers.goto(await t.h.site({ "/": "<!doctype html>" }));
   });
   after(() => t.h?.close());
 
-  // open gives a page that fails the test if a script in it throws. Made-up
-  // recordings have little activity: it is skipped on demand only.
+  // open gives a page that fails the test if a script in it throws: in a context that
+  // all tests share, or in one of its own, with options. Made-up recordings have little
+  // activity: it is skipped on demand only.
   const open = async (test, path, { skip = false, ...options } = {}) => {
-    const page = await t.browser.newPage({ viewport: { width: 1280, height: 800 }, ...options });
+    const isShared = !skip && Object.keys(options).length === 0;
+    const page = await (isShared ? t.context.newPage() : t.browser.newPage({ ...look, ...options }));
     const errors = [];
     page.on("pageerror", (err) => errors.push(err.stack || err.message));
     if (!skip) await page.addInitScript(() => { try { localStorage.skip = "false"; } catch { /* no page yet */ } });
@@ -58,23 +64,21 @@ export function serve(env) {
     }
   };
 
-  // track starts a live session from a page of its own.
+  // track starts a live session over a connection of its own.
   const track = async (test, id, data = {}) => {
-    const page = await t.browser.newPage();
-    test.after(() => page.close());
-    await page.goto(t.site);
-    await page.evaluate((host) => new Promise((done) => {
-      window.socket = new WebSocket(`ws://${host}/ws?type=tracker`);
-      window.say = (type, body) => window.socket.send(JSON.stringify({ type, data: body }));
-      window.socket.onopen = done;
+    const socket = await t.trackers.evaluateHandle((host) => new Promise((done) => {
+      const socket = new WebSocket(`ws://${host}/ws?type=tracker`);
+      socket.onopen = () => done(socket);
     }), t.h.host);
-    const say = (type, body) => page.evaluate(([type, body]) => window.say(type, body), [type, body]);
+    const leave = () => socket.evaluate((socket) => socket.close());
+    test.after(leave);
+    const say = (type, data) => socket.evaluate((socket, message) => socket.send(JSON.stringify(message)), { type, data });
     const begin = async () => {
       await say("session_start", { sessionId: id, userId: "live user", url: "https://shop.example/live", viewport: { width: 800, height: 600 }, ...data });
       await until(async () => (await t.h.json("/sessions/active")).sessions.some((s) => s.sessionId === id), "the session to start");
     };
     await begin();
-    return { say, begin, send: (events) => say("events_batch", { events }), end: () => say("session_end", { sessionId: id }), leave: () => page.close() };
+    return { say, begin, send: (events) => say("events_batch", { events }), end: () => say("session_end", { sessionId: id }), leave };
   };
 
   return Object.assign(t, { open, store, track });

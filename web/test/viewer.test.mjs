@@ -361,7 +361,7 @@ const visit = [
 test("what happened is told, in words", async (t) => {
   const errors = [12, 12.5].map((second) => ({ message: "it broke", stack: "at shop.js:1", timestamp: start + second * 1000 }));
   await store("told", [visit], { errors });
-  const page = await open(t, "/view/told");
+  const page = await open(t, "/view/told?t=14");
   await inState(page, "ended");
   assert.deepEqual(await page.locator("#lines > li > button").evaluateAll((all) => all.map((b) => b.innerText.split(/\s+/).join(" "))), [
     "0:00 Began on shop.example/ Shop", "0:01 Clicked “Add to cart”", "0:03 Clicked “Add to cart” ×3rage click",
@@ -678,7 +678,13 @@ test("who wants no motion sees none", async (t) => {
 // marks under 3:1. What is under the pointer has grounds of its own.
 const faint = () => {
   const context = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
+  const known = new Map();
   const light = (colors) => { // of colours that lie one over the other
+    const key = colors.join();
+    if (!known.has(key)) known.set(key, measured(colors));
+    return known.get(key);
+  };
+  const measured = (colors) => {
     for (const color of colors) {
       context.fillStyle = color;
       context.fillRect(0, 0, 1, 1);
@@ -737,7 +743,7 @@ test("what is on the pages can be seen, in light and dark", async (t) => {
     await page.goto(`${s.h.url}/?userId=nobody`);
     await page.waitForSelector("#nothing:visible");
     await look("an empty list", 50);
-    await page.goto(`${s.h.url}/view/seen`);
+    await page.goto(`${s.h.url}/view/seen?t=15`);
     await inState(page, "ended");
     await page.click("#more-about summary");
     await page.click("#lines summary");
