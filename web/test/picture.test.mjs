@@ -10,12 +10,15 @@ import { harness, until } from "./harness.mjs";
 import { isDoubtful, Timeline } from "../timeline.js";
 
 const pages = new URL("pages/", import.meta.url);
+const visiting = { viewport: { width: 1000, height: 700 } }, viewing = { viewport: { width: 1440, height: 900 } };
 const TYPES = { html: "text/html; charset=utf-8", css: "text/css", svg: "image/svg+xml", ttf: "font/ttf" };
-let h, browser, here, other;
+let h, browser, here, other, visitor, viewer;
 
 before(async () => {
   h = await harness({ SESSION_GRACE_PERIOD: "500" });
   browser = await h.launch();
+  visitor = await (await browser.newContext(visiting)).newPage();
+  viewer = await (await browser.newContext(viewing)).newPage();
   const late = (request) => (request.url.endsWith("?slow") ? 1500 : 0); // behind the first snapshot
   const served = Object.fromEntries(readdirSync(pages).map((name) => [`/${name}`,
     (request, response) => setTimeout(serve, late(request), name, response)]));
@@ -44,11 +47,11 @@ const settled = (page) => page.evaluate(async () => {
 });
 
 // record visits a page, does something there, and gives the session's id and what
-// see(document) saw at the end. enough tells from the recorded events whether all
+// see(document) saw at the end. Without a context of its own it is a visit of the
+// page that all tests share, and so is who watches. enough tells from the recorded events whether all
 // of it has been recorded, where that takes its time.
 async function record(name, { act, see, context, enough }) {
-  const visitor = await browser.newContext({ viewport: { width: 1000, height: 700 }, ...context });
-  const page = await visitor.newPage();
+  const page = context ? await browser.newPage({ ...visiting, ...context }) : visitor;
   await page.goto(`${here}/${name}.html`);
   await page.waitForFunction(() => window.sessionReplay?.sessionId);
   const id = await page.evaluate(() => window.sessionReplay.sessionId);
@@ -58,28 +61,37 @@ async function record(name, { act, see, context, enough }) {
   if (enough) await until(async () => enough(await h.events(id)), "the recording");
   const seen = await page.evaluate(`(${see})(document)`);
   await page.evaluate(() => window.sessionReplay.stop());
-  await visitor.close();
+  await (context ? page.close() : page.mouse.move(0, 0)); // the next page is under no mouse
   await until(async () => !(await h.json(`/sessions/${id}`)).isActive, "the session's end");
   return { id, seen };
 }
 
 async function watch(t, id, context) {
-  const viewer = await browser.newContext({ viewport: { width: 1440, height: 900 }, ...context });
-  const view = await viewer.newPage();
-  const errors = [];
-  view.on("pageerror", (error) => errors.push(error.stack));
+  const view = context ? await browser.newPage({ ...viewing, ...context }) : viewer;
+  const errors = [], note = (error) => errors.push(error.stack);
+  view.on("pageerror", note);
   t.after(async () => {
-    await viewer.close();
+    view.off("pageerror", note);
+    if (context) await view.close();
     assert.deepEqual(errors, [], "errors in the viewer");
   });
   await view.goto(`${h.url}/view/${id}`);
   await view.waitForFunction(() => ["playing", "ended"].includes(window.player?.state));
+  return view;
+}
+
+async function seek(view) {
   await view.evaluate(async () => {
     player.pause();
     await player.seek(player.recording.start); // it may be at its end already, and would not have leapt there
     await player.seek(player.recording.end);
     player.pause();
   });
+}
+
+async function watchEnd(...args) {
+  const view = await watch(...args);
+  await seek(view);
   return view;
 }
 
@@ -92,24 +104,17 @@ async function replays(view, see, seen, how) {
   assert.deepEqual(shown, seen, how);
 }
 
-const play = async (view) => {
-  await view.reload();
-  await view.waitForFunction(() => window.player?.state === "playing" || window.player?.state === "ended");
-  await view.evaluate(() => player.setSpeed(4));
-  await view.waitForFunction(() => player.state === "ended");
-};
-
 // same is the whole way. want is what must be seen on the page, if see does not
-// only compare; viewer is the context of who watches; played: false where the end
-// comes only after minutes.
-async function same(t, name, { want, viewer, played = true, ...visit }) {
+// only compare; viewer is the context of who watches.
+async function same(t, name, { want, viewer, ...visit }) {
   const { id, seen } = await record(name, visit);
   if (want !== undefined) assert.deepEqual(seen, want, "the page itself");
   const view = await watch(t, id, viewer);
-  await replays(view, visit.see, seen, "sought");
-  if (!played) return view;
-  await play(view);
+  await view.evaluate(() => player.setSpeed(4));
+  await view.waitForFunction(() => player.state === "ended");
   await replays(view, visit.see, seen, "played");
+  await seek(view);
+  await replays(view, visit.see, seen, "sought");
   return view;
 }
 
@@ -150,7 +155,7 @@ test("icons of a font keep their room", (t) => same(t, "icons", { see: icons }))
 
 test("a closed shadow root is marked; what is just empty is not", async (t) => {
   const { id } = await record("closed", { see: "() => 0" });
-  const view = await watch(t, id);
+  const view = await watchEnd(t, id);
   await replays(view, `(doc) => [...doc.querySelectorAll("[replay-closed]")].map((el) => el.id)`, ["w"], "marked");
 });
 
@@ -162,7 +167,7 @@ test("copies of pictures and canvases, on demand, but of nothing masked", async 
   });
   const masked = (await h.events(id)).filter((e) => isCanvas(e) && e.data.commands.length === 0);
   assert.ok(masked.length > 0, "the masked canvas sends no picture");
-  const view = await watch(t, id);
+  const view = await watchEnd(t, id);
   const copied = `(doc) => [doc.querySelector("#a").src, doc.querySelector("#c").style.backgroundImage, doc.querySelector("#m").src,
     doc.querySelector("#k").style.backgroundImage].map((image) => image.includes("image/webp"))`;
   await replays(view, copied, [true, true, false, false], "copied");
@@ -253,7 +258,7 @@ test("sheets that come, go, and are switched", (t) => same(t, "sheets", {
 
 test("sheets that nobody may read are told", async (t) => {
   const { id } = await record("foreign", { see: "() => 0", enough: (events) => JSON.stringify(events).match(/replay-missing/g)?.length === 2 });
-  const view = await watch(t, id);
+  const view = await watchEnd(t, id);
   await until(async () => /2 style sheets/.test(await view.textContent("#note")), "the note");
 });
 
@@ -310,7 +315,7 @@ test("imports that fail and that load, layers, containers", (t) => same(t, "impo
 
 test("sought past animations, their end is seen", async (t) => {
   const { id } = await record("motion", { see: "() => 0", act: change, enough: (events) => JSON.stringify(events).includes("replay-motion") });
-  const view = await watch(t, id);
+  const view = await watchEnd(t, id);
   const opacities = `(doc) => [doc.querySelector(".card"), ...["t", "d", "p", "f"].map((id) => doc.getElementById(id)),
     doc.querySelector("#host").shadowRoot.querySelector("b")].map((el) => getComputedStyle(el).opacity)`;
   await replays(view, opacities, ["1", "0.2", "0.3", "0.5", "0.25", "1"], "sought");
@@ -513,7 +518,7 @@ for (const [name, clock, length] of [
   ["fractions of milliseconds", (s) => START + s * 1000 + 0.25, 20],
 ]) {
   test(`the replay's length is the visit's: ${name}`, async (t) => {
-    const view = await watch(t, await recorded(visit(clock)));
+    const view = await watchEnd(t, await recorded(visit(clock)));
     const took = await view.evaluate(() => (player.recording.end - player.recording.start) / 1000);
     assert.ok(Math.abs(took - length) <= 1.5, `it takes ${took} s`);
     await replays(view, `(doc) => doc.querySelector("p").textContent`, "20", "the end");
@@ -526,7 +531,7 @@ for (const [name, clock, length] of [
 
 test("changes before the first snapshot, and text that no database likes", async (t) => {
   const odd = await recorded([[says(START, "1")], [...first(START + 1000), says(START + 2000, "end\u0000\ud83d")]]);
-  await replays(await watch(t, odd), `(doc) => doc.querySelector("p").textContent.slice(0, 3)`, "end", "the end");
+  await replays(await watchEnd(t, odd), `(doc) => doc.querySelector("p").textContent.slice(0, 3)`, "end", "the end");
 });
 
 // It restarts the server, so it is the last one.
@@ -537,11 +542,11 @@ test("MEDIA_ORIGINS: pictures and style sheets of these are loaded, no others", 
   }, other) });
   const font = await record("icons", { see: icons });
   await h.restart({ MEDIA_ORIGINS: other });
-  const view = await watch(t, id);
+  const view = await watchEnd(t, id);
   await replays(view, `(doc) => [...doc.images].map((image) => [image.id, image.currentSrc.startsWith("data:"), image.naturalWidth > 0].join(" "))`,
     ["there false true", "here true true"], "loaded");
   await replays(view, `(doc) => doc.querySelectorAll("link").length`, 2, "links that stay");
-  const drawn = await watch(t, font.id);
+  const drawn = await watchEnd(t, font.id);
   await replays(drawn, icons, font.seen, "icons");
   await replays(drawn, `(doc) => [..."abcd"].map((id) => getComputedStyle(doc.getElementById(id)).backgroundImage)`, Array(4).fill("none"), "no box");
 });
