@@ -82,7 +82,7 @@ test("where WebSockets are refused the demo is recorded whole, by POST, and seen
   await mark(page, 10);
   assert.equal(await sessionOf(page), id);
   const events = await arrived(page, id);
-  assert.match(await playable(t, events), /Checkout/);
+  assert.match(await playable(events), /Checkout/);
   assert.equal((await h.json(`/sessions/${id}/errors`)).errors.length, 1);
 
   const upgrades = page.waitForEvent("websocket");
@@ -172,7 +172,7 @@ for (const [name, options] of [["and the next page sends it again", {}], ["alone
     assert.equal(customs(events, "filler").length, 2);
     assert.equal(await sessionOf(page), id);
     assert.equal(await transport(page), "websocket");
-    await playable(t, events);
+    await playable(events);
   });
 }
 
@@ -186,7 +186,7 @@ test("a last POST that never comes is a gap", async (t) => {
   await mark(page, 2);
   const events = await arrived(page, id);
   assert.ok(customs(events, "gap").length > 0);
-  await playable(t, events);
+  await playable(events);
 });
 
 test("what happened just before a link to another origin, behind a closed socket, arrives", async (t) => {

@@ -134,7 +134,7 @@ test("what is private never leaves the page", async (t) => {
   const inputs = events.filter((e) => e.type === 3 && e.data.source === 5).map((e) => e.data.text);
   assert.ok(inputs.includes("*".repeat(secrets.typed.length)), "typing is seen, as stars");
   assert.ok(inputs.includes("********") && !inputs.includes("*".repeat(secrets.password.length)), "of a password not even the length");
-  assert.match(await playable(t, events), /What everybody may see/);
+  assert.match(await playable(events), /What everybody may see/);
 });
 
 // secretFor gives ten letters and digits that stand nowhere by chance.
@@ -182,7 +182,7 @@ test("what is typed comes up nowhere, wherever the page repeats it", async (t) =
   for (const shown of ["What everybody may see", "of the latest model", "Nothing was found for", "Your address: ", "no such thing: ", "Search words", "Untitled"]) {
     assert.ok(stored.includes(shown), `${shown} is not stored`);
   }
-  assert.match(await playable(t, events), /What everybody may see/);
+  assert.match(await playable(events), /What everybody may see/);
   assert.ok(!JSON.stringify(events.findLast((e) => e.type === 2)).includes("beside it"), "what was edited is masked whole");
 });
 

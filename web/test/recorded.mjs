@@ -6,6 +6,7 @@ import { gunzipSync } from "node:zlib";
 import { harness, until } from "./harness.mjs";
 
 export let h, browser, site;
+let replayer; // a page for playable
 export const pages = {}; // path → page, of a web site that embeds the tracker
 
 export async function open(env) {
@@ -15,6 +16,8 @@ export async function open(env) {
     ignoreDefaultArgs: ["--disable-back-forward-cache"],
   });
   site = await h.site(pages);
+  replayer = await browser.newPage();
+  await replayer.evaluate(readFileSync(new URL("../dist/rrweb-replay.js", import.meta.url), "utf8"));
   // A copy of the script on the site itself loads while the server is away.
   pages["/tracker.js"] = { type: "text/javascript", body: await (await fetch(`${h.url}/tracker.js`)).text() };
 }
@@ -75,30 +78,31 @@ export async function arrived(page, id) {
     throw new Error(`${error.message}; the page's session is ${now}`);
   });
   assert.deepEqual(customs(events, "mark"), Array.from({ length: page.marks }, (_, i) => i));
-  await until(async () => Number((await h.sql(`select event_count from sessions where session_id = '${id}'`))[0]) >= events.length, "commit");
-  const chunks = await h.sql(`select first_index, event_count from session_events where session_id = '${id}' order by first_index`);
-  let next = 0;
-  for (const [first, count] of chunks) {
-    assert.equal(Number(first), next);
-    next += Number(count);
-  }
-  assert.ok(next >= events.length, `${next} events in chunks, ${events.length} read`);
+  let next;
+  await until(async () => {
+    next = 0;
+    for (const { fromIndex, count } of (await h.json(`/sessions/${id}`)).chunks) {
+      assert.equal(fromIndex, next);
+      next += count;
+    }
+    return next >= events.length;
+  }, "commit");
   return events;
 }
 
 // playable replays all events with rrweb and fails if one of them finds no node.
-export async function playable(t, events) {
-  const bundle = readFileSync(new URL("../dist/rrweb-replay.js", import.meta.url), "utf8");
-  const page = await visit(t);
+export async function playable(events) {
   const warnings = [];
-  page.on("console", (m) => { if (m.type() === "warning" || m.type() === "error") warnings.push(m.text()); });
-  await page.goto("about:blank");
-  await page.evaluate(bundle);
-  const text = await page.evaluate((events) => {
+  const hear = (m) => { if (m.type() === "warning" || m.type() === "error") warnings.push(m.text()); };
+  replayer.on("console", hear);
+  const text = await replayer.evaluate((events) => {
     const replayer = new window.rrwebReplay.Replayer(events, { showWarning: true, mouseTail: false });
     replayer.pause(events.at(-1).timestamp - events[0].timestamp + 1);
-    return replayer.iframe.contentDocument.body.innerText;
+    const text = replayer.iframe.contentDocument.body.innerText;
+    replayer.destroy();
+    return text;
   }, events);
+  replayer.off("console", hear);
   assert.deepEqual(warnings.filter((w) => /not found|\[replayer\]/i.test(w)), []);
   return text;
 }

@@ -30,7 +30,7 @@ test("the demo, reloaded, left and come back to, is one session", async (t) => {
   const events = await arrived(page, id);
   assert.ok(events.filter((e) => e.type === 2).length >= 4, "each page brings a full snapshot");
   assert.ok(events.filter((e) => e.type === 4).some((e) => e.data.href === `${h.url}/demo/checkout`));
-  assert.match(await playable(t, events), /Checkout/);
+  assert.match(await playable(events), /Checkout/);
   assert.deepEqual(page.wrong, []);
   const { metadata } = await h.json(`/sessions/${id}`);
   assert.match(metadata.url, /\/demo/);
@@ -81,7 +81,7 @@ test("the server is killed and started again, twice", async (t) => {
   }
   const events = await arrived(page, id);
   assert.equal(events.filter((e) => e.type === 2).length, 1, "nothing was lost, so no new snapshot was needed");
-  assert.match(await playable(t, events), /killed!!/);
+  assert.match(await playable(events), /killed!!/);
   assert.deepEqual(page.wrong, []);
 });
 
@@ -97,7 +97,7 @@ test("a page is left while the server is away", async (t) => {
   await mark(page, 20);
   await h.start();
   const events = await arrived(page, id);
-  await playable(t, events);
+  await playable(events);
 });
 
 test("offline and back", async (t) => {
@@ -142,7 +142,7 @@ test("a full buffer makes an honest gap", async (t) => {
   const [gap] = customs(events, "gap");
   assert.ok(gap.to > gap.from, JSON.stringify(gap));
   assert.ok(customs(events, "big").length >= 16);
-  assert.match(await playable(t, events), /after the gap/);
+  assert.match(await playable(events), /after the gap/);
   await mark(page, 3);
   await arrived(page, id);
 });
@@ -166,7 +166,7 @@ test("what does not fit into sessionStorage is said to be missing; the rest leav
   const kept = customs(events, "big").map((x) => parseInt(x, 10));
   assert.ok(kept.length >= 50 && kept.length < 150, `${kept.length} kept`);
   assert.deepEqual(kept, kept.map((_, i) => i));
-  await playable(t, events);
+  await playable(events);
 });
 
 test("a full snapshot every five minutes of activity; a visit ends after thirty idle ones", async (t) => {
@@ -213,7 +213,7 @@ test("a full snapshot every five minutes of activity; a visit ends after thirty 
   const events = await arrived(page, third);
   assert.deepEqual(events.slice(0, 2).map((e) => e.type), [4, 2]);
   assert.ok(events.at(-1).timestamp - events[0].timestamp < 600_000, "without the half hour");
-  await playable(t, events);
+  await playable(events);
   assert.equal((await h.json(`/sessions/${next}`)).isActive, false);
 });
 
@@ -518,7 +518,7 @@ test("what the server may say", async (t) => {
   const before = wire;
   await mark(page, 5);
   await until(() => wire !== before, "a new connection");
-  await playable(t, await arrived(page, id));
+  await playable(await arrived(page, id));
 
   say("error", { code: "not_stored" });
   const next = await until(async () => {
@@ -529,7 +529,7 @@ test("what the server may say", async (t) => {
   await mark(page, 5);
   const events = await arrived(page, next);
   assert.deepEqual(events.slice(0, 2).map((e) => e.type), [4, 2]);
-  await playable(t, events);
+  await playable(events);
 
   const stopped = () => until(() => page.evaluate(() => window.sessionReplay.sessionId === null), "the end of recording");
   say("error", { code: "session_full" });
@@ -558,7 +558,7 @@ test("a deleted session stops, and the next page begins another", async (t) => {
   assert.notEqual(next, id);
   page.marks = 0;
   await mark(page, 1);
-  await playable(t, await arrived(page, next));
+  await playable(await arrived(page, next));
 });
 
 test("a session that the server does not know any more becomes another, whole", async (t) => {
@@ -576,7 +576,7 @@ test("a session that the server does not know any more becomes another, whole", 
   await mark(page, 3);
   const events = await arrived(page, next);
   assert.deepEqual(events.slice(0, 2).map((e) => e.type), [4, 2]);
-  assert.match(await playable(t, events), /known again/);
+  assert.match(await playable(events), /known again/);
 });
 
 test("back from the back/forward cache", async (t) => {
@@ -591,7 +591,7 @@ test("back from the back/forward cache", async (t) => {
   await page.evaluate(() => { document.getElementById("p").textContent = "thawed"; });
   await mark(page, 3);
   assert.equal(await sessionOf(page), id);
-  assert.match(await playable(t, await arrived(page, id)), /thawed/);
+  assert.match(await playable(await arrived(page, id)), /thawed/);
   assert.deepEqual(page.wrong, []);
 });
 
@@ -622,7 +622,7 @@ test("a page with a module loader, replaced globals and Prototype's toJSON", asy
   const id = await sessionOf(page);
   await until(async () => (await h.json(`/sessions/${id}`).catch(() => ({}))).errorCount === 2, "two errors");
   const events = await until(async () => { const all = await h.events(id).catch(() => []); return all.some((e) => e.type === 2) && all; }, "a snapshot");
-  assert.match(await playable(t, events), /hostile/);
+  assert.match(await playable(events), /hostile/);
   assert.deepEqual(await page.evaluate(() => [window.defined.length, Object.keys(window.exports), Object.keys(window.module.exports),
     window.insert(), window.handled, typeof window.rrwebRecord, Object.hasOwn(Array.prototype, "toJSON")]),
   [0, [], [], "SyntaxError", ["Uncaught Error: thrown"], "undefined", true]);
@@ -651,7 +651,7 @@ test("a frame inside a recorded page is in that page's recording", async (t) => 
   const frame = page.frames().find((f) => f.url() === inner);
   await until(() => frame.evaluate(() => window.sessionReplay?.state.reason.startsWith("recorded by")), "the reason");
   const events = await until(async () => { const all = await h.events(id).catch(() => []); return JSON.stringify(all).includes("inside") && all; }, "the frame's text");
-  await playable(t, events);
+  await playable(events);
 });
 
 test("a frame inside a page that does not record is recorded; one in a frame of one that does is not", async (t) => {
