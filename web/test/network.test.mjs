@@ -250,9 +250,9 @@ test("visits that end at once have their snapshot and their click", async (t) =>
   const page = (size) => `<button id=b>press</button><p>${"many words ".repeat(size / 11)}`;
   const large = await visits(t, "large", 4, page(70_000), () => {});
   for (const after of [0, 100, 250]) {
-    const all = await visits(t, `after${after}`, 20, page(20_000), () => sleep(after));
+    const all = await visits(t, `after${after}`, 8, page(20_000), () => sleep(after));
     const count = await whole(all);
-    t.diagnostic(`closed ${after} ms after load, at a round trip of 150 ms: ${count} of 20 have snapshot and click,`
+    t.diagnostic(`closed ${after} ms after load, at a round trip of 150 ms: ${count} of 8 have snapshot and click,`
       + ` ${all.ended.size} ran to their end`);
   }
   await whole(await visits(t, "small", 4, page(50_000), () => {}));

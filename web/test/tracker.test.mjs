@@ -735,9 +735,11 @@ test("what recording costs the demo page", async (t) => {
   await established(page);
   const cdp = await page.context().newCDPSession(page);
   await cdp.send("Profiler.enable");
-  await cdp.send("Profiler.setSamplingInterval", { interval: 200 });
+  const interval = 200; // microseconds
+  await cdp.send("Profiler.setSamplingInterval", { interval });
 
-  // measure gives the milliseconds a second that the profiler saw in tracker.js.
+  // measure gives the milliseconds a second that the profiler saw in tracker.js. Where a
+  // sample is late, the processor was busy with something else.
   async function measure(act) {
     const began = Date.now();
     await cdp.send("Profiler.start");
@@ -751,7 +753,7 @@ test("what recording costs the demo page", async (t) => {
     };
     const byId = new Map(profile.nodes.map((node) => [node.id, node]));
     walk(profile.nodes[0], false);
-    const spent = profile.samples.reduce((sum, id, i) => sum + (inTracker.has(id) ? profile.timeDeltas[i] : 0), 0) / 1000;
+    const spent = profile.samples.reduce((sum, id, i) => sum + (inTracker.has(id) ? Math.min(profile.timeDeltas[i], 2 * interval) : 0), 0) / 1000;
     return spent / ((Date.now() - began) / 1000);
   }
 
