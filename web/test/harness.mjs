@@ -30,14 +30,15 @@ const root = fileURLToPath(new URL("../..", import.meta.url));
 const bigOutput = { maxBuffer: 1 << 30 };
 
 // until waits for check() to give something true, and gives it back. Its time
-// only ends what would wait for ever: no machine is too slow for a test.
+// only ends what would wait for ever: no machine is too slow for a test. The longer it
+// waits, the less often it asks.
 export async function until(check, what = "a condition", timeout = 60_000) {
-  const end = Date.now() + timeout;
+  const began = Date.now();
   for (;;) {
-    const got = await check();
+    const got = await check(), waited = Date.now() - began;
     if (got) return got;
-    if (Date.now() > end) throw new Error(`waited ${timeout} ms in vain for ${what}`);
-    await sleep(50);
+    if (waited > timeout) throw new Error(`waited ${timeout} ms in vain for ${what}`);
+    await sleep(50 + waited / 10);
   }
 }
 
