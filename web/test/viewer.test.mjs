@@ -751,7 +751,8 @@ test("what is on the pages can be seen, in light and dark", async (t) => {
     await page.keyboard.press("?");
     await look("the keys", 120);
     await page.goto(`${s.h.url}/view/seen-live`);
-    await says(page, "#badge", /Live/);
+    await says(page, "#lines", /Began on/);
+    await shows(page, "#clock", "0");
     await look("a live session", 60);
     await page.route(`${s.h.url}/`, (route) => route.fulfill({ contentType: "text/html", body: signIn }));
     await page.goto(`${s.h.url}/`);
