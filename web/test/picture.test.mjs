@@ -87,13 +87,9 @@ async function seek(view) {
     await player.seek(player.recording.end);
     player.pause();
   });
-}
-
-async function watchEnd(...args) {
-  const view = await watch(...args);
-  await seek(view);
   return view;
 }
+const watchEnd = async (...args) => seek(await watch(...args));
 
 // replays compares: what the replay shows becomes what was seen, when the styles
 // of a moment are there and motions have ended.
@@ -113,8 +109,7 @@ async function same(t, name, { want, viewer, ...visit }) {
   await view.evaluate(() => player.setSpeed(4));
   await view.waitForFunction(() => player.state === "ended");
   await replays(view, visit.see, seen, "played");
-  await seek(view);
-  await replays(view, visit.see, seen, "sought");
+  await replays(await seek(view), visit.see, seen, "sought");
   return view;
 }
 
@@ -478,11 +473,9 @@ test("which chunks are looked into", () => {
 
 // recorded sends events as a recorder would, one batch each, and gives the session's id.
 async function recorded(batches) {
-  const page = await browser.newPage();
-  await page.goto(`${here}/strict.html`.replace("strict", "swap"));
-  await page.evaluate(() => window.sessionReplay?.stop());
+  await visitor.goto(`${here}/p.css`); // any page that does not record
   const id = `times-${Math.round(performance.now() * 1000)}`;
-  await page.evaluate(([url, id, batches]) => new Promise((done) => {
+  await visitor.evaluate(([url, id, batches]) => new Promise((done) => {
     const socket = new WebSocket(url), say = (type, data) => socket.send(JSON.stringify({ type, data }));
     socket.onopen = () => {
       say("session_start", { sessionId: id, resume: "", url: "http://shop.example/" });
@@ -496,7 +489,6 @@ async function recorded(batches) {
       }
     };
   }), [h.url.replace("http", "ws") + "/ws?type=tracker", id, batches]);
-  await page.close();
   await until(async () => !(await h.json(`/sessions/${id}`)).isActive, "the session's end");
   return id;
 }

@@ -129,7 +129,8 @@ test("a full buffer makes an honest gap", async (t) => {
     });
     await page.evaluate(() => { document.getElementById("p").textContent = "after the gap"; });
     await h.start();
-    await until(async () => (await h.json(`/sessions/${id}`)).chunks.filter((c) => c.snapshotIndex !== null).length === n, "another snapshot");
+    const snapshots = async () => (await h.json(`/sessions/${id}`)).chunks.filter((c) => c.snapshotIndex !== null);
+    await until(async () => (await snapshots()).length === n, "another snapshot");
   }
   const events = await h.events(id), snapshots = events.filter((e) => e.type === 2);
   assert.equal(snapshots.length, 3);
