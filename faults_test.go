@@ -335,7 +335,7 @@ var faults = []fault{
 	// Nothing closes their connections: a server that waited for them would wait for ever.
 	{name: "viewers do not read", env: []string{"HEARTBEAT_INTERVAL=3600000"}, quick: 1, full: 2, times: 1,
 		fullTimes: 1,
-		change:    func(_ int, tr *testTracker) { tr.perBatch, tr.pause, tr.window = 20, time.Millisecond, 1000 },
+		change:    func(_ int, tr *testTracker) { tr.perBatch, tr.pause, tr.window = 50, time.Millisecond, 1000 },
 		ways:      []way{{"viewers that did not read", viewersSilent}}},
 	{name: "sessions move between two servers", quick: 6, full: 30, times: 1, fullTimes: 1, ways: []way{{"moves",
 		movedAbout}}},
@@ -514,7 +514,7 @@ func viewersSilent(l *load) {
 		silent[i], wake[i] = v, sync.OnceFunc(v.reading.Unlock)
 		l.t.Cleanup(wake[i])
 	}
-	const more = 15_000 // events, about 6 MB: what an outbox and the kernel hold is less
+	const more = 30_000 // events, about 11 MB: what an outbox and the kernel hold is less
 	for i, tr := range l.trackers {
 		l.viewers[i].waitFor(tr.madeEvents() + more)
 	}
