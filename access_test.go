@@ -137,6 +137,7 @@ var (
 )
 
 func TestAccessClosed(t *testing.T) {
+	t.Parallel()
 	s := startServer(t, "ACCESS_TOKEN="+testToken, "INGEST_KEY="+testKey,
 		"VIEWER_ORIGINS=https://viewer.example, https://also.example:8443",
 		"TRACKER_ORIGINS=https://shop.example", "PUBLIC_HOSTS=replay.example", "TRUST_PROXY=true", "LOG_LEVEL=debug")
@@ -191,6 +192,7 @@ func TestAccessClosed(t *testing.T) {
 }
 
 func TestAccessOpen(t *testing.T) {
+	t.Parallel()
 	s := startServer(t, "PUBLIC_HOSTS=replay.example,other.example:8443", "VIEWER_ORIGINS=https://viewer.example")
 	host := func(name string) caller {
 		return caller{"Host: " + name, func(r *http.Request) { r.Host = name }}
@@ -230,6 +232,7 @@ func TestAccessOpen(t *testing.T) {
 
 // A token alone: anyone may record.
 func TestAccessTokenWithoutKey(t *testing.T) {
+	t.Parallel()
 	s := startServer(t, "ACCESS_TOKEN="+testToken, "METRICS_OPEN=true")
 	for path, want := range map[string]int{"/stats": 401, "/ws?type=viewer": 401, "/ws?type=tracker": 101,
 		"/metrics": 200} {
@@ -285,6 +288,7 @@ func (s *testServer) expect(v verdict, name, path string, ok int, kind string) {
 // ---- browsers ----
 
 func TestAccessBrowser(t *testing.T) {
+	t.Parallel()
 	s := startServer(t, "ACCESS_TOKEN="+testToken, "TRUST_PROXY=true", "LOG_LEVEL=debug")
 	html := header("Accept", "text/html,*/*")
 	for _, path := range []string{"/", "/view/s"} {
@@ -325,6 +329,7 @@ func TestAccessBrowser(t *testing.T) {
 }
 
 func TestAccessCookie(t *testing.T) {
+	t.Parallel()
 	s := startServer(t, "ACCESS_TOKEN="+testToken, "INGEST_KEY="+testKey, "TRUST_PROXY=true")
 	html := header("Accept", "text/html")
 	for who, secure := range map[*caller]bool{&html: false,
@@ -361,6 +366,7 @@ func TestAccessCookie(t *testing.T) {
 
 // Pages of other sites may read answers, and ask beforehand whether they may.
 func TestAccessShared(t *testing.T) {
+	t.Parallel()
 	s := startServer(t, "ACCESS_TOKEN="+testToken, "INGEST_KEY="+testKey, "VIEWER_ORIGINS=https://viewer.example",
 		"TRACKER_ORIGINS=https://shop.example")
 	const record = "https://shop.example POST Authorization, Content-Encoding, Content-Type"
@@ -472,6 +478,7 @@ func (s *testServer) refusedWith(reason string) {
 }
 
 func TestLimitConnections(t *testing.T) {
+	t.Parallel()
 	s := startServer(t, "MAX_CONNECTIONS=5", "MAX_CONNECTIONS_PER_ADDRESS=2", "TRUST_PROXY=true")
 	dial := func(addr string) (conn *websocket.Conn, status int) {
 		conn, resp, err := websocket.Dial(t.Context(), s.ws("tracker"),
@@ -505,6 +512,7 @@ func TestLimitConnections(t *testing.T) {
 
 // What is refused to a client is counted by its reason.
 func TestLimitsAreCounted(t *testing.T) {
+	t.Parallel()
 	s := startServer(t, "MAX_MESSAGE_BYTES=20000", "MAX_SESSIONS_PER_MINUTE=2", "MAX_SESSION_BYTES=5000",
 		"MAX_HEADER_BYTES=8192", "TRUST_PROXY=true")
 	event := `{"type":3,"data":"` + strings.Repeat("x", 6000) + `"}`

@@ -102,10 +102,7 @@ func newShot(events []recorded) *shot {
 	return &shot{mask([]byte(body)), mask([]byte(deflated(body))), len(body) - 3, len(events), events[len(events)-1].at}
 }
 
-const (
-	offerDeflate = "Sec-WebSocket-Extensions: permessage-deflate\r\n"
-	deflateTail  = "\x00\x00\xff\xff" // of each message, does not go over the wire (RFC 7692, section 7.2.1)
-)
+const offerDeflate = "Sec-WebSocket-Extensions: permessage-deflate\r\n"
 
 // batches cuts a recording as the tracker in web/ does: a full snapshot goes out
 // at once, else 50 events, or those of half a second.

@@ -16,6 +16,7 @@ package main
 // is in the limit too: see bare.
 
 import (
+	"bytes"
 	"cmp"
 	"fmt"
 	"io"
@@ -327,8 +328,9 @@ func (b *bench) live(t *testing.T, s *testServer, trackers, viewers int, beside 
 	for i, w := range wires {
 		watching.Go(func() { // ends with the connection
 			for m, err := w.read(); err == nil; m, err = w.read() {
+				now := time.Now().UnixNano()
 				if sent := digits(m, `"payload":`); sent > 0 && counts.Load() {
-					all[i] = append(all[i], time.Duration(time.Now().UnixNano()-sent))
+					all[i] = append(all[i], time.Duration(now-sent))
 				}
 			}
 		})
@@ -354,8 +356,10 @@ func (b *bench) live(t *testing.T, s *testServer, trackers, viewers int, beside 
 
 // digits reads the number that follows a name, 0 when it is not there.
 func digits(m []byte, name string) (n int64) {
-	_, rest, _ := strings.Cut(string(m[:min(len(m), 400)]), name)
-	fmt.Sscan(rest, &n)
+	_, rest, _ := bytes.Cut(m[:min(len(m), 400)], []byte(name))
+	for ; len(rest) > 0 && '0' <= rest[0] && rest[0] <= '9'; rest = rest[1:] {
+		n = n*10 + int64(rest[0]-'0')
+	}
 	return n
 }
 

@@ -84,7 +84,7 @@ func TestBoundsManySessions(t *testing.T) {
 		name          string
 		addresses     int
 		times, atMost int
-	}{{"one address", 1, 600, 60}, {"many addresses", 1 << 16, scale(2000, 5000), 0}} {
+	}{{"one address", 1, 120, 60}, {"many addresses", 1 << 16, scale(800, 5000), 0}} {
 		t.Run(tt.name, func(t *testing.T) {
 			s := startServer(t, "TRUST_PROXY=true", "MAX_BUFFER_BYTES=16MB", "MAX_MESSAGE_BYTES=1MB",
 				"MAX_CONNECTIONS=300",

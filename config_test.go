@@ -326,6 +326,7 @@ func testCertificate(t testing.TB, certFile, keyFile string, serial int64) {
 }
 
 func TestTLS(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	cert, key := filepath.Join(dir, "cert.pem"), filepath.Join(dir, "key.pem")
 	testCertificate(t, cert, key, 1)

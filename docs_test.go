@@ -63,6 +63,7 @@ func TestDocsLinks(t *testing.T) {
 }
 
 func TestDocsNames(t *testing.T) {
+	t.Parallel()
 	docs, tests := texts("README.md", "doc/*.md"), texts("*_test.go", "web/test/*.mjs")
 	settings := matches(`\br\.\w+\("([A-Z][A-Z_]+)"`, texts("*.go"))
 	example := matches(`(?m)^#([A-Z_]+)=`, texts(".env.example"))

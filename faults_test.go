@@ -313,7 +313,7 @@ var faults = []fault{
 		change: func(_ int, tr *testTracker) { tr.perBatch, tr.pause = 3, 300*time.Millisecond }},
 	{name: "a tracker freezes in a frame", env: []string{"HEARTBEAT_INTERVAL=2000", "MESSAGE_TIMEOUT=2000",
 		"SESSION_GRACE_PERIOD=300"},
-		quick: 4, full: 20, times: 2, fullTimes: 5, ways: []way{{"its thaw", trackerFrozen}}},
+		quick: 4, full: 20, times: 1, fullTimes: 5, ways: []way{{"its thaw", trackerFrozen}}},
 	// Somebody holds a lock on one session's row: the others do not wait for it.
 	{name: "a session is locked", quick: 6, full: 30, times: 1, fullTimes: 1, ways: []way{{"the end of the lock",
 		func(l *load) {
@@ -335,7 +335,7 @@ var faults = []fault{
 	// Nothing closes their connections: a server that waited for them would wait for ever.
 	{name: "viewers do not read", env: []string{"HEARTBEAT_INTERVAL=3600000"}, quick: 1, full: 2, times: 1,
 		fullTimes: 1,
-		change:    func(_ int, tr *testTracker) { tr.perBatch, tr.pause, tr.window = 20, time.Millisecond, 1000 },
+		change:    func(_ int, tr *testTracker) { tr.perBatch, tr.pause, tr.window = 50, 5*time.Millisecond, 1000 },
 		ways:      []way{{"viewers that did not read", viewersSilent}}},
 	{name: "sessions move between two servers", quick: 6, full: 30, times: 1, fullTimes: 1, ways: []way{{"moves",
 		movedAbout}}},
@@ -500,6 +500,7 @@ func noRoomLeft(l *load) {
 // viewersSilent: viewers that never read cost a bounded queue, and delay nobody;
 // when they come back, they see everything.
 func viewersSilent(l *load) {
+	l.goHome() // visitors read all that is sent
 	memory := l.server.peakMemory()
 	silent := make([]*testViewer, scale(3, 20))
 	wake := make([]func(), len(silent))
@@ -514,13 +515,14 @@ func viewersSilent(l *load) {
 		silent[i], wake[i] = v, sync.OnceFunc(v.reading.Unlock)
 		l.t.Cleanup(wake[i])
 	}
-	waitUntil(l.t, "their queues are full", func() bool {
-		return l.server.metric("viewers_lagged_total") >= int64(len(silent))
-	})
-	l.progress("viewers that do not read")
+	const more = 25_000 // events, about 9 MB: what an outbox and the kernel hold is less
 	for i, tr := range l.trackers {
-		l.viewers[i].waitFor(tr.madeEvents())
+		l.viewers[i].waitFor(tr.madeEvents() + more)
 	}
+	if n := l.server.metric("viewers_lagged_total"); n < int64(len(silent)) {
+		l.t.Errorf("%d viewers do not read, %d had no room", len(silent), n)
+	}
+	l.progress("viewers that do not read")
 	if grown := l.server.peakMemory() - memory; grown > int64(len(silent))*5<<20+50<<20 {
 		l.t.Errorf("%d viewers that do not read cost %d MB", len(silent), grown>>20)
 	}

@@ -179,6 +179,7 @@ func TestHubForeignLists(t *testing.T) {
 // What is known of other servers' sessions is bounded, and forgotten when the last
 // viewer has left.
 func TestHubForeignBounds(t *testing.T) {
+	t.Parallel()
 	inHub(t, nil, func(t *hubTest) {
 		v := t.viewer()
 		var rows []foreignRow

@@ -307,6 +307,7 @@ type hubScript struct {
 }
 
 func TestHubScripts(t *testing.T) {
+	t.Parallel()
 	for _, c := range readCases(t, "hub", 10) {
 		t.Run(c.name, func(t *testing.T) {
 			settings := func(cfg *config) {

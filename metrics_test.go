@@ -62,6 +62,7 @@ func parseMetrics(t testing.TB, text string) map[string]float64 {
 }
 
 func TestMetrics(t *testing.T) {
+	t.Parallel()
 	s := startServer(t)
 	tr := newTracker(t, sessionName(t, 0))
 	tr.limit = 20

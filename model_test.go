@@ -51,6 +51,7 @@ var modelSteps = []struct {
 }
 
 func TestModel(t *testing.T) {
+	t.Parallel()
 	var seeds []uint64
 	for i := range modelSeeds {
 		seeds = append(seeds, uint64(i+1))

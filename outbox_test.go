@@ -11,6 +11,7 @@ import (
 // Viewers share what may wait for them: the more there are, the less for each,
 // and the shorter the lists.
 func TestHubShare(t *testing.T) {
+	t.Parallel()
 	inHub(t, nil, func(t *hubTest) {
 		large := &description{userID: "u", metadata: []byte("{}"),
 			brief: []byte(`{"x":"` + strings.Repeat("x", 8000) + `"}`)}

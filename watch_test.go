@@ -49,6 +49,7 @@ func TestHubJoinStored(t *testing.T) {
 // A viewer that does not read has a bounded outbox, is told where live goes on
 // when it has read it, and misses nothing from there.
 func TestHubLag(t *testing.T) {
+	t.Parallel()
 	for name, size := range map[string]int{"many messages": 0, "much": 100 << 10} {
 		t.Run(name, func(t *testing.T) {
 			inHub(t, nil, func(t *hubTest) {
@@ -90,6 +91,7 @@ func TestHubLag(t *testing.T) {
 // However many viewers do not read, and however large snapshots are, what waits for
 // them all stays in its bound. They hear of it all when they read.
 func TestHubStalled(t *testing.T) {
+	t.Parallel()
 	inHub(t, nil, func(t *hubTest) {
 		c, sending := t.tracker("s"), map[*outbox]message{}
 		for range 20 {
