@@ -341,7 +341,7 @@ const picture = (() => {
     if (attributes.style) mendStyle(el, attributes);
     if (BOXES.test(tagName) || attributes.type === "image") sizes.observe(el);
     if (attributes.rr_dataURL && secrecy(el)) delete attributes.rr_dataURL;
-    if (!el.firstElementChild && (HOSTS.test(tagName) || OTHERS.test(tagName))) fresh.push(el);
+    if ((HOSTS.test(tagName) || OTHERS.test(tagName)) && !el.firstElementChild) fresh.push(el);
   }
 
   function complete({ type, data }) {

@@ -18,8 +18,11 @@ if (!endsListeners) return;
 let maskSelector, blockSelector, anySelector; // the owner's two; all elements that may be secret in themselves
 const IGNORED = "[data-replay-ignore], [data-replay-ignore] *";
 const SHOWN = "[data-replay-show]";
+const EDITOR_CLASS = /CodeMirror|cm-editor|monaco-editor|ace_editor|xterm|ql-editor|ProseMirror/i;
 const EDITORS = "textarea, [contenteditable]:not([contenteditable=false i]), [role~=textbox i], [role~=searchbox i], "
-  + "[role~=combobox i], .CodeMirror, .cm-editor, .monaco-editor, .ace_editor, .xterm, .ql-editor, .ProseMirror";
+  + "[role~=combobox i], ." + EDITOR_CLASS.source.replace(/\|/g, ", .");
+// Tags and attributes of what may be secret in itself, the owner's own selectors apart.
+const TELLING = /^(html|svg|form|textarea|role|contenteditable|data-replay-(mask|block))$/;
 const CONTROLS = /^(input|textarea|select)$/;
 const CHOICES = /^(radio|checkbox)$/;
 const BUTTONS = /^(button|submit|reset|image)$/;
@@ -302,38 +305,48 @@ function outer(node) {
   return win ? win.frameElement : type === 11 && parent.host || null;
 }
 
-function isEditor(el) {
-  if (matches(el, SHOWN) || !matches(el, EDITORS) && designMode(ownerDocument(el)) !== "on") return false;
-  typedInto.add(el); // also when it is no longer editable
-  return true;
-}
-
 // secrecy tells how an element is recorded; of an editor the text is masked, its own
 // labels are not. seen remembers the answers for the length of one event.
 const OPEN = 0, EDITOR = 1, MASKED = 2, BLOCKED = 3;
+
+// secrecyItself leaves out what is around the element. What was an editor stays one.
+function secrecyItself(el, isTold = true) {
+  if (isTold && matches(el, anySelector)) {
+    if (matches(el, blockSelector)) return BLOCKED;
+    if (matches(el, maskSelector)) return MASKED;
+    if (!matches(el, SHOWN) && (matches(el, EDITORS) || designMode(ownerDocument(el)) === "on")) typedInto.add(el);
+  }
+  return typedInto.has(el) ? EDITOR : OPEN;
+}
+
+const within = (around, found) => (around ? Math.max(found, around, MASKED) : found);
+
 function secrecy(el, seen = new Map()) {
   if (!el) return OPEN;
   let found = seen.get(el);
   if (found === undefined) {
-    found = typedInto.has(el) ? EDITOR : OPEN;
-    if (matches(el, anySelector)) {
-      if (matches(el, blockSelector)) found = BLOCKED;
-      else if (matches(el, maskSelector)) found = MASKED;
-      else if (!found && isEditor(el)) found = EDITOR;
-    }
-    const around = found < BLOCKED && secrecy(outer(el), seen);
-    if (around) found = Math.max(found, around, MASKED);
+    found = secrecyItself(el);
+    if (found < BLOCKED) found = within(secrecy(outer(el), seen), found);
     seen.set(el, found);
   }
   return found;
 }
 
+// secrecyAt is that of an element, or of the one around another node, by id. seen has
+// it of what the event adds.
 function secrecyAt(id, seen) {
   if (!seen.has(id)) {
     const node = nodeOf(id);
-    seen.set(id, node ? secrecy(nodeType(node) === 1 ? node : outer(node), seen) : OPEN);
+    seen.set(id, node ? secrecy(isElement(node) ? node : outer(node), seen) : OPEN);
   }
   return seen.get(id);
+}
+
+// isTelling spares asking the browser of most elements.
+function isTelling(tag, attributes) {
+  if (options.maskText || options.blockSelector || TELLING.test(tag) || EDITOR_CLASS.test(attributes.class)) return true;
+  for (const name in attributes) if (TELLING.test(name)) return true;
+  return false;
 }
 
 // A link's fragment may name a section of its own page.
@@ -367,8 +380,7 @@ function cleanAttribute(el, tag, name, value, masked) {
 
 // A control, or an editor, is labelled by its page: its own words are masked
 // only where the owner says so, or what is around it is masked.
-function cleanAttributes(el, attributes, masked) {
-  const tag = localName(el);
+function cleanAttributes(el, tag, attributes, masked) {
   for (const name of Object.keys(attributes)) {
     const value = attributes[name];
     if (/^on|^srcdoc$|^selected$/.test(name)) delete attributes[name]; // a frame's document is recorded itself
@@ -389,18 +401,26 @@ function cleanBlocked(serialized, el) {
 }
 
 // cleanNode cleans a serialized node and all below it, when the picture has what it
-// needs of them. fresh: it appears just after a key.
-function cleanNode(serialized, seen, fresh) {
-  const node = nodeOf(serialized.id);
+// needs of them. around is the secrecy around it; fresh: it appears just after a key.
+// A change may have a hundred thousand nodes.
+function cleanNode(serialized, around, seen, fresh) {
+  const { id, attributes, textContent } = serialized, node = nodeOf(id);
   if (node) picture.meet(serialized, node);
-  if (serialized.attributes) {
-    const secret = secrecy(node, seen);
-    if (secret === BLOCKED) return cleanBlocked(serialized, node);
-    if (serialized.tagName === "form") cleanForm(serialized, node);
-    cleanAttributes(node, serialized.attributes, secret === MASKED);
-    if (isControl(node)) noteControl(serialized.id, node);
-  } else if (serialized.textContent) serialized.textContent = cleanText(node, serialized.textContent, seen, fresh);
-  for (const child of serialized.childNodes || []) cleanNode(child, seen, fresh);
+  if (attributes) seen.set(id, around = cleanElement(serialized, node, around));
+  else if (textContent) serialized.textContent = cleanText(node, textContent, around, fresh);
+  for (const child of serialized.childNodes || []) cleanNode(child, around, seen, fresh);
+}
+
+function cleanElement(serialized, el, around) {
+  const tag = localName(el);
+  const secret = within(around, secrecyItself(el, isTelling(tag, serialized.attributes)));
+  if (secret === BLOCKED) cleanBlocked(serialized, el);
+  else {
+    if (tag === "form") cleanForm(serialized, el);
+    cleanAttributes(el, tag, serialized.attributes, secret === MASKED);
+    if (CONTROLS.test(tag)) noteControl(serialized.id, el);
+  }
+  return secret;
 }
 
 // What rrweb took for a form's attributes may be a field of that name.
@@ -412,11 +432,11 @@ function cleanForm(serialized, form) {
   serialized.attributes = Object.fromEntries(real.concat(noted));
 }
 
-function cleanText(node, text, seen, fresh) {
+function cleanText(node, text, secret, fresh) {
   const el = outer(node), tag = el && localName(el);
   if (tag === "style") return cleanCSS(text);
   if (tag === "noscript") return ""; // markup as text; a replay never shows it
-  if (secrecy(el, seen)) return stars(text);
+  if (secret) return stars(text);
   if (!fresh || !el || !isDrawn(text)) return cleanWords(text);
   if (tag !== "body" && childElementCount(el) < 4) typedInto.add(el);
   return stars(text);
@@ -425,21 +445,23 @@ function cleanText(node, text, seen, fresh) {
 // ── Events ───────────────────────────────────────────────────────────────────
 
 // cleanMutation also leaves out what happens in a blocked element.
-function cleanMutation(data, seen) {
-  const fresh = now() - runAt < DRAWN_MS;
+function cleanMutation(data, seen, fresh) {
   const isSeen = (id) => secrecyAt(id, seen) < BLOCKED, isThere = ({ id }) => nodeOf(id) && isSeen(id);
-  const placeOf = ({ node, parentId }) => secrecy(outer(nodeOf(node.id)), seen) || secrecyAt(parentId, seen);
-  data.adds = data.adds.filter((add) => placeOf(add) < BLOCKED);
   data.removes = data.removes.filter(({ parentId }) => isSeen(parentId));
   data.attributes = data.attributes.filter(isThere);
   data.texts = data.texts.filter(isThere);
-  for (const { node } of data.adds) {
-    cleanNode(node, seen, fresh);
+  data.adds = data.adds.filter(({ parentId, node }) => {
+    const around = secrecyAt(nodeOf(parentId) ? parentId : node.id, seen);
+    if (around === BLOCKED) return false;
+    cleanNode(node, around, seen, fresh);
     if (data.isAttachIframe) hearTyping(viewOf(nodeOf(node.id)));
+    return true;
+  });
+  for (const text of data.texts) {
+    if (text.value) text.value = cleanText(nodeOf(text.id), text.value, secrecyAt(text.id, seen), fresh);
   }
-  for (const text of data.texts) if (text.value) text.value = cleanText(nodeOf(text.id), text.value, seen, fresh);
   for (const { id, attributes } of data.attributes) {
-    cleanAttributes(nodeOf(id), attributes, secrecyAt(id, seen) === MASKED);
+    cleanAttributes(nodeOf(id), localName(nodeOf(id)), attributes, secrecyAt(id, seen) === MASKED);
   }
   return data.adds.length + data.removes.length + data.attributes.length + data.texts.length > 0;
 }
@@ -458,9 +480,9 @@ function cleanSheets(data) {
 function clean(event) {
   const { type, data } = event, seen = new Map();
   if (type === META) data.href = cutAddress(data.href, document);
-  if (type === FULL) cleanNode(data.node, seen, false);
+  if (type === FULL) cleanNode(data.node, OPEN, seen, false);
   if (type !== INCREMENTAL) return true;
-  if (data.source === MUTATION) return cleanMutation(data, seen);
+  if (data.source === MUTATION) return cleanMutation(data, seen, event.timestamp - runAt < DRAWN_MS);
   if (data.id && secrecyAt(data.id, seen) === BLOCKED) return false;
   if (data.source === INPUT) {
     const el = nodeOf(data.id);

@@ -58,44 +58,71 @@ async function proxy(port) {
   return Object.assign(counted, { url: `http://127.0.0.1:${server.address().port}`, close: () => server.close() });
 }
 
+// tab opens a page without Playwright, which would have each message of a WebSocket
+// copied for it, on the page's main thread, and that would be counted as the tracker's.
+async function tab(browser) {
+  const cdp = await browser.newBrowserCDPSession(), waiting = new Map();
+  const { targetId } = await cdp.send("Target.createTarget", { url: "about:blank", width: 1280, height: 800 });
+  const { sessionId } = await cdp.send("Target.attachToTarget", { targetId });
+  cdp.on("Target.receivedMessageFromTarget", ({ message }) => {
+    const { id, result, error } = JSON.parse(message);
+    waiting.get(id)?.(error ? Promise.reject(new Error(error.message)) : result);
+  });
+  const send = (method, params = {}) => new Promise((done) => {
+    const id = waiting.size + 1;
+    waiting.set(id, done);
+    cdp.send("Target.sendMessageToTarget", { sessionId, message: JSON.stringify({ id, method, params }) });
+  });
+  const evaluate = async (expression) => {
+    const { result, exceptionDetails } = await send("Runtime.evaluate", { expression, awaitPromise: true, returnByValue: true });
+    if (exceptionDetails) throw new Error(exceptionDetails.exception?.description ?? exceptionDetails.text);
+    return result.value;
+  };
+  await send("Performance.enable", { timeDomain: "threadTicks" }); // CPU time: other programs do not count
+  const metric = async (name) => (await send("Performance.getMetrics")).metrics.find((m) => m.name === name).value;
+  return { send, evaluate, metric };
+}
+
 // visit is one visit in a new browser. With look it has parts, by the profiler's samples.
 async function visit(h, url, way, look) {
-  const browser = await h.launch(), page = await browser.newPage({ viewport: { width: 1280, height: 800 } });
-  const cdp = await page.context().newCDPSession(page);
-  const metric = async (name) => (await cdp.send("Performance.getMetrics")).metrics.find((m) => m.name === name).value;
-  await cdp.send("Performance.enable", { timeDomain: "threadTicks" }); // CPU time: other programs do not count
-  page.setDefaultTimeout(5 * 60_000);
+  const browser = await h.launch(), { send, evaluate, metric } = await tab(browser);
   const before = way.bytes;
-  await page.goto(url);
-  await settled(page);
-  if (look) await startProfile(cdp);
-  for (let i = 0, n = await page.evaluate("steps.length"); i < n; i++) {
-    await page.evaluate((step) => new Promise((done) => { window.steps[step](); requestAnimationFrame(() => setTimeout(done, 50)); }), i);
+  await send("Page.navigate", { url });
+  await until(() => evaluate("document.readyState === 'complete'"), "the page");
+  await settled(evaluate);
+  if (look) await startProfile(send);
+  for (let i = 0, n = await evaluate("steps.length"); i < n; i++) {
+    await evaluate(`new Promise((done) => { steps[${i}](); requestAnimationFrame(() => setTimeout(done, 50)); })`);
   }
-  await page.locator("input").pressSequentially("forty letters are typed into this field.", { delay: 20 });
-  for (let i = 0; i < 50; i++) await page.mouse.move(50 + 10 * i, 50 + 5 * i);
-  await settled(page);
-  const parts = look && partsOf((await cdp.send("Profiler.stop")).profile);
+  await evaluate("document.querySelector('input').focus()");
+  for (const text of "forty letters are typed into this field.") {
+    await send("Input.dispatchKeyEvent", { type: "keyDown", key: text, text });
+    await send("Input.dispatchKeyEvent", { type: "keyUp", key: text });
+    await sleep(20);
+  }
+  for (let i = 0; i < 50; i++) await send("Input.dispatchMouseEvent", { type: "mouseMoved", x: 50 + 10 * i, y: 50 + 5 * i });
+  await settled(evaluate);
+  const parts = look && partsOf((await send("Profiler.stop")).profile);
   const thread = 1000 * await metric("TaskDuration"), sent = way.bytes - before;
   await sleep(IDLE_MS);
   const idle = 1000 * await metric("TaskDuration") - thread, idleSent = way.bytes - before - sent;
-  await cdp.send("HeapProfiler.collectGarbage");
+  await send("HeapProfiler.collectGarbage");
   const heap = await metric("JSHeapUsedSize");
   await browser.close();
   return { thread, sent, heap, idle, idleSent, parts };
 }
 
 // settled waits until the page's recorder, if any, has sent all it has.
-async function settled(page) {
-  await until(() => page.evaluate(() => !document.querySelector('script[src*="tracker.js"]')
-    || window.sessionReplay?.state.recording && window.sessionReplay.state.waiting === 0), "everything is acked");
+async function settled(evaluate) {
+  await until(() => evaluate(`!document.querySelector('script[src*="tracker.js"]')
+    || !!window.sessionReplay && sessionReplay.state.recording && sessionReplay.state.waiting === 0`), "everything is acked");
   await sleep(1000);
 }
 
-async function startProfile(cdp) {
-  await cdp.send("Profiler.enable");
-  await cdp.send("Profiler.setSamplingInterval", { interval: 1000 });
-  await cdp.send("Profiler.start");
+async function startProfile(send) {
+  await send("Profiler.enable");
+  await send("Profiler.setSamplingInterval", { interval: 1000 });
+  await send("Profiler.start");
 }
 
 // partsOf gives the ms that went into rrweb, into making text, and into what is

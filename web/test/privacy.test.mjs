@@ -3,6 +3,7 @@
 import assert from "node:assert/strict";
 import { readFileSync } from "node:fs";
 import { after, before, test } from "node:test";
+import { fileURLToPath } from "node:url";
 import { until } from "./harness.mjs";
 import { arrived, close, customs, embed, established, everything, h, mark, movable, open, pages, playable, sessionOf, site, visit } from "./recorded.mjs";
 
@@ -283,6 +284,31 @@ test("what is learned of a text is all of it, and of a long one no more than wha
   for (let n = 0; n < 100; n++) hear(holder, `${"x".repeat(n)}${lines.join("\n")}`);
   assert.ok(size() - before < 50_000, `${size() - before} nodes for 100 keys`);
   assert.doesNotMatch(hide(lines[50]), /\w/);
+});
+
+test("no element that may be secret in itself is passed by", async (t) => {
+  const kinds = ["textarea", "div contenteditable", "p role='x TextBox'", "i role=combobox", "b class='a CodeMirror'", "b class='xterm y'",
+    "s data-replay-mask", "u data-replay-block", "form role=searchbox", "em class=ql-editor"];
+  for (const doctype of ["<!doctype html>", ""]) {
+    pages["/telling"] = `${doctype}<meta charset=utf-8><body><p>open<b class=x title=role>open</b></p><form role=textbox><input name=attributes></form>
+      ${kinds.map((kind) => `<${kind}></${kind.split(" ")[0]}>`).join("")}`;
+    const page = await visit(t, `${site}/telling`);
+    await page.addScriptTag({ path: fileURLToPath(new URL("../dist/rrweb-record.js", import.meta.url)) });
+    const [matching, told] = await page.evaluate((source) => {
+      document.body.append(document.createElementNS("http://www.w3.org/1999/xhtml", "x:textarea"));
+      const { record } = window.rrwebRecord, all = [];
+      const collect = (node) => { if (node.type === 2) all.push(node); node.childNodes?.forEach(collect); };
+      record({ emit: ({ type, data }) => { if (type === 2 && !all.length) collect(data.node); }, slimDOMOptions: "all" })();
+      const code = `${source}; return { EDITORS, isTelling };`;
+      const { EDITORS, isTelling } = new Function("safe", "record", "options", code)((f) => f, record, {});
+      const isSecret = ({ id }) => record.mirror.getNode(id).matches(`[data-replay-mask], [data-replay-block], ${EDITORS}, :root`);
+      const isTold = ({ tagName, attributes }) => isTelling(tagName.replace("x:", ""), attributes);
+      const names = (nodes) => nodes.map(({ id }) => record.mirror.getNode(id).cloneNode().outerHTML);
+      return [names(all.filter(isSecret)), names(all.filter(isTold))];
+    }, source);
+    assert.ok(matching.length === kinds.length + 3, `${matching}`);
+    assert.deepEqual(told, matching);
+  }
 });
 
 test("labels of buttons are masked where the owner says so, and tell nothing that was typed", async (t) => {
