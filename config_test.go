@@ -342,7 +342,7 @@ func TestTLS(t *testing.T) {
 	}
 	s.start()
 	waitUntil(t, "the server speaks TLS", func() bool { return serial() == 1 })
-	holds(t, "what it says", s.output.String(), "url=https://127.0.0.1:")
+	waitUntil(t, "it says where", func() bool { return strings.Contains(s.output.String(), "url=https://127.0.0.1:") })
 	if c := s.as(header("Accept", "text/html"), "GET",
 		"/?token=the%2Baccess/token%3Dof+a+test").cookies()[0]; !c.Secure {
 		t.Errorf("cookie %v, want Secure", c)
