@@ -370,6 +370,7 @@ func TestBoundsIllnessLogged(t *testing.T) {
 // /health is 503 while the database takes no writes, with a reason for those who
 // have the token alone, and 200 again when it does.
 func TestBoundsHealth(t *testing.T) {
+	t.Parallel()
 	for _, tt := range []struct {
 		name, reason string
 		fall         func(l *load) (rise func())

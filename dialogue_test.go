@@ -365,6 +365,7 @@ func heardList(m testMessage) string {
 }
 
 func TestDialogues(t *testing.T) {
+	t.Parallel()
 	for _, c := range readCases(t, "dialogues", 15) {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()

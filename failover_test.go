@@ -107,6 +107,7 @@ func (p *pair) batchesAcked() (n int64) {
 // What is acknowledged survives the primary, however it goes, and recording goes
 // on with the standby.
 func TestFaultFailover(t *testing.T) {
+	besideOthers(t)
 	for _, way := range []struct {
 		name string
 		full bool // of the full set alone
@@ -289,6 +290,7 @@ func (l *load) reads(times int) (failed int64) {
 // Behind PgBouncer in transaction mode statements that are prepared on one
 // connection come to another. The first such error is told, and is the last.
 func TestFaultPooler(t *testing.T) {
+	besideOthers(t)
 	const named, setting = "add default_query_exec_mode=exec to DATABASE_URL", "&default_query_exec_mode=exec"
 	for more, lines := range map[string]int{"": 1, setting: 0} {
 		t.Run(fmt.Sprintf("%d lines", lines), func(t *testing.T) {

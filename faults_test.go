@@ -202,6 +202,7 @@ func (l *load) finish() {
 	if l.seen.Load() == 0 {
 		l.t.Error("the viewers have seen nothing")
 	}
+	time.Sleep(1100 * time.Millisecond) // then pgx asks a connection whether it works, before a question fails by it
 	checkStored(l.t, l.server, l.trackers...)
 	l.t.Logf("%d trackers, %d reconnects, %d batches sent again, %d events seen by viewers",
 		len(l.trackers), reconnects, resent, l.seen.Load())
@@ -342,6 +343,7 @@ var faults = []fault{
 }
 
 func TestFaults(t *testing.T) {
+	besideOthers(t)
 	for _, f := range faults {
 		t.Run(f.name, func(t *testing.T) {
 			besideOthers(t)
