@@ -178,7 +178,7 @@ func (c counted) Read(p []byte) (int, error) {
 
 // Reading.
 
-// buffers are what messages are read into, and chunks made in. Each pool has buffers of twice the
+// buffers are what messages are read into. Each pool has buffers of twice the
 // size of the one before, from firstRead to 4 MB.
 var buffers [9]sync.Pool
 

@@ -192,8 +192,7 @@ func (w *writer) markDeleted(ctx context.Context, work []*flush) {
 // encode makes the flush's chunks. An event's bytes go in as they came.
 func (f *flush) encode() {
 	f.chunks = []chunk{}
-	e := chunkEncoder{text: newBuffer(int(min(f.cost(), chunkBytes)))} // growing would cost half of the speed
-	defer func() { keepBuffer(e.text) }()
+	e := chunkEncoder{text: make([]byte, 0, min(f.cost(), chunkBytes))} // growing would cost half of the speed
 	for _, b := range f.batches {
 		for i, ev := range b.events {
 			text := b.body[ev.start:ev.end]
@@ -247,7 +246,6 @@ var gzipWriters = sync.Pool{New: func() any {
 
 func zip(text []byte) []byte {
 	var out bytes.Buffer
-	out.Grow(len(text) / 6) // most of them need no more
 	z := gzipWriters.Get().(*gzip.Writer)
 	z.Reset(&out)
 	for piece := range slices.Chunk(text, packPiece) {
