@@ -133,13 +133,9 @@ func (c *conn) replyError(e *protocolError) {
 
 // The connection beneath.
 
-// The buffers of an HTTP connection take 8 KB for as long as it lasts. Smaller ones
-// serve a tracker, which is sent little, as well; what a viewer is sent mostly leaves
-// a larger one in a single write.
-const smallBuffer, viewerBuffer = 512, 16 << 10
-
 // hijacker hands a connection over from HTTP to a WebSocket, and keeps hold of
-// it for deadlines.
+// it for deadlines. The buffers of an HTTP connection take 8 KB for as long as
+// it lasts; smaller ones serve a tracker, which is sent little, as well.
 type hijacker struct {
 	http.ResponseWriter
 	wire *atomic.Int64 // counts what a tracker sends; nil for a viewer
@@ -148,19 +144,14 @@ type hijacker struct {
 
 func (h *hijacker) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 	conn, rw, err := http.NewResponseController(h.ResponseWriter).Hijack()
-	if err != nil {
-		return nil, nil, err
+	if err == nil && h.wire != nil {
+		conn = counted{conn, conn, h.wire}
+		if rw.Reader.Buffered() == 0 {
+			rw = bufio.NewReadWriter(bufio.NewReaderSize(conn, 512), bufio.NewWriterSize(conn, 512))
+		}
 	}
-	writeBuffer := viewerBuffer
-	if h.wire != nil {
-		conn, writeBuffer = counted{conn, conn, h.wire}, smallBuffer
-	}
-	if rw.Reader.Buffered() == 0 {
-		rw.Reader = bufio.NewReaderSize(conn, smallBuffer)
-	}
-	rw.Writer = bufio.NewWriterSize(conn, writeBuffer)
 	h.conn = conn
-	return conn, rw, nil
+	return conn, rw, err
 }
 
 // counted counts the bytes that are read from a connection, or from a body.
