@@ -45,7 +45,7 @@ const privatePage = (s) => `
   <div id=note contenteditable><span contenteditable=false>${s.note}</span></div>
   <div data-replay-mask title="${s.title}">${s.masked}<i aria-label="${s.title}"></i><div id=maskedhost></div></div>
   <div class=own>${s.optionally}</div>
-  <div data-replay-block>${s.blocked}<b id=inblock></b><div id=blockedhost></div></div>
+  <div data-replay-block title=${s.blocked}>${s.blocked}<b id=inblock class=${s.blocked}></b><div id=blockedhost></div></div>
   <div data-replay-block id=blockedself></div><div id=blockedlater><i>open so far</i></div>
   <input data-replay-ignore id=ignored>
   <custom-field id=custom></custom-field>
@@ -98,7 +98,7 @@ test("what is private never leaves the page", async (t) => {
     $("blockedlater").dataset.replayBlock = "";
     const late = document.createElement("div");
     late.innerHTML = `<textarea>${s.late}</textarea><input type=hidden value="${s.late}"><p data-replay-mask>${s.late}</p>
-      <div data-replay-block><p>${s.late}</p></div><a href="?x=${s.late}" title="x">late</a><b contenteditable>${s.late}</b>`;
+      <div data-replay-block><p title=${s.late}>${s.late}</p></div><a href="?x=${s.late}" title="x">late</a><b contenteditable>${s.late}</b>`;
     document.body.append(late);
     $("note").append(Object.assign(document.createElement("img"), { src: `data:image/png;base64,${s.pasted}`, alt: s.pasted }));
     $("note").append(Object.assign(document.createElement("a"), { href: `https://links.test/${s.pasted}`, textContent: s.pasted }));
