@@ -187,6 +187,20 @@ test("what is typed comes up nowhere, wherever the page repeats it", async (t) =
   assert.ok(!JSON.stringify(events.findLast((e) => e.type === 2)).includes("beside it"), "what was edited is masked whole");
 });
 
+test("what a page draws of keys as they come, letter by letter, is masked", async (t) => {
+  const page = await visit(t, embed("/drawn", `<div id=pad tabindex=0></div><p id=p></p><script>
+    const pad = document.getElementById("pad"); // an editor of the page's own: to the browser it is none
+    pad.onkeydown = ({ key }) => { pad.append(Object.assign(document.createElement("b"), { textContent: key })); };
+  </script>`));
+  const id = await established(page);
+  await page.focus("#pad");
+  await page.keyboard.type("qxj7wvzk");
+  await page.evaluate(() => { document.getElementById("p").textContent = "saved"; });
+  await mark(page, 1);
+  const drawn = (await arrived(page, id)).slice(2).flatMap(({ data }) => data.adds || []).map(({ node }) => node.textContent).filter(Boolean);
+  assert.deepEqual(drawn, [..."********", "saved"]);
+});
+
 test("a page keeps its styles when somebody types the name of a class", async (t) => {
   const page = await visit(t, embed("/card", `<style>.card { color: teal }</style><input id=q><div id=d class="card wide">a card</div><p id=p></p>`));
   const id = await established(page);
