@@ -79,8 +79,7 @@ func tryDirectory(dir string) error {
 	return errors.Join(file.Close(), os.Remove(file.Name()))
 }
 
-// checkDatabase connects twice: where both connections have one process of
-// PostgreSQL, a pooler lends it for a transaction at a time.
+// checkDatabase tries what the server needs of PostgreSQL.
 func checkDatabase(ctx context.Context, cfg config, report func(what, found string, err error)) {
 	ctx, cancel := context.WithTimeout(ctx, 15*time.Second)
 	defer cancel()
@@ -95,10 +94,10 @@ func checkDatabase(ctx context.Context, cfg config, report func(what, found stri
 		return
 	}
 	defer conn.Close(ctx)
-	var version, process, other int
+	var version int
 	var now time.Time
-	const ask = "select current_setting('server_version_num')::int / 10000, pg_backend_pid(), clock_timestamp()"
-	err = conn.QueryRow(ctx, ask, pgx.QueryExecModeExec).Scan(&version, &process, &now)
+	const ask = "select current_setting('server_version_num')::int / 10000, clock_timestamp()"
+	err = conn.QueryRow(ctx, ask, pgx.QueryExecModeExec).Scan(&version, &now)
 	if err == nil && version < 12 {
 		err = fmt.Errorf("%d is older than 12, the oldest that is known", version)
 	}
@@ -112,15 +111,29 @@ func checkDatabase(ctx context.Context, cfg config, report func(what, found stri
 	}
 	report("clocks", fmt.Sprintf("here %s; the database's is %v ahead", time.Now().Format(time.RFC3339), ahead), err)
 	report("writes", "tables can be made and filled", trySchema(ctx, conn))
-	second, err := pgx.ConnectConfig(ctx, c)
-	if err == nil {
-		defer second.Close(ctx)
-		err = second.QueryRow(ctx, "select pg_backend_pid()", pgx.QueryExecModeExec).Scan(&other)
+	report("pooler", "none that needs a setting", tryPooler(ctx, conn))
+}
+
+// tryPooler asks over two connections in turn. Where one process of PostgreSQL
+// answers both, a pooler lends it for a transaction at a time.
+func tryPooler(ctx context.Context, first *pgx.Conn) error {
+	second, err := pgx.ConnectConfig(ctx, first.Config())
+	if err != nil {
+		return err
 	}
-	if err == nil && other == process && preparesStatements(c) {
-		err = errors.New("in transaction mode: add default_query_exec_mode=exec to DATABASE_URL")
+	defer second.Close(ctx)
+	answered := map[int]*pgx.Conn{}
+	for i := range 20 { // other clients of the pooler may have a process meanwhile
+		conn, process := []*pgx.Conn{first, second}[i%2], 0
+		if err := conn.QueryRow(ctx, "select pg_backend_pid()", pgx.QueryExecModeExec).Scan(&process); err != nil {
+			return err
+		}
+		if other := answered[process]; other != nil && other != conn && preparesStatements(first.Config()) {
+			return errors.New("in transaction mode: add default_query_exec_mode=exec to DATABASE_URL")
+		}
+		answered[process] = conn
 	}
-	report("pooler", "none that needs a setting", err)
+	return nil
 }
 
 // trySchema does what the first start and the first session do, and takes it

@@ -29,6 +29,7 @@ import (
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
+	"github.com/jackc/pgx/v5/tracelog"
 )
 
 // ---- a standby takes over ----
@@ -97,13 +98,6 @@ func (p *pair) promote() {
 	p.server.database = p.standby.url
 }
 
-func (p *pair) batchesAcked() (n int64) {
-	for _, tr := range p.trackers {
-		n += tr.read(&tr.acked)
-	}
-	return n
-}
-
 // What is acknowledged survives the primary, however it goes, and recording goes
 // on with the standby.
 func TestFaultFailover(t *testing.T) {
@@ -141,7 +135,6 @@ func TestFaultFailover(t *testing.T) {
 					t.Errorf("the log does not say that %s", way.says)
 				}
 				p.finish()
-				t.Logf("%s: %d batches acked", way.name, p.batchesAcked())
 			}
 		})
 	}
@@ -310,47 +303,21 @@ func TestFaultPooler(t *testing.T) {
 			if failed := l.reads(scale(5, 20)); failed > 0 {
 				t.Errorf("%d of %d reads failed", failed, 8*4*scale(5, 20))
 			}
-			l.finish()
-			if n := strings.Count(l.server.output.String(), named); n != lines {
-				t.Errorf("the log has %d lines that name the setting, want %d", n, lines)
-			}
 			var out bytes.Buffer
 			err := run(t.Context(), []string{"-check"}, envOf("PORT="+freePort(t), "LOG_DIR="+t.TempDir(),
 				"DATABASE_URL="+through), &out, &out)
 			if says := strings.Contains(out.String(), named); says != (lines == 1) || (err != nil) != says {
 				t.Errorf("-check: %v\n%s", err, out.String())
 			}
+			l.finish()
+			if n := strings.Count(l.server.output.String(), named); n != lines {
+				t.Errorf("the log has %d lines that name the setting, want %d", n, lines)
+			}
 		})
 	}
 }
 
 // ---- Citus ----
-
-// A tracer that keeps what is sent.
-type sqlTracer struct {
-	mu   sync.Mutex
-	seen map[string]bool
-}
-
-func (s *sqlTracer) add(sql string) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.seen[oneSpace(sql)] = true
-}
-
-func (s *sqlTracer) TraceQueryStart(ctx context.Context, _ *pgx.Conn, d pgx.TraceQueryStartData) context.Context {
-	s.add(d.SQL)
-	return ctx
-}
-func (s *sqlTracer) TraceQueryEnd(context.Context, *pgx.Conn, pgx.TraceQueryEndData) {}
-func (s *sqlTracer) TraceBatchStart(ctx context.Context, _ *pgx.Conn, d pgx.TraceBatchStartData) context.Context {
-	for _, q := range d.Batch.QueuedQueries {
-		s.add(q.SQL)
-	}
-	return ctx
-}
-func (s *sqlTracer) TraceBatchQuery(context.Context, *pgx.Conn, pgx.TraceBatchQueryData) {}
-func (s *sqlTracer) TraceBatchEnd(context.Context, *pgx.Conn, pgx.TraceBatchEndData)     {}
 
 func oneSpace(sql string) string { return strings.Join(strings.Fields(sql), " ") }
 
@@ -403,38 +370,9 @@ func refusedByCitus(sql string, mutable *regexp.Regexp) string {
 }
 
 func mutableFunctions(t *storeTest) *regexp.Regexp {
-	return regexp.MustCompile(`\b(` + one[string](t, `select string_agg(distinct proname, '|') from pg_proc
-		where provolatile <> 'i' and proname ~ '^[a-z_0-9]+$'`) + `)\(`)
-}
-
-// A check that finds nothing has looked for something.
-func TestCitusRules(t *testing.T) {
-	st := newStoreTest(t)
-	mutable := mutableFunctions(st)
-	for sql, refused := range map[string]bool{
-		"insert into sessions (session_id) values ($1) on conflict (session_id) do update set updated_at = now()": true,
-		"insert into sessions (session_id) values ($1) " +
-			"on conflict (session_id) do update set url = excluded.url": false,
-		"insert into sessions (url) values ($1)":                                             true,
-		"update sessions set ended_at = case when $2 then now() end where session_id = $1":   true,
-		"update sessions set ended_at = coalesce(ended_at, now()) where session_id = $1":     true,
-		"update sessions set ended_at = now() where session_id = $1":                         false,
-		"update sessions set is_active = false where not is_active":                          true,
-		"update sessions set is_active = true where session_id = $1 returning now()":         true,
-		"delete from session_events where first_index = $1":                                  true,
-		"delete from session_events where session_id = $1":                                   false,
-		"select session_id from sessions where not is_active limit 5 for update skip locked": true,
-		"select session_id from sessions where session_id = $1 for no key update":            true,
-		"update servers set seen_at = now() where server = $1 returning clock_timestamp()":   false,
-	} {
-		if got := refusedByCitus(sql, mutable); (got != "") != refused {
-			t.Errorf("%s: got %q, want refused %v", sql, got, refused)
-		}
-	}
-	st.exec("create unique index on session_events (first_index)")
-	if wrong := keysWithoutSession(st); len(wrong) != 1 {
-		t.Errorf("got %q, want the index that was made", wrong)
-	}
+	const names = `select string_agg(distinct proname, '|') from pg_proc
+		where provolatile <> 'i' and proname ~ '^[a-z_0-9]+$'`
+	return regexp.MustCompile(`\b(` + querySQL[string](t, t.database, names) + `)\(`)
 }
 
 // keysWithoutSession names the unique indexes and foreign keys of distributed
@@ -471,7 +409,16 @@ func TestCitusStatements(t *testing.T) {
 	if wrong := keysWithoutSession(st); len(wrong) > 0 {
 		t.Errorf("these keys lack session_id: %q", wrong)
 	}
-	tracer := &sqlTracer{seen: map[string]bool{}}
+	var mu sync.Mutex
+	seen := map[string]bool{}
+	keep := func(_ context.Context, _ tracelog.LogLevel, _ string, data map[string]any) {
+		if sql, ok := data["sql"].(string); ok {
+			mu.Lock()
+			defer mu.Unlock()
+			seen[oneSpace(sql)] = true
+		}
+	}
+	tracer := &tracelog.TraceLog{Logger: tracelog.LoggerFunc(keep), LogLevel: tracelog.LogLevelInfo}
 	for _, mode := range []pgx.QueryExecMode{pgx.QueryExecModeCacheStatement, pgx.QueryExecModeExec} {
 		cfg, _ := pgxpool.ParseConfig(st.database)
 		cfg.ConnConfig.Tracer, cfg.ConnConfig.DefaultQueryExecMode = tracer, mode
@@ -487,17 +434,17 @@ func TestCitusStatements(t *testing.T) {
 	for _, pieces := range statementsInSource(t) {
 		quoted := regexp.QuoteMeta(strings.Join(pieces, "\x00"))
 		like := regexp.MustCompile(strings.ReplaceAll(quoted, "\x00", ".*"))
-		sent := slices.ContainsFunc(slices.Collect(maps.Keys(tracer.seen)), like.MatchString)
+		sent := slices.ContainsFunc(slices.Collect(maps.Keys(seen)), like.MatchString)
 		if !sent {
 			t.Errorf("sendAll does not send: %s…", strings.Join(pieces, "…"))
 		}
 	}
-	for sql := range tracer.seen {
+	for sql := range seen {
 		if why := refusedByCitus(sql, mutable); why != "" {
 			t.Errorf("%s: %s", why, sql)
 		}
 	}
-	t.Logf("%d statements", len(tracer.seen))
+	t.Logf("%d statements", len(seen))
 }
 
 // sendAll has the store send each of its statements.
@@ -560,28 +507,4 @@ func sendAll(st *storeTest) {
 		st.Errorf("removeOld: got %d, %v, want the three that are over", n, err)
 	}
 	must(st.remove(ctx, "s"))
-}
-
-// A statement that is refused until somebody mends the database is told at once,
-// though its tracker only waits.
-func TestHealthRefusedClaim(t *testing.T) {
-	t.Parallel()
-	s := startInside(t)
-	for _, code := range []string{"0A000", "42501"} {
-		execSQL(t, s.database, `create or replace function refuse() returns trigger language plpgsql as
-			$$ begin raise exception 'refused by the test' using errcode = '`+code+`'; end $$`)
-		execSQL(t, s.database, "create trigger refuse before insert on sessions for each row execute function refuse()")
-		tr := newTracker(t, sessionName(t, 0)+code).start(s.ws("tracker"))
-		waitUntil(t, "/health tells "+code, func() bool {
-			status, body := s.get("/health")
-			return status == http.StatusServiceUnavailable &&
-				bytes.Contains(body, []byte("the database refuses a statement")) &&
-				bytes.Contains(body, []byte(code))
-		})
-		execSQL(t, s.database, "drop trigger refuse on sessions")
-		waitUntil(t, "it records", func() bool { return tr.ackedEvents() > 0 })
-		s.waitHealthy()
-		tr.stop()
-		tr.finish()
-	}
 }
