@@ -44,7 +44,7 @@ func (p pipes) Addr() net.Addr { return &net.UnixAddr{} }
 func onPipes(t *testing.T, test func(*connTest), env ...string) {
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
-		cfg := (&testServer{t: t, env: append(env, "DATABASE_URL=postgres:///none?host=/nowhere")}).config()
+		cfg := mustLoad(t, append(env, "DATABASE_URL=postgres:///none?host=/nowhere")...)
 		cfg.database.ConnConfig.DialFunc = func(ctx context.Context, _, _ string) (net.Conn, error) {
 			<-ctx.Done()
 			return nil, ctx.Err()
@@ -149,10 +149,10 @@ func TestStartTime(t *testing.T) {
 			t.Errorf("after it: got %d trackers, want the one that has sent nothing", trackers)
 		}
 	}, "HEARTBEAT_INTERVAL=5s")
-	script, err := os.ReadFile("web/tracker.js")
+	script, err := os.ReadFile("web/tracker-delivery.js")
 	patience := regexp.MustCompile(`SILENCE_MS = (\d+);`).FindSubmatch(script)
 	if err != nil || patience == nil {
-		t.Fatalf("tracker.js does not say how long it waits: %v", err)
+		t.Fatalf("tracker-delivery.js does not say how long it waits: %v", err)
 	}
 	if ms, _ := strconv.Atoi(string(patience[1])); time.Duration(ms)*time.Millisecond <= startTime {
 		t.Errorf("tracker.js waits for %s ms, want longer than %v", patience[1], startTime)

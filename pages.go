@@ -11,7 +11,6 @@ import (
 	"net/http"
 	"path"
 	"regexp"
-	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -58,8 +57,11 @@ var assets = sync.OnceValues(func() (map[string]asset, bool) {
 	recorder, bundled := files["rrweb-record.js"]
 	script := []byte(`console.warn("session-replay: the recorder was not bundled: run 'make web' and build again");`)
 	if bundled {
-		ours := slices.Concat(files["tracker-privacy.js"].body, files["tracker-picture.js"].body,
-			files["tracker.js"].body)
+		var ours []byte
+		for _, name := range []string{"tracker-privacy.js", "tracker-picture.js", "tracker-record.js",
+			"tracker-session.js", "tracker-delivery.js", "tracker.js"} {
+			ours = append(ours, files[name].body...)
+		}
 		script = []byte("(function(){var module={exports:{}},exports=module.exports,define," +
 			"Date={now:()=>Math.round(performance.timeOrigin+performance.now())};" + string(recorder.body) +
 			"\n;var rrwebRecord=module.exports;(()=>{\"use strict\";" + comments.ReplaceAllString(string(ours), "") +
