@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net"
+	"os"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -19,6 +20,10 @@ import (
 
 	"nhooyr.io/websocket"
 )
+
+// fullFaults: go test runs the fault tests with small numbers, make test-faults the
+// same tests with large ones.
+var fullFaults = os.Getenv("TEST_FAULTS") == "full"
 
 // scale picks a number for the quick set or the full one.
 func scale[T any](quick, full T) T {
@@ -202,7 +207,6 @@ func (l *load) finish() {
 	if l.seen.Load() == 0 {
 		l.t.Error("the viewers have seen nothing")
 	}
-	time.Sleep(1100 * time.Millisecond) // then pgx asks a connection whether it works, before a question fails by it
 	checkStored(l.t, l.server, l.trackers...)
 	l.t.Logf("%d trackers, %d reconnects, %d batches sent again, %d events seen by viewers",
 		len(l.trackers), reconnects, resent, l.seen.Load())

@@ -11,9 +11,7 @@ import (
 	"io"
 	"net"
 	"net/http"
-	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -23,43 +21,7 @@ import (
 	"nhooyr.io/websocket"
 )
 
-// nothingLeft waits until all room is given back, no connection is counted and
-// no session is in memory any more.
-func (s *testServer) nothingLeft() {
-	s.t.Helper()
-	waitUntil(s.t, "all room is given back", func() bool {
-		return s.server.budget.left() == int64(s.server.cfg.maxBufferBytes)
-	})
-	var health healthJSON
-	waitUntil(s.t, "no connection and no session is left in memory", func() bool {
-		s.getJSON("/health", &health)
-		return health.Sessions.TotalSessions == 0 && health.Websockets.TotalClients == 0
-	})
-}
-
-// healthJSON is /health as protocol.md has it.
-type healthJSON struct {
-	Status             string
-	Timestamp          time.Time
-	Uptime             *int64
-	Database, Sessions struct{ TotalSessions, ActiveSessions, TotalEvents int64 }
-	Websockets         struct{ TotalClients, Viewers, Trackers int64 }
-}
-
 // ---- the way of an event ----
-
-// recordingFile is a real recording of the demo page, as raw events.
-func recordingFile(t testing.TB) (events []json.RawMessage) {
-	t.Helper()
-	text, err := os.ReadFile("testdata/demo.json")
-	if err == nil {
-		err = json.Unmarshal(text, &events)
-	}
-	if err != nil {
-		t.Fatalf("recording: %v", err)
-	}
-	return events
-}
 
 // oddEvents are events that a store which decodes them would change or refuse.
 func oddEvents() (events []json.RawMessage) {
@@ -116,11 +78,11 @@ func sameEvents(t testing.TB, way string, got, want []json.RawMessage) {
 func TestRecordWatchReplay(t *testing.T) {
 	t.Parallel()
 	s := startInside(t, "BATCH_INTERVAL=200")
-	events := append(recordingFile(t), oddEvents()...)
+	var events []json.RawMessage
+	mustJSON(t, texts("testdata/demo.json"), &events) // a real recording of the demo page
+	events = append(events, oddEvents()...)
 	events = append(events, json.RawMessage(`{"type":3,"data":{"text":"words of a visitor"}}`))
-	tracker := dialServer(t, s.ws("tracker"))
-	tracker.send("session_start", map[string]any{"sessionId": "demo", "userId": "ann",
-		"url": "https://example.com/demo"})
+	tracker := s.recording("demo")
 	first, middle := joinLive(t, s, "demo"), (*liveViewer)(nil)
 	for from := 0; from < len(events); from += 10 {
 		if from > len(events)/2 && middle == nil {
@@ -144,7 +106,6 @@ func TestRecordWatchReplay(t *testing.T) {
 	tracker.send("session_end", `{"sessionId":"demo"}`)
 	waitUntil(t, "the session has left memory", func() bool { return s.memory().sessions == 0 })
 	everyWayOut(t, s, "demo", events)
-	checkSummary(t, s, "demo", events)
 	s.tellsNothing("words of a visitor")
 }
 
@@ -154,39 +115,6 @@ func everyWayOut(t testing.TB, s *testServer, id string, want []json.RawMessage)
 	sameEvents(t, "REST in small pages", s.restEvents(id, 23), want)
 	sameEvents(t, "pages", pagesOf(t, s, id, 1000), want)
 	sameEvents(t, "chunks", s.chunkEvents(id), want)
-}
-
-// checkSummary compares what the lists say of a stored session with its events.
-func checkSummary(t testing.TB, s *testServer, id string, events []json.RawMessage) {
-	t.Helper()
-	raw, snapshot, least, most := 0, -1, int64(0), int64(0)
-	for i, event := range events {
-		var e struct {
-			Type      json.RawMessage
-			Timestamp json.RawMessage
-		}
-		json.Unmarshal(event, &e)
-		if string(e.Type) == "2" {
-			snapshot = i
-		}
-		if n := wholeNumber(e.Timestamp, 0); n != 0 {
-			if least == 0 || n < least {
-				least = n
-			}
-			most = max(most, n)
-		}
-		raw += len(event)
-	}
-	var got struct {
-		EventCount, SnapshotIndex    int
-		StartTime, EndTime, RawBytes int64
-	}
-	s.getJSON("/sessions/"+id, &got)
-	same(t, "events, snapshot, times", said(got.EventCount, got.SnapshotIndex, got.StartTime, got.EndTime),
-		said(len(events), snapshot, least, most))
-	if got.RawBytes < int64(raw) || got.RawBytes > int64(raw+3*len(events)) {
-		t.Errorf("got rawBytes %d, want about %d", got.RawBytes, raw)
-	}
 }
 
 // memory is what the hub says of itself.
@@ -264,24 +192,9 @@ type liveViewer struct {
 
 func joinLive(t testing.TB, s *testServer, id string) *liveViewer {
 	t.Helper()
-	v := &liveViewer{testConn: dialServer(t, s.ws("viewer"))}
-	waitUntil(t, "the session is there", func() bool {
-		v.send("viewer_join_session", map[string]string{"sessionId": id})
-		for {
-			m, err := v.receive()
-			if err != nil {
-				t.Fatalf("join: %v", err)
-			}
-			if m.Type == "session_joined" {
-				v.from = m.Data.TotalEvents
-				return true
-			}
-			if m.Type == "error" {
-				return false
-			}
-		}
-	})
-	return v
+	c := s.viewer()
+	c.send("viewer_join_session", sessionID{id})
+	return &liveViewer{c, c.expect("session_joined").Data.TotalEvents}
 }
 
 // until reads live events up to an index; they must follow each other.
@@ -302,47 +215,23 @@ func (v *liveViewer) until(index int) (all []json.RawMessage) {
 func TestHugeSnapshot(t *testing.T) {
 	t.Parallel()
 	s := startServer(t)
-	page := bytes.Repeat([]byte(snapshotText), 9<<20/len(snapshotText)) // more than a page, and than a flush
-	snapshot := slices.Concat([]byte(`{"type":2,"data":{"node":"`), page, []byte(`"},"timestamp":1700000000001}`))
-	events := slices.Concat([]byte(`{"type":4,"timestamp":1700000000000},`), snapshot,
-		[]byte(`,{"type":3,"timestamp":1700000000002}`))
-	tracker, viewer := dialServer(t, s.ws("tracker")), dialServer(t, s.ws("viewer"))
-	tracker.send("session_start", `{"sessionId":"huge","resume":""}`)
-	tracker.expect("session_ready")
-	viewer.send("viewer_join_session", `{"sessionId":"huge"}`)
-	viewer.expect("session_joined")
-	if _, err := tracker.Write(maskedText(slices.Concat([]byte(`{"type":"events_batch","data":{"seq":1,"events":[`),
-		events, []byte(`]}}`)))); err != nil {
-		t.Fatal(err)
-	}
-	whole := func(way string, text []byte, err error) {
-		t.Helper()
-		if err != nil || !bytes.Contains(text, events) {
-			t.Errorf("%s: got %d bytes, %v, want the snapshot in them", way, len(text), err)
-		}
-	}
-	text, err := viewer.read()
-	whole("live", text, err)
-	tracker.expect("events_ack")
-	viewer.send("get_session_events", `{"sessionId":"huge"}`)
-	first, err := viewer.read()
-	first = bytes.Clone(first)
-	viewer.send("get_session_events", `{"sessionId":"huge","fromIndex":2}`)
-	second, err2 := viewer.read()
-	if !bytes.Contains(first, snapshot) || !bytes.Contains(first, []byte(`"hasMore":true`)) || !bytes.Contains(second,
-		[]byte(`1700000000002`)) || err != nil || err2 != nil {
-		t.Errorf("pages: got %d and %d bytes, %v, %v, want the snapshot in the first, the rest in the second",
-			len(first),
-			len(second), err, err2)
-	}
-	_, text = s.get("/sessions/huge/events") // ends where it has 4 MB
-	if !bytes.Contains(text, snapshot) || !bytes.HasSuffix(text, []byte(`"count":2}`)) {
-		t.Errorf("REST: got %d bytes, want two events, the snapshot whole", len(text))
-	}
-	_, text = s.get("/sessions/huge/chunks/1")
-	if !bytes.Equal(text, slices.Concat([]byte("["), snapshot, []byte("]"))) {
-		t.Errorf("chunk: got %d bytes, want the snapshot's %d and two brackets", len(text), len(snapshot))
-	}
+	page := strings.Repeat(snapshotText, 9<<20/len(snapshotText)) // more than a page, and than a flush
+	events := []json.RawMessage{json.RawMessage(`{"type":4,"timestamp":1700000000000}`),
+		json.RawMessage(`{"type":2,"data":{"node":"` + page + `"},"timestamp":1700000000001}`),
+		json.RawMessage(`{"type":3,"timestamp":1700000000002}`)}
+	tracker := s.recording("huge")
+	viewer := joinLive(t, s, "huge")
+	tracker.sendRaw(batchOf(1, events))
+	sameEvents(t, "live", viewer.until(3), events)
+	tracker.acked(1)
+	sameEvents(t, "pages", pagesOf(t, s, "huge", 1000), events)
+	sameEvents(t, "REST", s.restEvents("huge", 1), events)
+	sameEvents(t, "chunks", s.chunkEvents("huge"), events)
+	viewer.send("get_session_events", sessionID{"huge"}) // a page ends where it has 4 MB
+	same(t, "events in a page", len(viewer.expect("session_events").Data.Events), 2)
+	var first struct{ Count int }
+	s.getJSON("/sessions/huge/events", &first)
+	same(t, "events in a page of REST", first.Count, 2)
 }
 
 // ---- start ----
@@ -350,11 +239,13 @@ func TestHugeSnapshot(t *testing.T) {
 // With PostgreSQL away the server starts, says so, and works when it comes.
 func TestStartWithoutDatabase(t *testing.T) {
 	t.Parallel()
-	database := testDatabase(t)
-	gate := newGate(t, database)
-	s := launchInside(t, "DATABASE_URL="+gate.url)
+	proxy, through := proxyToDatabase(t, testDatabase(t), nil)
+	proxy.refuses.Store(true)
+	s := launchInside(t, "DATABASE_URL="+through)
 	health := s.ask("GET", "/health")
-	same(t, "/health without a database", said(health.status, string(health.fields(t)["status"])), `503 "unhealthy"`)
+	same(t, "/health without a database", health.status, 503)
+	wantKeys(t, "/health", health.fields(t), "status reason timestamp uptime database sessions websockets")
+	wantFields(t, "/health", health.fields(t), map[string]string{"status": `"unhealthy"`, "database": "null"})
 	waitUntil(t, "the log says what it waits for", func() bool {
 		return strings.Contains(s.output.String(), "waiting for the database")
 	})
@@ -373,34 +264,14 @@ func TestStartWithoutDatabase(t *testing.T) {
 	tracker := dialServer(t, s.ws("tracker"))
 	tracker.send("session_start", `{"sessionId":"early","resume":""}`)
 	tracker.sendRaw(`{"type":"events_batch","data":{"seq":1,"events":[{"n":1}]}}`)
-	gate.open()
+	proxy.refuses.Store(false)
 	tracker.expect("session_ready")
 	tracker.expect("events_ack")
 	s.waitHealthy()
 	holds(t, "the log", s.output.String(), "database ready")
 	sameEvents(t, "REST", s.restEvents("early", 10), []json.RawMessage{json.RawMessage(`{"n":1}`)})
-}
-
-// gate is an address where PostgreSQL is not, until it is opened.
-type gate struct {
-	url  string
-	open func()
-}
-
-func newGate(t testing.TB, database string) *gate {
-	t.Helper()
-	proxy, through := proxyToDatabase(t, database, nil)
-	port := freePort(t)
-	g := &gate{url: strings.Replace(through, proxy.address, "127.0.0.1:"+port, 1)}
-	g.open = func() {
-		listener, err := net.Listen("tcp", "127.0.0.1:"+port)
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() { listener.Close() })
-		go proxy.accept(listener) // ends when the listener is closed
-	}
-	return g
+	proxy.cut()
+	same(t, "a question over connections that have just broken", s.ask("GET", "/sessions").status, 200)
 }
 
 // Servers that start at once on an empty database all work; so do later ones on
@@ -501,13 +372,13 @@ func TestShutdown(t *testing.T) {
 // own.
 func stuckPeers(t testing.TB, s *testServer) {
 	t.Helper()
-	rawTCP(t, s).write("GET /health HTTP/1.1\r\nHost: x")      // half a request
-	rawWebSocket(t, s, "tracker")                              // says nothing at all
-	rawWebSocket(t, s, "tracker").write("\x81\xff")            // half a frame header
-	rawWebSocket(t, s, "tracker").write(string(announce(1e9))) // a header, and nothing of what it announces
-	rawWebSocket(t, s, "tracker").write(string(announce(1500000)) + strings.Repeat(" ", 1400000))
-	rawWebSocket(t, s, "tracker").write(string(announce(1500000)) + strings.Repeat(" ", 1400000))
-	deaf := rawWebSocket(t, s, "viewer") // asks for much and reads nothing
+	rawTCP(t, s).write("GET /health HTTP/1.1\r\nHost: x")       // half a request
+	dialServer(t, s.ws("tracker"))                              // says nothing at all
+	dialServer(t, s.ws("tracker")).write("\x81\xff")            // half a frame header
+	dialServer(t, s.ws("tracker")).write(string(announce(1e9))) // a header, and nothing of what it announces
+	dialServer(t, s.ws("tracker")).write(string(announce(1500000)) + strings.Repeat(" ", 1400000))
+	dialServer(t, s.ws("tracker")).write(string(announce(1500000)) + strings.Repeat(" ", 1400000))
+	deaf := dialServer(t, s.ws("viewer")) // asks for much and reads nothing
 	for range 50 {
 		deaf.write(string(maskedText(wireMessage("get_session_events", map[string]any{"sessionId": "s0"}))))
 	}

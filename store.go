@@ -75,6 +75,8 @@ func openStore(ctx context.Context, cfg *pgxpool.Config, log *slog.Logger) (st *
 	if one.MaxConns = 1; otherHosts(cfg.ConnConfig) {
 		cfg.MaxConns--
 	}
+	// A connection may have broken since it was last used, and a question would fail by it.
+	cfg.ShouldPing = func(context.Context, pgxpool.ShouldPingParams) bool { return true }
 	one.ShouldPing = func(context.Context, pgxpool.ShouldPingParams) bool { return false } // a pulse does
 	if st.pool, err = pgxpool.NewWithConfig(ctx, cfg); err == nil {
 		st.pulses, err = pgxpool.NewWithConfig(ctx, one)
