@@ -44,7 +44,7 @@ test: build
 	@unformatted=$$("$$(go env GOROOT)/bin/gofmt" -l *.go); test -z "$$unformatted" || \
 		{ echo "not gofmt's form:" $$unformatted; exit 1; }
 	go vet ./...
-	go vet -tags faults,bench,breakages ./...
+	go vet -tags bench,breakages ./...
 	go test -race -shuffle=on -parallel 6 -timeout 10m ./...
 	@scripts/chromium
 	MAKEFLAGS= TEST_SERVER='$(CURDIR)/session-replay' node --test --test-concurrency=3 --test-reporter=spec \
@@ -66,7 +66,7 @@ test-postgres: go web
 # stored, lost and doubled. Without -race: the server is a process of its own,
 # and only the clients would become slower.
 test-faults: go web
-	go test -tags faults -run '^TestFault' -count=1 -timeout 20m -v .
+	TEST_FAULTS=full go test -run '^TestFault' -count=1 -timeout 20m -v .
 
 # Breaks each promise on purpose, in a copy of the tree, and demands that the
 # tests which hold it fail.

@@ -18,32 +18,19 @@ func TestBenchFollow(t *testing.T) {
 			'timeZone', 'UTC'), true, 'other', now() + interval '1 hour'
 		from generate_series(1, 10000) i`)
 	execSQL(t, s.database, "vacuum analyze sessions")
+	pid := s.cmd.Process.Pid
 	measure := func(what string) {
 		const span = 30 * time.Second
-		used := func() (server, postgres float64) {
-			for i, pid := range pg.processes(t) {
-				postgres += cpuSeconds(pid, i == 0)
-			}
-			return cpuSeconds(s.cmd.Process.Pid, false), postgres
-		}
-		server, postgres := used()
+		server, postgres := cpuSeconds(pid, false), pg.cpuSeconds(t)
 		time.Sleep(span)
-		server2, postgres2 := used()
-		t.Logf("%s: server %.2f %%, PostgreSQL %.2f %% of a core", what, 100*(server2-server)/span.Seconds(),
-			100*(postgres2-postgres)/span.Seconds())
+		t.Logf("%s: server %.2f %%, PostgreSQL %.2f %% of a core", what,
+			100*(cpuSeconds(pid, false)-server)/span.Seconds(), 100*(pg.cpuSeconds(t)-postgres)/span.Seconds())
 	}
 	measure("one server alone")
 	execSQL(t, s.database, "insert into servers values ('other', now() + interval '1 hour')")
 	time.Sleep(3 * time.Second)
 	measure("another one, no viewer")
-	v := rawWebSocket(t, s, "viewer")
-	go func() { // ends with the connection
-		for {
-			if _, err := v.read(); err != nil {
-				return
-			}
-		}
-	}()
+	go discard(dialServer(t, s.ws("viewer")).read) // ends with the connection
 	time.Sleep(3 * time.Second)
 	if n := s.metric("connections{type=\"viewer\"}"); n != 1 {
 		t.Errorf("got %d viewers, want 1", n)

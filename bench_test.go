@@ -130,7 +130,7 @@ func (b *bench) others(t *testing.T) float64 {
 	content, _ := os.ReadFile("/proc/stat")
 	var user, nice, system, idle, wait, irq, soft float64
 	fmt.Sscanf(string(content), "cpu %f %f %f %f %f %f %f", &user, &nice, &system, &idle, &wait, &irq, &soft)
-	busy, spent := (user+nice+system+irq+soft)/ticks, b.postgresSeconds(t)+cpuSeconds(os.Getpid(), true)
+	busy, spent := (user+nice+system+irq+soft)/ticks, b.cluster.cpuSeconds(t)+cpuSeconds(os.Getpid(), true)
 	cores := (busy - b.busy - spent + b.spent) / time.Since(b.since).Seconds()
 	b.since, b.busy, b.spent = time.Now(), busy, spent
 	return max(0, cores)
@@ -160,11 +160,11 @@ func (s *sample) add(o sample, sign float64) {
 // sampleNow reads all counters; two of them, subtracted, are what was between.
 func (b *bench) sampleNow(t *testing.T, f *fleet, pid int) sample {
 	return sample{float64(time.Now().UnixNano()) / 1e9, float64(f.bytes.Load()), float64(f.events.Load()),
-		cpuSeconds(pid, false), b.postgresSeconds(t), cpuSeconds(os.Getpid(), false)}
+		cpuSeconds(pid, false), b.cluster.cpuSeconds(t), cpuSeconds(os.Getpid(), false)}
 }
 
-func (b *bench) postgresSeconds(t *testing.T) (seconds float64) {
-	for i, pid := range b.cluster.processes(t) {
+func (p *testPostgres) cpuSeconds(t *testing.T) (seconds float64) {
+	for i, pid := range p.processes(t) {
 		seconds += cpuSeconds(pid, i == 0) // the first has the sum of those that have ended
 	}
 	return seconds
@@ -441,10 +441,7 @@ func (b *bench) startIdle(t *testing.T, s *testServer, n int, pack func([]byte) 
 		w.Write(pack(sessionStart(fmt.Sprintf("bench-%d-%d", b.fleets, i), "")))
 		err = w.awaitMessage("session_ready")
 		w.SetReadDeadline(time.Time{})
-		go func() { // ends with the connection
-			for err := err; err == nil; _, err = w.read() {
-			}
-		}()
+		go discard(w.read) // ends with the connection
 		return err
 	})
 }

@@ -28,7 +28,7 @@ import (
 // checkMemory holds the server to its memoryLimit.
 func (s *testServer) checkMemory() {
 	s.t.Helper()
-	peak, limit := s.peakMemory(), s.config().memoryLimit()
+	peak, limit := s.peakMemory(), mustLoad(s.t, s.env...).memoryLimit()
 	s.t.Logf("peak resident memory %d MB, memoryLimit %d MB", peak>>20, limit>>20)
 	if peak > limit && os.Getenv("TEST_SERVER_RACE") == "" {
 		s.t.Errorf("peak resident memory %d MB, the limit is %d MB", peak>>20, limit>>20)
@@ -136,7 +136,7 @@ func checkLists(t *testing.T, s *testServer) {
 	if n := querySQL[int](t, s.database, longest); n > maxMetadata+200 {
 		t.Errorf("a row has %d bytes of metadata", n)
 	}
-	c := rawWebSocket(t, s, "viewer")
+	c := dialServer(t, s.ws("viewer"))
 	first, err := c.receive()
 	if err != nil || len(first.text) > pageBytes {
 		t.Errorf("a viewer's first message has %d bytes, %v", len(first.text), err)
@@ -225,7 +225,7 @@ func TestBoundsEverythingFull(t *testing.T) {
 		}()
 	}
 	for i := range 20 {
-		c := rawWebSocket(t, s, "tracker")
+		c := dialServer(t, s.ws("tracker"))
 		go c.Write(append(announce(1_000_000), bytes.Repeat([]byte{0}, 500_000+i)...)) // ends as the others
 		head := "POST /ws HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 1000000\r\n\r\n"
 		slow(t, s, head+strings.Repeat(" ", 900_000))
@@ -393,10 +393,7 @@ func TestBoundsHealth(t *testing.T) {
 				t.Errorf("everybody is told %s", body)
 			}
 			waitUntil(t, "who has the token is told why", func() bool {
-				r, _ := http.NewRequest("GET", s.url+"/health", nil)
-				bearer.ask(r)
-				_, body := fetch(r)
-				return strings.Contains(string(body), tt.reason)
+				return strings.Contains(s.as(bearer, "GET", "/health").body, tt.reason)
 			})
 			if n := strings.Count(s.output.String(), "unhealthy"); n != 1 {
 				t.Errorf("got %d lines in the log, want one", n)

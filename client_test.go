@@ -210,21 +210,15 @@ type handshakeStatus int
 func (s handshakeStatus) Error() string { return fmt.Sprintf("handshake: status %d", int(s)) }
 
 // dialServer connects for a test: failures of its connection fail the test.
-func dialServer(t testing.TB, address string) *testConn {
+func dialServer(t testing.TB, address string, headers ...string) *testConn {
 	t.Helper()
-	c, err := openWebSocket(&net.Dialer{}, address, 4096)
+	c, err := openWebSocket(&net.Dialer{}, address, 4096, headers...)
 	if err != nil {
 		t.Fatalf("dial: %v", err)
 	}
 	c.t = t
 	t.Cleanup(func() { c.Close() })
 	return c
-}
-
-// rawWebSocket is one on which anything will be sent.
-func rawWebSocket(t testing.TB, s *testServer, kind string) *testConn {
-	t.Helper()
-	return dialServer(t, s.ws(kind))
 }
 
 // rawTCP has not shaken hands.
@@ -411,12 +405,6 @@ func (c *testConn) frame(kind byte) []byte {
 			return payload
 		}
 	}
-}
-
-// pinged reads on until a ping has come, and answers it.
-func (c *testConn) pinged() {
-	c.t.Helper()
-	c.Write(maskedFrame(0x8a, c.frame(9)))
 }
 
 // wireMessage makes a message. data is JSON already, or something to encode.

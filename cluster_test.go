@@ -72,7 +72,7 @@ func (c *cluster) agree(want ...string) time.Duration {
 	slices.Sort(want)
 	began := time.Now()
 	for i, s := range c.servers {
-		v := rawWebSocket(c.t, s, "viewer")
+		v := dialServer(c.t, s.ws("viewer"))
 		waitUntil(c.t, fmt.Sprintf("server %d lists the live sessions", i), func() bool {
 			v.send("get_active_sessions", "{}")
 			return slices.Equal(idsOf(v.expect("active_sessions")), want)

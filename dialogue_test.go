@@ -159,7 +159,7 @@ func (d *dialogue) hostile(subject, verb, object, rest string) bool {
 		if d.peer = nil; verb == "tcp" {
 			d.peer = rawTCP(d.t, d.s)
 		} else {
-			d.peer = rawWebSocket(d.t, d.s, verb)
+			d.peer = dialServer(d.t, d.s.ws(verb))
 		}
 		d.conns[fmt.Sprint(len(d.conns))] = d.peer
 	case "text":

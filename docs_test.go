@@ -65,13 +65,7 @@ func TestDocsLinks(t *testing.T) {
 func TestDocsNames(t *testing.T) {
 	t.Parallel()
 	docs, tests := texts("README.md", "doc/*.md"), texts("*_test.go", "web/test/*.mjs")
-	settings := matches(`\br\.\w+\("([A-Z][A-Z_]+)"`, texts("*.go"))
-	example := matches(`(?m)^#([A-Z_]+)=`, texts(".env.example"))
-	for _, name := range []string{"NOTIFY_SOCKET", "WATCHDOG_USEC", "CREDENTIALS_DIRECTORY"} {
-		delete(settings, name) // systemd sets it
-	}
-	allIn(t, settings, example, "this setting is not in .env.example")
-	allIn(t, example, settings, "it is in .env.example, and nothing reads it")
+	settings := matches(`(?m)^#?([A-Z_]+)=`, texts(".env.example"))
 	settings["CAP_NET_BIND_SERVICE"] = true // the documents' only other name of this form
 	allIn(t, matches(`\b([A-Z]+(?:_[A-Z]+)+)\b`, docs), settings, "the documents name a setting that does not exist")
 	const noTest = "the documents name a test that does not exist"

@@ -15,18 +15,18 @@ func TestFollow(t *testing.T) {
 	t.Parallel()
 	a := startInside(t, "BATCH_INTERVAL=1000")
 	b := startInside(t, "BATCH_INTERVAL=1000", "DATABASE_URL="+a.database)
-	lists := rawWebSocket(t, b, "viewer")
+	lists := dialServer(t, b.ws("viewer"))
 	lists.expect("active_sessions")
 	tr := newTracker(t, sessionName(t, 0)).start(a.ws("tracker"))
 	if m := lists.expect("session_started"); m.Data.SessionID != tr.session || m.str("userId") != "ann" {
 		t.Errorf("got %s, want the start of %s", m, tr.session)
 	}
-	late := rawWebSocket(t, b, "viewer")
+	late := dialServer(t, b.ws("viewer"))
 	if m := late.expect("active_sessions"); !slices.Equal(idsOf(m), []string{tr.session}) {
 		t.Errorf("who connects gets %s, want %s", m, tr.session)
 	}
 	v := watchSession(t, b.ws("viewer"), tr.session)
-	watches := rawWebSocket(t, b, "viewer")
+	watches := dialServer(t, b.ws("viewer"))
 	watches.send("viewer_join_session", sessionID{tr.session})
 	if m := watches.expect("session_joined"); !m.Data.IsActive || m.str("state") != "" {
 		t.Errorf("got %s, want a live session", m)
@@ -79,7 +79,7 @@ func TestFollowGone(t *testing.T) {
 	execSQL(t, s.database, "insert into servers (server) values ('gone')")
 	execSQL(t, s.database, `insert into sessions (session_id, user_id, url, metadata, is_active, server)
 		values ('s', '', '', '{}', true, 'gone')`)
-	v := rawWebSocket(t, s, "viewer")
+	v := dialServer(t, s.ws("viewer"))
 	for m := v.expect("active_sessions", "session_started"); m.Type != "session_started"; {
 		m = v.expect("active_sessions", "session_started")
 	}
@@ -299,40 +299,5 @@ func TestHubForeignLag(t *testing.T) {
 		t.heard(v, "lagged s 3", "ended s", "list")
 		t.reads(row("goes on", 5, 1))
 		t.heard(v, "lagged goes on 1", "state goes on live")
-	})
-}
-
-// What is watched on another server is stored within 300 ms, and alone; the first
-// to watch gets a full snapshot.
-func TestHubMarked(t *testing.T) {
-	inHub(t, nil, func(t *hubTest) {
-		w, a, b := t.writer(), t.tracker("a"), t.tracker("b")
-		t.publish(b, "b", 1, 1)
-		for range 3 {
-			t.do(marked{[]string{"a", "unknown"}})
-			time.Sleep(6 * time.Second / 3)
-		}
-		t.heard(a, "take_snapshot a")
-		t.settle(stored, <-w...)
-		w = t.writer()
-		t.publish(b, "b", 1, 2)
-		t.publish(a, "a", 1, 1)
-		time.Sleep(450 * time.Millisecond)
-		if len(w) != 1 {
-			t.Fatal("what is watched waits")
-		}
-		work := <-w
-		if got := sessionsOf(work); !slices.Equal(got, []string{"a"}) {
-			t.Errorf("got %v, want a alone", got)
-		}
-		t.settle(stored, work...)
-		t.do(marked{})
-		w = t.writer()
-		t.publish(a, "a", 1, 2)
-		time.Sleep(time.Second)
-		if len(w) != 0 {
-			t.Error("what is not watched any more does not wait")
-		}
-		t.asking = w
 	})
 }

@@ -203,24 +203,9 @@ func (s *testServer) start() {
 	s.cmd, s.exited = cmd, exited
 }
 
-// config is what its settings are read as.
-func (s *testServer) config() config {
-	s.t.Helper()
-	settings := map[string]string{}
-	for _, setting := range s.env {
-		name, value, _ := strings.Cut(setting, "=")
-		settings[name] = value
-	}
-	cfg, err := loadConfig(func(name string) string { return settings[name] })
-	if err != nil {
-		s.t.Fatalf("settings: %v", err)
-	}
-	return cfg
-}
-
 func (s *testServer) startInside() {
 	s.t.Helper()
-	cfg := s.config()
+	cfg := mustLoad(s.t, s.env...)
 	logs := openLogs(cfg.log, &s.output, &s.output, false)
 	var err error
 	if s.server, err = assemble(cfg, logs); err != nil {
@@ -481,9 +466,6 @@ func checkRows(t testing.TB, conn *pgx.Conn, tr *testTracker) {
 	testTotals.stored.Add(int64(stored))
 	testTotals.lost.Add(int64(lost))
 	testTotals.doubled.Add(int64(doubled))
-	if tr.unnumbered {
-		seq = 0
-	}
 	var saysEvents, saysBytes, saysSeq int
 	err = conn.QueryRow(context.Background(),
 		"select event_count, stored_bytes, last_seq from sessions where session_id = $1",

@@ -70,7 +70,8 @@ func playHostile(t *testing.T, alone, together []testCase, env ...string) {
 	innocent.send("session_end", `{}`)
 	waitUntil(t, "it has ended", func() bool { return s.memory().sessions == 0 })
 	innocent.Close()
-	s.nothingLeft()
+	waitUntil(t, "no connection is left", func() bool { return s.stat("totalClients") == 0 })
+	waitUntil(t, "all room is given back", func() bool { return s.used() == 0 })
 	if n := querySQL[int](t, s.database, `select count(*) from sessions
 		where session_id !~ '^[A-Za-z0-9_.:-]{1,128}$' or user_id ~ '[[:cntrl:]]'`); n != 0 {
 		t.Errorf("%d sessions have an id or a user that is not sane", n)

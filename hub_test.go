@@ -372,6 +372,8 @@ func (s *hubScript) act(verb, name, session string, number func(int) int64, line
 		s.do(drain{})
 	case "await":
 		s.do(awaitCommit{name, make(chan int64, 1)})
+	case "marked":
+		s.do(marked{strings.Fields(line)[1:]})
 	case "skip":
 		s.messages(out)
 	case "wait":

@@ -158,7 +158,7 @@ func TestLargeBuffersAreFree(t *testing.T) {
 	for i := range rounds {
 		large.sendRaw(text)
 		large.expect("error") // its buffer is free
-		rawWebSocket(t, s, "tracker").write(string(announce(1000)) + "a part of it")
+		dialServer(t, s.ws("tracker")).write(string(announce(1000)) + "a part of it")
 		waitUntil(t, "a part is read", func() bool { return s.used() == int64((i+1)*firstRead) })
 	}
 	if grown := heap() - before; grown > rounds*size/4 {

@@ -71,7 +71,7 @@ func (t *storeTest) claimed(id, token string, resuming bool) claim {
 }
 
 // flush makes one of events that follow what is there already, as the hub does.
-func (t *storeTest) flush(id string, c claim, events ...[]byte) *flush {
+func (t *storeTest) flush(id string, c claim, events ...json.RawMessage) *flush {
 	t.Helper()
 	f := &flush{session: id, epoch: c.epoch, totals: c.counters}
 	t.add(f, events...)
@@ -79,11 +79,9 @@ func (t *storeTest) flush(id string, c claim, events ...[]byte) *flush {
 }
 
 // add adds a batch of events to a flush.
-func (t *storeTest) add(f *flush, events ...[]byte) {
+func (t *storeTest) add(f *flush, events ...json.RawMessage) {
 	t.Helper()
-	msg := slices.Concat([]byte(`{"type":"events_batch","data":{"events":[`), bytes.Join(events, []byte(" ,\n")),
-		[]byte(`]}}`))
-	parsed, err := parseFrame(msg)
+	parsed, err := parseFrame([]byte(batchOf(0, events)))
 	if err != nil || !parsed.objects {
 		t.Fatalf("events: %v", err)
 	}
@@ -122,7 +120,8 @@ func (t *storeTest) stored(f *flush) {
 
 func (t *storeTest) all(id string, from, to int64) (events []json.RawMessage) {
 	t.Helper()
-	to = min(to, one[int64](t, "select coalesce(sum(event_count), 0) from session_events where session_id = $1", id))
+	const count = "select coalesce(sum(event_count), 0) from session_events where session_id = $1"
+	to = min(to, querySQL[int64](t, t.database, count, id))
 	err := t.events(t.Context(), id, from, to, anyRoom, func(e []byte) bool {
 		events = append(events, bytes.Clone(e))
 		return true
@@ -134,40 +133,17 @@ func (t *storeTest) all(id string, from, to int64) (events []json.RawMessage) {
 }
 
 // numbered makes events n to m.
-func numbered(from, to int) (events [][]byte) {
+func numbered(from, to int) (events []json.RawMessage) {
 	for n := from; n < to; n++ {
 		events = append(events, fmt.Appendf(nil, `{"n":%d}`, n))
 	}
 	return events
 }
 
-func raw(events [][]byte) (all []json.RawMessage) {
-	for _, e := range events {
-		all = append(all, e)
-	}
-	return all
-}
-
-// one reads a value of the test's database.
-func one[T any](t *storeTest, sql string, args ...any) (value T) {
-	t.Helper()
-	if err := t.pool.QueryRow(t.Context(), sql, args...).Scan(&value); err != nil {
-		t.Fatalf("%s: %v", sql, err)
-	}
-	return value
-}
-
-func (t *storeTest) exec(sql string, args ...any) {
-	t.Helper()
-	if _, err := t.pool.Exec(t.Context(), sql, args...); err != nil {
-		t.Fatalf("%s: %v", sql, err)
-	}
-}
-
 // holds checks a value of the test's database.
 func (t *storeTest) holds(what string, want any, sql string, args ...any) {
 	t.Helper()
-	if got := one[string](t, "select ("+sql+")::text", args...); got != fmt.Sprint(want) {
+	if got := querySQL[string](t, t.database, "select ("+sql+")::text", args...); got != fmt.Sprint(want) {
 		t.Errorf("%s: got %s, want %v", what, got, want)
 	}
 }
@@ -328,7 +304,7 @@ func TestStoreReports(t *testing.T) {
 // old makes ended sessions with an event and an error each, the first the oldest.
 func (t *storeTest) old(n int, bytes int) {
 	t.Helper()
-	t.exec(`with s as (
+	execSQL(t, t.database, `with s as (
 			insert into sessions (session_id, user_id, url, metadata, is_active, ended_at, event_count, stored_bytes)
 			select 'old'||i, 'u', '', '{}', false, now() - interval '100 hours' + i * interval '1 minute', 1, $2
 			from generate_series(1, $1) i returning session_id),
@@ -357,7 +333,7 @@ func (t *storeTest) removes(want int64, age time.Duration, limit int64) {
 func TestStoreRemoveEnded(t *testing.T) {
 	st := newStoreTest(t)
 	st.begin("empty") // one without an event goes after a day, and is not listed meanwhile
-	st.exec("update sessions set is_active = false, ended_at = now() - interval '25 hours'")
+	execSQL(st, st.database, "update sessions set is_active = false, ended_at = now() - interval '25 hours'")
 	if rows, _, err := st.find(t.Context(), filter{}, 10, 0); err != nil || len(rows) != 0 {
 		t.Errorf("got a list of %d, %v, want none", len(rows), err)
 	}
@@ -365,7 +341,8 @@ func TestStoreRemoveEnded(t *testing.T) {
 	st.old(2*deleteStep+7, 1)
 	live := st.begin("live")
 	st.stored(st.flush("live", live, numbered(0, 3)...))
-	st.exec("update sessions set created_at = '2020-01-01', updated_at = '2020-01-01' where session_id = 'live'")
+	execSQL(st, st.database, `update sessions set created_at = '2020-01-01', updated_at = '2020-01-01'
+		where session_id = 'live'`)
 	st.removes(103, 100*time.Hour-103*time.Minute-30*time.Second, 0)
 	st.rows("5 5 4")
 	st.removes(4, 0, 0)
@@ -432,7 +409,7 @@ func TestStoreRemoveToFit(t *testing.T) {
 	st.old(10, 100)
 	c := st.begin("live")
 	st.stored(st.flush("live", c, numbered(0, 10)...))
-	st.exec("update sessions set stored_bytes = 100 where session_id = 'live'")
+	execSQL(st, st.database, "update sessions set stored_bytes = 100 where session_id = 'live'")
 	for _, tt := range []struct{ limit, removed int64 }{{1133, 0}, {5000, 0}, {1132, 1}, {721, 3}, {1, 6}, {1, 0}} {
 		if st.removes(tt.removed, 10000*time.Hour, tt.limit); tt.removed == 1 {
 			st.holds("the oldest", 0, "select count(*) from sessions where session_id = 'old1'")
@@ -463,17 +440,17 @@ func TestStoreEndLost(t *testing.T) {
 	}
 	sweep(other, "here there", "there")
 	sweep(st.store, "here there") // nobody holds what was claimed just now
-	st.exec("update sessions set updated_at = now() - interval '1 hour'")
+	execSQL(st, st.database, "update sessions set updated_at = now() - interval '1 hour'")
 	sweep(st.store, "here there", "here") // both are there
-	st.exec("update servers set seen_at = now() - interval '1 hour' where server = 'other'")
+	execSQL(st, st.database, "update servers set seen_at = now() - interval '1 hour' where server = 'other'")
 	sweep(st.store, "here", "here")
 	st.holds("it ended when it was last heard of", true,
 		"select ended_at = updated_at and ended_at < now() - interval '59 min' from sessions where not is_active")
 	st.stored(st.flush("there", c, numbered(0, 1)...))
 	sweep(st.store, "here there", "here")
 	sweep(st.store, "there")
-	st.exec("update sessions set is_active = true, updated_at = now() - interval '1 hour'")
-	st.exec("delete from servers")
+	execSQL(st, st.database, "update sessions set is_active = true, updated_at = now() - interval '1 hour'")
+	execSQL(st, st.database, "delete from servers")
 	sweep(other, "there", "there") // one that beats for the first time counts as there
 }
 

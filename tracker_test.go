@@ -24,7 +24,6 @@ type testTracker struct {
 	pause            time.Duration
 	mischief         bool                // repeats a batch now and then, or leaves one out
 	limit            int64               // batches to make in all; 0: until finish
-	unnumbered       bool                // batches do not carry their number
 	ends             bool                // ends its session when all is acked
 	sending          func(seq int64)     // called before each batch is sent, if set
 	confirmed        func(seq int64)     // called for each batch that is acked, if set
@@ -196,9 +195,6 @@ func (tr *testTracker) next() (seq int64, over bool) {
 
 func (tr *testTracker) batch(seq int64) []byte {
 	b := fmt.Appendf(nil, `{"type":"events_batch","data":{"sessionId":%q,"seq":%d,"events":[`, tr.session, seq)
-	if tr.unnumbered {
-		b = []byte(`{"type":"events_batch","data":{"events":[`)
-	}
 	for i := range tr.perBatch {
 		if i > 0 {
 			b = append(b, ',')
@@ -292,9 +288,6 @@ func (tr *testTracker) abandon() {
 	tr.change(func() { tr.fate = cmp.Or(tr.fate, "abandoned") })
 	<-tr.done
 }
-
-// allow raises its limit.
-func (tr *testTracker) allow(batches int64) { tr.change(func() { tr.limit = batches }) }
 
 // stop makes no more batches; what was sent still has to be acked.
 func (tr *testTracker) stop() {

@@ -1,8 +1,6 @@
 package main
 
 import (
-	"bytes"
-	"compress/gzip"
 	"context"
 	"encoding/json"
 	"errors"
@@ -28,12 +26,12 @@ func TestStoreCommitTwice(t *testing.T) {
 	st.report(f, `"x"`)
 	st.stored(f)
 	const chunks = "select string_agg((session_events.*)::text, ' ') from session_events"
-	row, events := one[string](st, theRow), one[string](st, chunks)
+	row, events := querySQL[string](st, st.database, theRow), querySQL[string](st, st.database, chunks)
 	st.stored(f)
 	st.holds("the row", row, theRow)
 	st.holds("the chunks", events, chunks)
 	st.holds("errors", 1, "select count(*) from session_errors")
-	sameEvents(t, "events", st.all("s", 0, 100), raw(numbered(0, 5)))
+	sameEvents(t, "events", st.all("s", 0, 100), numbered(0, 5))
 }
 
 // A batch of an older epoch leaves nothing behind; one of a session that is
@@ -45,7 +43,7 @@ func TestStoreCommitFenced(t *testing.T) {
 	st.report(f, `1`)
 	fresh := st.begin("s")
 	st.stored(st.flush("s", fresh, []byte(`{"fresh":1}`)))
-	row := one[string](st, theRow)
+	row := querySQL[string](st, st.database, theRow)
 	if got := st.commitOne(f); got != epochLost {
 		t.Errorf("got outcome %d, want epochLost", got)
 	}
@@ -71,7 +69,7 @@ func TestStoreCommitFenced(t *testing.T) {
 // refuses is refused alone, and what only fails is to be tried again.
 func TestStoreWritePoison(t *testing.T) {
 	st := newStoreTest(t)
-	st.exec(`create function refuse() returns trigger language plpgsql as $$
+	execSQL(st, st.database, `create function refuse() returns trigger language plpgsql as $$
 		begin
 			if new.session_id like 'poison%' then raise exception 'refused' using errcode = '22000'; end if;
 			if new.session_id like 'fails%' then raise exception 'later' using errcode = '53100'; end if;
@@ -99,7 +97,7 @@ func TestStoreWritePoison(t *testing.T) {
 		t.Errorf("%d sessions count as refused, want 2", n)
 	}
 	st.holds("events", 9, "select sum(event_count) from session_events")
-	st.exec("drop trigger refuse on session_events")
+	execSQL(st, st.database, "drop trigger refuse on session_events")
 	st.w.write(t.Context(), work[3:4])
 	if work[3].outcome != stored {
 		t.Errorf("got outcome %d, want stored", work[3].outcome)
@@ -140,19 +138,20 @@ func TestStoreChunks(t *testing.T) {
 	big := len(text(0, 0))
 	tests := []struct {
 		name    string
-		batches [][][]byte
+		batches [][]json.RawMessage
 		want    []int64 // events in each chunk
 	}{
 		{"nothing", nil, nil},
-		{"an empty batch", [][][]byte{{}}, nil},
-		{"one event", [][][]byte{{text(0, 1)}}, []int64{1}},
-		{"batches are joined", [][][]byte{numbered(0, 3), {}, numbered(3, 4), numbered(4, 9)}, []int64{9}},
-		{"just full", [][][]byte{{text(0, most-2-big)}}, []int64{1}},
-		{"a large event is alone", [][][]byte{numbered(0, 2), {text(2, 3*most)}, numbered(3, 5)}, []int64{2, 1, 2}},
-		{"large events inside a batch", [][][]byte{{text(0, 1), text(1, 2*most), text(2, 2*most), text(3, 1)}},
+		{"an empty batch", [][]json.RawMessage{{}}, nil},
+		{"one event", [][]json.RawMessage{{text(0, 1)}}, []int64{1}},
+		{"batches are joined", [][]json.RawMessage{numbered(0, 3), {}, numbered(3, 4), numbered(4, 9)}, []int64{9}},
+		{"just full", [][]json.RawMessage{{text(0, most-2-big)}}, []int64{1}},
+		{"a large event is alone", [][]json.RawMessage{numbered(0, 2), {text(2, 3*most)}, numbered(3, 5)},
+			[]int64{2, 1, 2}},
+		{"large events inside a batch", [][]json.RawMessage{{text(0, 1), text(1, 2*most), text(2, 2*most), text(3, 1)}},
 			[]int64{1, 1,
 				1, 1}},
-		{"split at 1 MB, inside a batch and between", [][][]byte{
+		{"split at 1 MB, inside a batch and between", [][]json.RawMessage{
 			{text(0, most*2/5), text(1, most*2/5), text(2, most*2/5)}, {text(3, most*2/5), text(4, most*2/5)}},
 			[]int64{2, 2,
 				1}},
@@ -161,7 +160,7 @@ func TestStoreChunks(t *testing.T) {
 		id := fmt.Sprintf("s%d", i)
 		c := st.begin(id)
 		f := &flush{session: id, epoch: c.epoch, totals: c.counters}
-		var events [][]byte
+		var events []json.RawMessage
 		for _, batch := range tt.batches {
 			st.add(f, batch...)
 			events = append(events, batch...)
@@ -190,7 +189,7 @@ func TestStoreChunks(t *testing.T) {
 		if !slices.Equal(counts, tt.want) {
 			t.Errorf("%s: got chunks of %v events, want %v", tt.name, counts, tt.want)
 		}
-		sameEvents(t, tt.name, st.all(id, 0, 1000), raw(events))
+		sameEvents(t, tt.name, st.all(id, 0, 1000), events)
 		st.holds(tt.name+": stored_bytes", f.totals.stored,
 			"select coalesce(sum(octet_length(events)), 0) from session_events where session_id = $1", id)
 	}
@@ -219,7 +218,7 @@ func TestStoreChunkMap(t *testing.T) {
 // key.
 func TestStorePagePlan(t *testing.T) {
 	st := newStoreTest(t)
-	st.exec(`insert into sessions (session_id, user_id, url, metadata, is_active)
+	execSQL(st, st.database, `insert into sessions (session_id, user_id, url, metadata, is_active)
 		select 's'||i, 'u', '', '{}', true from generate_series(1, 20) i;
 		insert into session_events (session_id, first_index, event_count, raw_bytes, events)
 		select 's'||i, j*10, 10, 2, 'x' from generate_series(1, 20) i, generate_series(0, 999) j;
@@ -252,21 +251,13 @@ func TestStoreDamagedChunk(t *testing.T) {
 	st.stored(st.flush("s", c, numbered(0, 50)...))
 	for _, damage := range []string{"'rubbish'", "substring(events from 1 for 30)", "''", "'\\x1f8b0800000000000000'",
 		gzippedSQL("{}"), gzippedSQL("[1]"), gzippedSQL("[{}]"), gzippedSQL("[{}")} {
-		st.exec("begin; update session_events set events = " + damage + "::bytea; commit")
+		execSQL(st, st.database, "begin; update session_events set events = "+damage+"::bytea; commit")
 		if err := st.events(t.Context(), "s", 0, 50, anyRoom, func([]byte) bool { return true }); err == nil {
 			t.Errorf("%s: got no error", damage)
 		}
-		st.exec("delete from session_events; update sessions set event_count = 0")
+		execSQL(st, st.database, "delete from session_events; update sessions set event_count = 0")
 		st.stored(st.flush("s", c, numbered(0, 50)...))
 	}
 }
 
-func gzipped(text string) []byte {
-	var out bytes.Buffer
-	z := gzip.NewWriter(&out)
-	z.Write([]byte(text))
-	z.Close()
-	return out.Bytes()
-}
-
-func gzippedSQL(text string) string { return fmt.Sprintf(`'\x%x'`, gzipped(text)) }
+func gzippedSQL(text string) string { return fmt.Sprintf(`'\x%x'`, zip([]byte(text))) }
