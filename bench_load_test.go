@@ -34,7 +34,7 @@ import (
 // recorded is an event of a recording.
 type recorded struct {
 	text string
-	kind int32
+	kind int64
 	at   time.Duration // since the recording began
 }
 

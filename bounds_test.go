@@ -84,14 +84,17 @@ func TestBoundsManySessions(t *testing.T) {
 		name          string
 		addresses     int
 		times, atMost int
-	}{{"one address", 1, 120, 60}, {"many addresses", 1 << 16, scale(800, 5000), 0}} {
+		starts        []string
+	}{{"one address", 1, 120, 60, hugeStarts()}, {"many addresses", 1 << 16, scale(800, 5000), 0, hugeStarts()},
+		{"long URLs", 1 << 16, 800, 0, []string{
+			`{"type":"session_start","data":{"resume":"","url":"` + strings.Repeat("u", 900_000) + `"}}`}}} {
 		t.Run(tt.name, func(t *testing.T) {
 			s := startServer(t, "TRUST_PROXY=true", "MAX_BUFFER_BYTES=16MB", "MAX_MESSAGE_BYTES=1MB",
 				"MAX_CONNECTIONS=300",
 				"SESSION_GRACE_PERIOD=1h")
 			honest := newTracker(t, sessionName(t, 0)).start(s.ws("tracker"))
 			waitUntil(t, "it records", func() bool { return honest.read(&honest.acked) > 0 })
-			answers := attackTogether(s, tt.times, tt.addresses)
+			answers := attackTogether(s, tt.times, tt.addresses, tt.starts)
 			before := honest.read(&honest.acked)
 			waitUntil(t, "it still records", func() bool { return honest.read(&honest.acked) > before+8 })
 			if n := answers["session_ready"]; n+answers["too_many_sessions"] != tt.times || n == tt.times ||
@@ -109,10 +112,10 @@ func TestBoundsManySessions(t *testing.T) {
 }
 
 // attackTogether attacks from 40 connections at a time, and counts the answers.
-func attackTogether(s *testServer, times, addresses int) map[string]int {
+func attackTogether(s *testServer, times, addresses int, starts []string) map[string]int {
 	var mu sync.Mutex
 	var all sync.WaitGroup
-	answers, starts := map[string]int{}, hugeStarts()
+	answers := map[string]int{}
 	for i := range 40 {
 		all.Go(func() {
 			for n := i; n < times; n += 40 {

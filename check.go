@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"path/filepath"
 	"strings"
 	"time"
 
@@ -66,9 +67,15 @@ func tryListen(cfg config) error {
 // tryDirectory leaves no directory that was not there: it would belong to whoever
 // runs the check, and the server could not write to it.
 func tryDirectory(dir string) error {
-	if _, err := os.Stat(dir); errors.Is(err, os.ErrNotExist) {
-		defer os.Remove(dir)
+	var missing []string
+	for d := dir; !exists(d); d = filepath.Dir(d) {
+		missing = append(missing, d)
 	}
+	defer func() {
+		for _, d := range missing {
+			os.Remove(d)
+		}
+	}()
 	if err := os.MkdirAll(dir, 0o750); err != nil {
 		return err
 	}
@@ -77,6 +84,11 @@ func tryDirectory(dir string) error {
 		return err
 	}
 	return errors.Join(file.Close(), os.Remove(file.Name()))
+}
+
+func exists(path string) bool {
+	_, err := os.Stat(path)
+	return !errors.Is(err, os.ErrNotExist)
 }
 
 // checkDatabase tries what the server needs of PostgreSQL.

@@ -49,6 +49,9 @@ func (h *hubState) attach(cmd attach) attached {
 		// As one that has ended: it starts below, as one that comes back does.
 		s = &session{id: cmd.id, ended: true, now: cmd.claim.counters, durable: cmd.claim.counters}
 		h.sessions[s.id] = s
+		if s.now.events == 0 {
+			h.resetWatchers(s.id) // they may know one that was deleted elsewhere
+		}
 	case cmd.claim.epoch < s.epoch:
 		return attached{outdated: true}
 	case cmd.claim.epoch != s.epoch+1:
@@ -135,10 +138,11 @@ func (h *hubState) end(s *session) {
 	if s.ended {
 		return
 	}
-	s.ended = true
+	for _, out := range h.trackersOf(s) {
+		delete(h.recorded, out)
+	}
 	delete(h.grace, s)
-	delete(h.recorded, s.tracker)
-	s.tracker = nil
+	s.ended, s.tracker = true, nil
 	h.tellEnded(s.id)
 	h.enqueue(s)
 }

@@ -404,7 +404,7 @@ func TestCheck(t *testing.T) {
 	} {
 		dir := t.TempDir()
 		env := append(append([]string{"HOST=127.0.0.1", "PORT=" + freePort(t), "DATABASE_URL=" + database,
-			"LOG_DIR=" + filepath.Join(dir, "logs")}, secrets...), tt.env...)
+			"LOG_DIR=" + filepath.Join(dir, "var", "logs")}, secrets...), tt.env...)
 		var out, errs bytes.Buffer
 		err := run(t.Context(), []string{"-check"}, envOf(env...), &out, &errs)
 		if (err != nil) != (len(tt.not) > 0) {

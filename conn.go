@@ -258,7 +258,7 @@ func (c *conn) readAll(r io.Reader) ([]byte, error) {
 			c.metrics.refuse("message_bytes")
 			return buf, errTooLarge
 		case err == io.EOF:
-			return buf, c.reserveIndex(buf)
+			return buf, c.reserveCopy(buf)
 		case err != nil:
 			return buf, err
 		}
@@ -280,15 +280,15 @@ func (c *conn) takeRoom(n int64) error {
 	return err
 }
 
-// reserveIndex takes room for the index of a tracker's message, for as long as it
-// is handled: a message of tiny events has an index larger than itself. Each event
-// has a brace; braces within events ask for more than is needed.
-func (c *conn) reserveIndex(msg []byte) error {
+// reserveCopy takes room for what handling makes of a tracker's message, a copy and
+// an index: that of tiny events is larger than the message. Each event has a brace;
+// braces within events ask for more than is needed.
+func (c *conn) reserveCopy(msg []byte) error {
 	if c.unbudgeted {
 		return nil
 	}
 	index := eventCost * int64(min(bytes.Count(msg, []byte("{")), maxBatchEvents+1))
-	if lack := int64(len(msg)) + index - c.reserved; lack > 0 {
+	if lack := 2*int64(len(msg)) + index - c.reserved; lack > 0 {
 		return c.grow(lack)
 	}
 	return nil
@@ -359,12 +359,9 @@ func (c *conn) write() {
 		}
 	}()
 	for {
-		m, last := c.out.next()
+		m, last := c.next()
 		switch {
 		case m != nil:
-			if _, isAck := m.(ack); isAck {
-				c.metrics.acks.Add(1)
-			}
 			if c.writeMessage(m.encode()) != nil {
 				return
 			}
@@ -376,6 +373,15 @@ func (c *conn) write() {
 			return
 		}
 	}
+}
+
+// next takes what is to be sent now out of the outbox.
+func (c *conn) next() (m message, last *closeFrame) {
+	m, last = c.out.next()
+	if _, isAck := m.(ack); isAck {
+		c.metrics.acks.Add(1)
+	}
+	return m, last
 }
 
 // writeMessage writes a message; a large one in pieces, so that a slow peer is

@@ -9,6 +9,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/netip"
 	"net/url"
 	"os"
 	"regexp"
@@ -175,6 +176,17 @@ func TestWaitForRoom(t *testing.T) {
 		time.Sleep(10 * time.Minute)
 		t.budget.give(all)
 		c.wantError("unknown_type")
+	})
+}
+
+// A client that does not go keeps nothing from being stored.
+func TestShutdownBeside(t *testing.T) {
+	onPipes(t, func(t *connTest) {
+		t.access.enter(netip.Addr{}) // and never leaves
+		began := time.Now()
+		if err := t.stop(&http.Server{}); err != nil || time.Since(began) > shutdownTime/2 {
+			t.Errorf("stop: got error %v after %v, want none, soon", err, time.Since(began))
+		}
 	})
 }
 

@@ -28,7 +28,7 @@ import (
 // server needs to know of it.
 type event struct {
 	start, end uint32 // bounds of its JSON object
-	kind       int32  // rrweb's "type", -1 when there is none
+	kind       int64  // rrweb's "type", -1 when there is none
 	time       int64  // rrweb's "timestamp" in milliseconds, 0 when there is none
 }
 
@@ -130,7 +130,7 @@ func (c *counters) note(e event, number int64) {
 	if e.kind == fullSnapshot {
 		c.snapshot = number
 	}
-	if e.time == 0 {
+	if e.time <= 0 {
 		return
 	}
 	if c.firstTime == 0 || e.time < c.firstTime {
@@ -364,7 +364,7 @@ func (w *walker) event() (event, error) {
 		value, err := w.dec.ReadValue()
 		switch string(nameOf(key)) {
 		case "type":
-			e.kind = int32(wholeNumber(value, -1))
+			e.kind = wholeNumber(value, -1)
 		case "timestamp":
 			e.time = wholeNumber(value, 0)
 		}

@@ -50,7 +50,7 @@ func TestParseFrame(t *testing.T) {
 func TestEventTypeAndTime(t *testing.T) {
 	tests := []struct {
 		event string
-		kind  int32
+		kind  int64
 		time  int64
 	}{
 		{`{"type":2,"timestamp":1700000000123}`, 2, 1700000000123},
@@ -59,6 +59,7 @@ func TestEventTypeAndTime(t *testing.T) {
 		{`{"type":1e400,"timestamp":1e400}`, -1, 0},
 		{`{"timestamp":12345678901234567890}`, -1, 0},
 		{`{"timestamp":-5}`, -1, -5},
+		{`{"type":4294967298}`, 1<<32 + 2, 0},
 		{`{"type":3,"type":2,"timestamp":1,"timestamp":2}`, 2, 2},
 		{`{}`, -1, 0},
 	}

@@ -288,6 +288,8 @@ func (h *hubState) takeRows(cmd rowsRead) {
 		switch {
 		case h.claiming[id] > 0, s != nil && (s.tracker != nil || r.id != "" && r.epoch <= s.epoch):
 			// This server has it, or is about to.
+		case r.id == "" && s != nil && s.dirty():
+			// It was begun since, or storing it finds out.
 		case r.id == "" && s != nil:
 			h.abandon(s, deleted)
 		case r.id == "":

@@ -82,7 +82,7 @@ func (s *server) handleMetrics(w http.ResponseWriter, r *http.Request) error {
 	used := int64(s.cfg.maxBufferBytes) - s.budget.left()
 	n := func(c *atomic.Int64) float64 { return float64(c.Load()) }
 	all := []metric{
-		{`connections{type="tracker"}`, "WebSockets that are open.", float64(st.trackers)},
+		{`connections{type="tracker"}`, "WebSockets that are open, and POSTs, until 3 s after their answer.", float64(st.trackers)},
 		{`connections{type="viewer"}`, "", float64(st.viewers)},
 		{"sessions_live", "Sessions that are being recorded.", float64(st.live)},
 		{"sessions_in_memory", "Those, and ended ones that are not wholly stored.", float64(st.sessions)},

@@ -283,10 +283,9 @@ func (s *server) query(handle queryHandler, names ...string) http.HandlerFunc {
 			s.fail(w, r, http.StatusInternalServerError, errDamaged.Error(), err)
 		case errors.Is(err, errClocks):
 			s.fail(w, r, http.StatusServiceUnavailable, err.Error(), nil)
+		case r.Context().Err() != nil: // the client has left
 		default:
-			if r.Context().Err() == nil { // otherwise the client has left
-				s.metrics.databaseErrors.Add(1)
-			}
+			s.metrics.databaseErrors.Add(1)
 			s.fail(w, r, http.StatusServiceUnavailable, "the database does not answer", err)
 		}
 	}
@@ -382,7 +381,7 @@ func (s *server) handleWebSocket(w http.ResponseWriter, r *http.Request) {
 
 // newTracker makes the tracker that handles what a connection brings.
 func (s *server) newTracker(c *conn, r *http.Request, addr netip.Addr) *tracker {
-	origin, recording := originOf(r), r.PathValue("id")
+	origin, recording := originOf(r), strings.Clone(r.PathValue("id")) // of the request no more is kept
 	t := &tracker{core: &s.core, ctx: c.ctx, out: c.out, share: recording != ""}
 	t.mayStart = func() bool { return s.access.mayStart(addr, s.cfg.maxSessionsPerMinute) }
 	t.started = func() { s.fetches.count(origin, func(c *originCounts) { c.Sessions++ }) }

@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"slices"
 	"sort"
 	"time"
 )
@@ -148,7 +147,8 @@ type (
 		id    string
 		reply chan int64
 	}
-	visibility struct { // the tracker's page goes into the background, or comes back
+	hurry      struct{ id string } // what the session has is committed now, nobody waits for it
+	visibility struct {            // the tracker's page goes into the background, or comes back
 		out    *outbox
 		m      message // for the session's viewers
 		hidden bool
@@ -374,6 +374,10 @@ func (h *hubState) handle(cmd command) {
 		cmd.reply <- h.attach(cmd)
 	case awaitCommit:
 		h.awaitCommit(cmd)
+	case hurry:
+		if s := h.sessions[cmd.id]; s != nil {
+			h.hurry(s)
+		}
 	case visibility:
 		if s := h.recorded[cmd.out]; s != nil {
 			h.toWatchers(s.id, cmd.m)
@@ -558,22 +562,30 @@ func (h *hubState) awaitCommit(cmd awaitCommit) {
 	}
 	s.waiting = append(s.waiting, waiting{s.now, cmd.reply})
 	s.answer(false)
+	h.hurry(s)
+}
+
+// hurry has the session stored without waiting for its interval.
+func (h *hubState) hurry(s *session) {
 	s.hurry = len(s.pending) > 0
 	h.enqueue(s)
 }
 
-// answer answers those who wait for what is committed; everybody, when the
-// session is gone.
+// answer answers those who wait for what is committed, the first of them first;
+// everybody, when the session is gone.
 func (s *session) answer(gone bool) {
-	s.waiting = slices.DeleteFunc(s.waiting, func(w waiting) bool {
+	for ; len(s.waiting) > 0; s.waiting = s.waiting[1:] {
+		w := s.waiting[0]
 		done := w.upTo.events <= s.durable.events && w.upTo.errors <= s.durable.errors && w.upTo.seq <= s.durable.seq
-		if done {
+		switch {
+		case done:
 			w.reply <- s.durable.seq
-		} else if gone {
+		case gone:
 			w.reply <- 0
+		default:
+			return
 		}
-		return done || gone
-	})
+	}
 }
 
 // What is in memory.

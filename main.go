@@ -165,8 +165,10 @@ func (s *server) stop(srv *http.Server) error {
 	s.notify("STOPPING=1")
 	ctx, cancel := context.WithTimeout(context.Background(), shutdownTime)
 	defer cancel()
-	go srv.Shutdown(ctx) // ends with ctx at the latest
-	s.closeAll(ctx)
+	go srv.Shutdown(ctx)                                     // ends with ctx at the latest
+	closing, cancel := context.WithTimeout(ctx, 3*closeTime) // who does not go by then waits for no commit
+	defer cancel()
+	s.closeAll(closing)
 	s.hub.send(drain{})
 	select {
 	case <-s.hub.done:

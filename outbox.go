@@ -28,7 +28,7 @@ func (t text) size() int      { return len(t) }
 
 const (
 	outboxMessages = 1024
-	trackerOutbox  = 64 << 10 // bytes; viewers share an amount that grows with the settings
+	trackerOutbox  = 4 << 10 // bytes of what is no answer; viewers share an amount that grows with the settings
 )
 
 // outbox is what one client is to be sent: messages up to a bound, the newest
@@ -216,6 +216,13 @@ func (o *outbox) held() int {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	return o.bytes
+}
+
+// length is how many messages wait.
+func (o *outbox) length() int {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return len(o.queue)
 }
 
 func (o *outbox) isSending() bool {

@@ -84,7 +84,7 @@ func (p *post) receive(r io.Reader) error {
 	default:
 		err = p.handleLines(body)
 	}
-	if wrong, ok := errors.AsType[*protocolError](err); ok {
+	if wrong, ok := errors.AsType[*protocolError](err); ok && wrong != errTooLarge { // which readAll has counted
 		p.metrics.refuse(wrong.code)
 	}
 	return err
@@ -108,6 +108,10 @@ func (p *post) handleLines(body []byte) error {
 			p.replyError(wrong)
 		} else if err != nil {
 			return err
+		}
+		if p.out.length() >= outboxMessages {
+			p.out.closeAfterSending(closePolicy, "too many messages that need an answer")
+			return nil
 		}
 		if p.errors >= maxErrors {
 			return nil // the outbox has the reason
@@ -143,7 +147,7 @@ func (p *post) keepRoom(left int64) error {
 	if short <= 0 {
 		return nil
 	}
-	p.hub.send(awaitCommit{p.tracker.last, make(chan int64, 1)})
+	p.hub.send(hurry{p.tracker.last})
 	err := p.budget.grow(p.ctx, &p.conn, short)
 	if err == nil {
 		p.reserved += short
@@ -175,8 +179,8 @@ func (p *post) awaitCommits() error {
 // wrong with the whole.
 func (p *post) answer(w http.ResponseWriter, err error) {
 	var out []byte
-	m, last := p.out.next()
-	for ; m != nil; m, last = p.out.next() {
+	m, last := p.next()
+	for ; m != nil; m, last = p.next() {
 		out = append(append(out, m.encode()...), '\n')
 	}
 	status := http.StatusOK

@@ -308,6 +308,51 @@ func TestRecordings(t *testing.T) {
 	}
 }
 
+// TestPostAnswers asks for more answers than the server gathers, and gives a token
+// that each of them would have.
+func TestPostAnswers(t *testing.T) {
+	t.Parallel()
+	s := startInside(t)
+	token := strings.Repeat("x", 1<<20)
+	body := fmt.Sprintf(`{"type":"session_start","data":{"sessionId":"s","resume":%q,"create":true}}`, token) +
+		strings.Repeat("\n"+`{"type":"session_start","data":{"resume":""}}`, outboxMessages)
+	got := s.post("/ws", body)
+	said, _, _ := strings.Cut(got.body[strings.LastIndex(got.body[:len(got.body)-1], "\n")+1:], "\n")
+	if got.status != 400 || len(got.body) > len(token)/2 || !strings.Contains(said, `"refused"`) {
+		t.Errorf("got %d and %d bytes, at last %s, want 400, small answers, refused", got.status, len(got.body), said)
+	}
+}
+
+// TestRecordingsMetadata sends more of it than is kept, in very many events.
+func TestRecordingsMetadata(t *testing.T) {
+	t.Parallel()
+	s := startInside(t)
+	var body strings.Builder
+	for i := range 20_000 {
+		fmt.Fprintf(&body, `{"type":5,"data":{"tag":"recording-meta","payload":{"k%d":%d}}}`+"\n", i, i)
+	}
+	same(t, "status", s.post("/recordings/r/events", body.String()).status, 200)
+	const metadata = "select octet_length(metadata::text) from sessions"
+	if n := querySQL[int](t, s.database, metadata); n < maxMetadata/2 || n > 3*maxMetadata {
+		t.Errorf("got %d bytes of metadata, want about %d", n, maxMetadata)
+	}
+}
+
+// TestRecordingsCounted posts to the id of a session that it may not go on with: each
+// time that begins a session, and the minute has a bound for them.
+func TestRecordingsCounted(t *testing.T) {
+	t.Parallel()
+	s := startInside(t, "TRUST_PROXY=true", "MAX_SESSIONS_PER_MINUTE=3")
+	const from = "10.0.0.1"
+	same(t, "a session with a token", s.post("/ws", postStart("s", 1, 1), "X-Forwarded-For", from).status, 200)
+	var statuses []int
+	for range 4 {
+		got := s.post("/recordings/s/events", `{"type":3,"timestamp":3}`, "X-Forwarded-For", from)
+		statuses = append(statuses, got.status)
+	}
+	same(t, "the same without it", fmt.Sprint(statuses), "[200 200 429 429]")
+}
+
 // TestRecordingsRefused sends events that are not stored, or not in the session that
 // was asked for, and none of them is answered as if it were.
 func TestRecordingsRefused(t *testing.T) {

@@ -26,7 +26,7 @@ func (c *rrwebClient) handle(msg []byte) (kept int64, err error) {
 		return 0, &protocolError{"invalid_events", err.Error()}
 	}
 	news, located, closed := c.told(f)
-	if c.id == "" || len(news) > len("{}") {
+	if c.id == "" || len(news.names) > 0 {
 		if err := c.start(news); err != nil {
 			return 0, err
 		}
@@ -39,66 +39,103 @@ func (c *rrwebClient) handle(msg []byte) (kept int64, err error) {
 }
 
 // start begins the session, or continues it, with what is new of its metadata.
-func (c *rrwebClient) start(news []byte) error {
+func (c *rrwebClient) start(news *fields) error {
 	if c.metadata == nil {
 		row, err := c.store.session(c.ctx, c.recording)
 		if err != nil && !errors.Is(err, errNotFound) {
 			return &protocolError{"unavailable", "the database is away: try again later"}
 		}
 		c.metadata = []byte("{}")
-		if err == nil {
+		if c.continues = err == nil; c.continues {
 			c.metadata = row.about.metadata
-			c.mayStart = func() bool { return true } // it has begun already
 		}
 	}
-	known := rewrite(news, nil, 0, membersOf(c.metadata))
-	id := fmt.Appendf(nil, `{"sessionId":%q}`, c.recording)
-	err := c.startSession(frame{data: rewrite(id, nil, 0, membersOf(known))})
+	known := newFields()
+	known.set("sessionId", fmt.Appendf(nil, "%q", c.recording))
+	known.setAll(c.metadata)
+	for _, name := range news.names {
+		known.set(name, news.values[name])
+	}
+	data := known.encode()
+	err := c.startSession(frame{data: data})
 	if err == nil {
-		c.metadata = known
+		c.metadata = data
 	}
 	return err
 }
 
-func membersOf(object []byte) (all []member) {
-	members(object, func(name string, _, value []byte) {
-		if name != "resume" {
-			all = append(all, member{name, string(value)})
-		}
-	})
-	return all
-}
-
 // told gives the metadata that events tell, whether the page's URL is known with
 // it, which the first Meta event has, and whether an event ends the session.
-func (c *rrwebClient) told(f frame) (metadata []byte, located, closed bool) {
-	metadata, located = []byte("{}"), c.located
+func (c *rrwebClient) told(f frame) (news *fields, located, closed bool) {
+	news, located = newFields(), c.located
 	for _, e := range f.events {
 		if e.kind != metaEvent && e.kind != customEvent {
 			continue
 		}
-		data := fields(f.msg[e.start:e.end], "data")["data"]
-		d := fields(data, "href", "width", "height", "tag", "payload")
-		switch tag := unquote(d["tag"]); {
-		case e.kind == metaEvent && !located && d["href"] != nil && d["width"] != nil && d["height"] != nil:
+		data := valuesOf(valuesOf(f.msg[e.start:e.end], "data")["data"], "href", "width", "height", "tag", "payload")
+		href, width, height := data["href"], data["width"], data["height"]
+		switch tag := unquote(data["tag"]); {
+		case e.kind == metaEvent && !located && href != nil && width != nil && height != nil:
 			located = true
-			page := fmt.Appendf(nil, `{"url":%s,"viewport":{"width":%s,"height":%s}}`,
-				d["href"], d["width"], d["height"])
-			metadata = rewrite(page, nil, 0, membersOf(metadata))
+			news.set("url", href)
+			news.set("viewport", fmt.Appendf(nil, `{"width":%s,"height":%s}`, width, height))
 		case e.kind == customEvent && (tag == "recording-meta" || tag == "pageview-meta"):
-			metadata = rewrite(d["payload"], nil, 0, membersOf(metadata))
+			news.setAll(data["payload"])
 		case e.kind == customEvent && tag == "close-permanent":
 			closed = true
 		}
 	}
-	return metadata, located, closed
+	return news, located, closed
+}
+
+// fields are members of an object in the making, about maxMetadata of them in all.
+// Of a name that is set twice the last value counts.
+type fields struct {
+	names  []string
+	values map[string][]byte // raw JSON
+	size   int
+}
+
+func newFields() *fields { return &fields{values: map[string][]byte{}} }
+
+// set leaves out what has no room any more.
+func (f *fields) set(name string, value []byte) {
+	before, known := f.values[name]
+	size := f.size + len(value) - len(before)
+	if !known {
+		size += len(name) + len(`"":,`)
+	}
+	if size > maxMetadata-len("{}") {
+		return
+	}
+	if !known {
+		f.names = append(f.names, name)
+	}
+	f.values[name], f.size = value, size
+}
+
+// setAll sets each member of an object, but what names a session or opens it.
+func (f *fields) setAll(object []byte) {
+	members(object, func(name string, _, value []byte) {
+		if name != "sessionId" && name != "resume" {
+			f.set(name, value)
+		}
+	})
+}
+
+func (f *fields) encode() []byte {
+	out := []byte("{")
+	for _, name := range f.names {
+		out = fmt.Appendf(out, "%s:%s,", encodeJSON(name), f.values[name])
+	}
+	return endObject(out)
 }
 
 // rrweb's event types that tell of a recording.
 const metaEvent, customEvent = 4, 5
 
-// fields gives some members of an object; none of anything else.
-func fields(object []byte, names ...string) map[string][]byte {
+// valuesOf gives some members of an object; none of anything else.
+func valuesOf(object []byte, names ...string) map[string][]byte {
 	found := map[string][]byte{}
 	members(object, func(name string, _, value []byte) {
 		if slices.Contains(names, name) {

@@ -24,12 +24,13 @@ const (
 	maxViewerMessage = 64 << 10
 	maxData          = 64 << 10 // of a report, or of what is passed on to viewers
 	maxMetadata      = maxFields * maxField
-	maxField         = 512              // of the documented fields, where only those are kept
-	maxErrorField    = 4 << 10          // the same of errors
-	maxFields        = 16               // of such fields so many have room
-	maxText          = 2 << 10          // of a user's id and a URL
-	maxNesting       = 500              // of metadata and errors: PostgreSQL and encoding/json have their limits
-	minToken         = 16               // shorter ones are none
+	maxField         = 512     // of the documented fields, where only those are kept
+	maxErrorField    = 4 << 10 // the same of errors
+	maxFields        = 16      // of such fields so many have room
+	maxText          = 2 << 10 // of a user's id and a URL
+	maxNesting       = 500     // of metadata and errors: PostgreSQL and encoding/json have their limits
+	minToken         = 16      // shorter ones are none, and so are those beyond maxToken
+	maxToken         = 128
 	startTime        = 25 * time.Second // for the start of a session; tracker.js gives a connection up after 30 s
 	maxSeq           = 1 << 53          // numbers in JavaScript are exact up to here
 	pageBytes        = 4 << 20          // of JSON in a page of events, unless one event is larger
@@ -59,6 +60,8 @@ type tracker struct {
 	last  string // the last that it has recorded
 	token string // which continues the session; empty for none
 	share bool   // several may record one session: they cannot number their events
+
+	continues bool // the session was there before: it is not counted as begun
 
 	mayStart func() bool // counts the sessions that its address begins
 	started  func()      // called when the connection has started a session, if set
@@ -162,7 +165,7 @@ func (t *tracker) takeReport(f frame) (kept int64, err error) {
 		data = []byte("null")
 	}
 	if len(data) > maxData || nests(data, maxNesting) {
-		data = rewrite(data, ofErrors, maxErrorField, nil)
+		data = excerpt(data, ofErrors, maxErrorField)
 	}
 	var m message
 	if f.typ != "error" {
@@ -208,7 +211,11 @@ func withSession(typ string, data []byte, id string) (message, error) {
 
 // What a session_start says.
 
-var validID = regexp.MustCompile(`^[A-Za-z0-9_.:-]{1,128}$`).MatchString
+var (
+	isID    = regexp.MustCompile(`^[A-Za-z0-9_.:-]{1,128}$`).MatchString
+	noIDs   = []string{".", "..", "active", "cleanup", "export"} // paths have another meaning with them
+	validID = func(id string) bool { return isID(id) && !slices.Contains(noIDs, id) }
+)
 
 type start struct {
 	id     string
@@ -231,13 +238,15 @@ func parseStart(data []byte) start {
 	members(data, func(name string, _, value []byte) {
 		switch name {
 		case "sessionId":
-			st.id = unquote(value)
+			st.id = cut(unquote(value), maxText)
 		case "userId":
 			st.about.userID = clean(plainText(value))
 		case "url":
 			st.about.url = clean(plainText(value))
 		case "resume":
-			st.resume, st.token = true, unquote(value)
+			if st.resume, st.token = true, unquote(value); len(st.token) > maxToken {
+				st.token = ""
+			}
 		case "create":
 			st.create = string(value) == "true"
 		case "page":
@@ -247,55 +256,65 @@ func parseStart(data []byte) start {
 		}
 	})
 	if !st.resume {
-		st.page, st.first = 0, 0 // the page's own, if they are there
+		st.create, st.page, st.first = false, 0, 0 // the page's own, if they are there
 	}
 	if len(data) > maxMetadata || nests(data, maxNesting) {
-		data = rewrite(data, documented, maxField, nil)
+		data = excerpt(data, documented, maxField)
 	}
-	st.about.metadata = rewrite(data, nil, 0, defaults)
-	st.about.brief = rewrite(st.about.metadata, documented, maxField, nil)
+	st.about.metadata = withDefaults(data)
+	st.about.brief = excerpt(st.about.metadata, documented, maxField)
 	return st
 }
 
-type member struct{ key, value string }
-
 // defaults are what lists have of a session that does not say.
-var defaults = []member{{"viewport", `{"width":1920,"height":1080,"devicePixelRatio":1}`}, {"referrer", `""`},
-	{"timeZone", `"UTC"`}}
+var defaults = []struct{ name, value string }{
+	{"viewport", `{"width":1920,"height":1080,"devicePixelRatio":1}`}, {"referrer", `""`}, {"timeZone", `"UTC"`}}
 
-// rewrite copies a JSON object without "resume", which is a secret, and adds the
-// defaults that are missing. With names it copies those members alone, each cut to
-// most bytes; a value that cannot be cut is left out, and so is what would go
-// beyond maxFields of that size. Of a name that stands twice the last counts.
-func rewrite(object []byte, names []string, most int, defaults []member) []byte {
-	out, last, picked := []byte("{"), map[string][]byte{}, []string{}
-	members(object, func(name string, key, value []byte) {
-		switch {
-		case name == "resume":
-			return
-		case names == nil:
+// withDefaults copies a session_start's data as it was sent, without "resume", which
+// is a secret, and adds the defaults that are missing.
+func withDefaults(data []byte) []byte {
+	out, has := []byte("{"), map[string]bool{}
+	members(data, func(name string, key, value []byte) {
+		if has[name] = true; name != "resume" {
 			out = fmt.Appendf(out, "%s:%s,", key, value)
-		case last[name] == nil && slices.Contains(names, name):
-			picked = append(picked, name)
+		}
+	})
+	for _, d := range defaults {
+		if !has[d.name] {
+			out = fmt.Appendf(out, "%q:%s,", d.name, d.value)
+		}
+	}
+	return endObject(out)
+}
+
+// excerpt copies the members of a JSON object that have these names, each cut to most
+// bytes; a value that cannot be cut is left out, and so is what would go beyond
+// maxFields of that size. Of a name that stands twice the last counts.
+func excerpt(object []byte, names []string, most int) []byte {
+	out, last, order := []byte("{"), map[string][]byte{}, []string{}
+	members(object, func(name string, _, value []byte) {
+		if !slices.Contains(names, name) {
+			return
+		}
+		if last[name] == nil {
+			order = append(order, name)
 		}
 		last[name] = value
 	})
-	for _, name := range picked {
+	for _, name := range order {
 		value := last[name]
 		if len(value) > most && value[0] == '"' {
 			value = encodeJSON(cut(unquote(value), most))
 		}
 		if len(value) <= 2*most && len(out)+len(value) < maxFields*most && !nests(value, maxNesting) {
-			out = fmt.Appendf(out, "%s:%s,", encodeJSON(name), value) // twice: a string grows by its escapes
+			out = fmt.Appendf(out, "%q:%s,", name, value) // twice: a string grows by its escapes
 		}
 	}
-	for _, d := range defaults {
-		if last[d.key] == nil {
-			out = fmt.Appendf(out, "%s:%s,", encodeJSON(d.key), d.value)
-		}
-	}
-	return append(bytes.TrimSuffix(out, []byte(",")), '}')
+	return endObject(out)
 }
+
+// endObject ends an object in the making, of which each member has its comma.
+func endObject(out []byte) []byte { return append(bytes.TrimSuffix(out, []byte(",")), '}') }
 
 // encodeJSON encodes what is known to be fit for JSON. Of raw JSON in it only
 // the white space is left out.
@@ -332,7 +351,7 @@ func clean(s string) string {
 
 func cut(s string, most int) string {
 	if len(s) > most {
-		s = strings.ToValidUTF8(s[:most], "")
+		s = strings.Clone(strings.ToValidUTF8(s[:most], "")) // otherwise all of s would stay in memory
 	}
 	return s
 }
@@ -380,12 +399,14 @@ func (t *tracker) begin(st *start, counted bool) (attached, error) {
 	resuming, isNew := len(st.token) >= minToken, !validID(st.id)
 	for attempt := 0; ; attempt++ {
 		if isNew {
-			st.id, st.token, resuming = rand.Text(), "", false
+			st.id, st.token, resuming, t.continues = rand.Text(), "", false, false
 		}
-		if !resuming && !counted && !t.mayStart() {
-			return attached{}, &protocolError{"too_many_sessions", "too many sessions in a minute from this address"}
+		if begins := !resuming && !t.continues; begins && !counted {
+			if !t.mayStart() {
+				return attached{}, &protocolError{"too_many_sessions", "too many sessions in a minute from this address"}
+			}
+			counted = true
 		}
-		counted = counted || !resuming
 		got, err := t.claim(st, resuming)
 		switch {
 		case err == errToken && resuming && st.create:

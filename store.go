@@ -243,7 +243,7 @@ func (st *store) list(ctx context.Context, clause string, args ...any) (found []
 			&n.events, &n.errors, &n.raw, &n.stored, &n.firstTime, &n.endTime, &n.snapshot, &n.seq); err != nil {
 			return nil, err
 		}
-		a.brief = rewrite(a.metadata, documented, maxField, nil)
+		a.brief = excerpt(a.metadata, documented, maxField)
 		if len(found) > 0 {
 			a.metadata = nil // in lists nobody reads it
 		}
@@ -459,8 +459,10 @@ func (st *store) removeOld(ctx context.Context, age time.Duration, limit int64) 
 			if err != nil {
 				return deleted, err
 			}
-			deleted += tag.RowsAffected()
-			excess -= s.Bytes
+			if tag.RowsAffected() > 0 { // it was not recorded again meanwhile
+				deleted++
+				excess -= s.Bytes
+			}
 		}
 		if len(oldest) < deleteStep {
 			return deleted, nil

@@ -102,7 +102,9 @@ func (v *viewer) queryError(err error) error {
 	if errors.Is(err, errNotFound) {
 		return errNoSession
 	}
-	v.log.Warn("question not answered", "err", err)
+	if v.ctx.Err() == nil {
+		v.log.Warn("question not answered", "err", err)
+	}
 	if errors.Is(err, errDamaged) {
 		return &protocolError{"unavailable", errDamaged.Error()}
 	}

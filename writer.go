@@ -25,6 +25,7 @@ const (
 	commitTimeout = 30 * time.Second // of one transaction
 	lockTimeout   = "1s"             // in it, for a row that somebody else holds
 	chunkBytes    = 1 << 20          // JSON in a chunk, unless one event is larger
+	chunkEvents   = 20_000           // in a chunk: who reads it needs the bounds of all
 
 	// packPiece is compressed without a break. Live events would otherwise wait for
 	// a processor for 10 ms at a time.
@@ -196,7 +197,7 @@ func (f *flush) encode() {
 	for _, b := range f.batches {
 		for i, ev := range b.events {
 			text := b.body[ev.start:ev.end]
-			if e.sum.events > 0 && len(e.text)+len(text)+2 > chunkBytes {
+			if e.sum.events == chunkEvents || e.sum.events > 0 && len(e.text)+len(text)+2 > chunkBytes {
 				f.chunks = append(f.chunks, e.finish())
 			}
 			e.add(ev, b.first+int64(i), text)

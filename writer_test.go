@@ -149,12 +149,11 @@ func TestStoreChunks(t *testing.T) {
 		{"a large event is alone", [][]json.RawMessage{numbered(0, 2), {text(2, 3*most)}, numbered(3, 5)},
 			[]int64{2, 1, 2}},
 		{"large events inside a batch", [][]json.RawMessage{{text(0, 1), text(1, 2*most), text(2, 2*most), text(3, 1)}},
-			[]int64{1, 1,
-				1, 1}},
+			[]int64{1, 1, 1, 1}},
 		{"split at 1 MB, inside a batch and between", [][]json.RawMessage{
 			{text(0, most*2/5), text(1, most*2/5), text(2, most*2/5)}, {text(3, most*2/5), text(4, most*2/5)}},
-			[]int64{2, 2,
-				1}},
+			[]int64{2, 2, 1}},
+		{"split at so many events", [][]json.RawMessage{numbered(0, chunkEvents+1)}, []int64{chunkEvents, 1}},
 	}
 	for i, tt := range tests {
 		id := fmt.Sprintf("s%d", i)
@@ -189,7 +188,7 @@ func TestStoreChunks(t *testing.T) {
 		if !slices.Equal(counts, tt.want) {
 			t.Errorf("%s: got chunks of %v events, want %v", tt.name, counts, tt.want)
 		}
-		sameEvents(t, tt.name, st.all(id, 0, 1000), events)
+		sameEvents(t, tt.name, st.all(id, 0, 2*chunkEvents), events)
 		st.holds(tt.name+": stored_bytes", f.totals.stored,
 			"select coalesce(sum(octet_length(events)), 0) from session_events where session_id = $1", id)
 	}
