@@ -75,6 +75,7 @@ func newAccess(c accessConfig, host, port string, log *slog.Logger) *access {
 	}
 	mac := hmac.New(sha256.New, []byte(a.token))
 	mac.Write([]byte("session-replay: signed in"))
+	// The same for all browsers: another ACCESS_TOKEN alone ends it.
 	a.cookie = hex.EncodeToString(mac.Sum(nil))
 	return a
 }
@@ -86,13 +87,15 @@ type denial struct {
 	retryAfter      int    // seconds before another attempt can succeed; 0: none will
 }
 
+// What is denied in more than one place.
 var (
 	deniedToken  = &denial{http.StatusUnauthorized, "wrong_token", "this is not the access token", 0}
 	deniedOrigin = &denial{http.StatusForbidden, "origin",
 		"pages of this origin may not record: see TRACKER_ORIGINS", 0}
 )
 
-// admit decides about a request; nil lets it in.
+// admit decides about a request; nil lets it in. The first case that fits decides: what needs no
+// token comes before what does.
 func (a *access) admit(who audience, r *http.Request) *denial {
 	switch {
 	case who == anyone, who == scrapers && a.metricsOpen:
@@ -169,6 +172,7 @@ func (a *access) isToken(token string) bool { return !a.open && equalSecret(toke
 // signedIn says whether a request has the cookie that stands for the token.
 func (a *access) signedIn(r *http.Request) bool {
 	cookie, err := r.Cookie(a.cookieName)
+	// Without a token everybody could make its cookie.
 	return !a.open && err == nil && equalSecret(cookie.Value, a.cookie)
 }
 
@@ -221,6 +225,7 @@ func (a *access) isOwnOrigin(r *http.Request, origin string) bool {
 		(strings.EqualFold(u.Host, r.Host) || slices.Contains(a.publicHosts, u.Host))
 }
 
+// secure reports whether the client speaks TLS, to this server or to a proxy that is trusted.
 func (a *access) secure(r *http.Request) bool {
 	return r.TLS != nil || a.trustProxy && lastElement(r, "X-Forwarded-Proto") == "https"
 }
@@ -281,7 +286,7 @@ func parseHost(s string) (string, error) {
 	return strings.TrimPrefix(origin, "http://"), nil
 }
 
-// Connections.
+// Connections, and sessions that begin.
 
 // enter counts a connection, or says why there may not be another. Without
 // TRUST_PROXY all clients of a proxy on this machine have a loopback address:
@@ -303,8 +308,8 @@ func (a *access) enter(addr netip.Addr) *denial {
 	return nil
 }
 
-// mayStart counts a session that an address begins, and reports whether the minute
-// has at most so many of them.
+// mayStart counts a session that an address begins, and reports whether the minute has at most so
+// many of them. One that is refused counts too. All addresses have the same minute.
 func (a *access) mayStart(addr netip.Addr, most int) bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -324,6 +329,7 @@ func (a *access) close() int {
 	return a.total
 }
 
+// leave is called once for each enter that let somebody in.
 func (a *access) leave(addr netip.Addr) {
 	a.mu.Lock()
 	defer a.mu.Unlock()

@@ -17,11 +17,13 @@ type audit struct {
 	noted map[string]time.Time // by address, action and facts
 }
 
+// Of more than maxNoted all are forgotten, and noted anew.
 const (
 	notedOnce = 10 * time.Minute
 	maxNoted  = 10_000
 )
 
+// note writes a line. facts are names and values in turn, as slog has them.
 func (a *audit) note(from netip.Addr, action string, facts ...any) {
 	a.log.Info("audit", append([]any{"audit", true, "action", action, "from", from.String()}, facts...)...)
 }

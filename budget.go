@@ -10,22 +10,26 @@ import (
 // sessions with their metadata. Readers take room before they read, and wait
 // when there is none; TCP then makes the peer wait. The hub gives room back.
 type budget struct {
-	mu        sync.Mutex
-	changed   *sync.Cond
-	free      int64 // below 0 while one message goes beyond the bound
-	growing   int64 // taken by grow and not finished
+	mu      sync.Mutex
+	changed *sync.Cond
+	// Also what is forced takes it below 0; then nothing is granted until enough was given back.
+	free    int64 // below 0 while one message goes beyond the bound
+	growing int64 // taken by grow and not finished
+	// The bound of growing, but for who goes beyond.
 	half      int64
 	beyond    any // the owner that may take more; nil for none
 	unbounded bool
 }
 
+// newBudget makes a budget of size bytes, all of them free.
 func newBudget(size int64) *budget {
 	b := &budget{free: size, half: size / 2}
 	b.changed = sync.NewCond(&b.mu)
 	return b
 }
 
-// take waits for room for n bytes.
+// take waits for room for n bytes, which the caller gives back. It fails with ctx alone. n must be
+// less than the whole: nobody but grow goes beyond.
 func (b *budget) take(ctx context.Context, n int64) error {
 	return b.wait(ctx, func() bool {
 		if !b.unbounded && b.free < n {

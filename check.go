@@ -14,8 +14,8 @@ import (
 	"github.com/jackc/pgx/v5"
 )
 
-// check tries what the start would do, and prints a line for each thing: ✓ or ✗
-// with the reason. Nothing stays behind, and no secret is printed.
+// check tries what the start would do, and prints a line for each thing: ✓ or ✗ with the reason.
+// Nothing stays behind, and no secret is printed. The error says how many have failed.
 func check(ctx context.Context, cfg config, stdout io.Writer) error {
 	describe(stdout, cfg)
 	failed := 0
@@ -95,6 +95,7 @@ func exists(path string) bool {
 func checkDatabase(ctx context.Context, cfg config, report func(what, found string, err error)) {
 	ctx, cancel := context.WithTimeout(ctx, 15*time.Second)
 	defer cancel()
+	// Not by the store, which does as if a pooler's setting were there, and so hides that it is not.
 	c := cfg.database.ConnConfig
 	conn, err := pgx.ConnectConfig(ctx, c)
 	at := fmt.Sprintf("%s, port %d", c.Host, c.Port)
@@ -108,6 +109,7 @@ func checkDatabase(ctx context.Context, cfg config, report func(what, found stri
 	defer conn.Close(ctx)
 	var version int
 	var now time.Time
+	// In exec mode nothing is prepared, which a pooler in between could break.
 	const ask = "select current_setting('server_version_num')::int / 10000, clock_timestamp()"
 	err = conn.QueryRow(ctx, ask, pgx.QueryExecModeExec).Scan(&version, &now)
 	if err == nil && version < 12 {

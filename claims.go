@@ -5,6 +5,9 @@ import "time"
 // The hub and who records what: reserved, claimed in the database, attached; then
 // detached, ended or abandoned.
 
+// reserve keeps two trackers of this server apart before either has touched the row. Between
+// servers the row decides, and whether a token is right. Who records a session may reserve it
+// again.
 func (h *hubState) reserve(cmd reserve) reservation {
 	s := h.sessions[cmd.id]
 	switch {
@@ -23,6 +26,7 @@ func (h *hubState) reserve(cmd reserve) reservation {
 	return granted
 }
 
+// aboutCost is what a new description of the session would give back; s may be nil.
 func (s *session) aboutCost() int64 {
 	if s == nil {
 		return 0
@@ -30,6 +34,7 @@ func (s *session) aboutCost() int64 {
 	return s.about.cost()
 }
 
+// unreserve takes back one reservation. Others of the session, by its token, may stand.
 func (h *hubState) unreserve(cmd unreserve) {
 	if h.claiming[cmd.id]--; h.claiming[cmd.id] == 0 {
 		delete(h.claiming, cmd.id)
@@ -74,6 +79,7 @@ func (h *hubState) attach(cmd attach) attached {
 	return attached{accepted: s.now.seq, stored: max(s.durable.seq, cmd.claim.seq)}
 }
 
+// describe replaces the description. Its room is forced: reserve has asked whether there is some.
 func (h *hubState) describe(s *session, about *description) {
 	more := about.cost() - s.about.cost()
 	h.budget.force(more)
@@ -109,6 +115,7 @@ func (h *hubState) detach(out *outbox) {
 		return
 	}
 	s.tracker, s.detachedAt = nil, time.Now()
+	// Another of those who share it is its tracker from now on.
 	if others := h.trackersOf(s); len(others) > 0 {
 		s.tracker = others[0]
 		return
@@ -133,7 +140,8 @@ func (h *hubState) trackersOf(s *session) (all []*outbox) {
 	return all
 }
 
-// end ends a session: what is left of it is stored at once, then it leaves memory.
+// end ends a session, unless it has ended: what is left of it is stored at once, then it leaves
+// memory. Others who share it are told with their next batch.
 func (h *hubState) end(s *session) {
 	if s.ended {
 		return
@@ -159,6 +167,7 @@ func (h *hubState) abandon(s *session, why outcome) {
 	if why == deleted {
 		h.resetWatchers(s.id)
 	}
+	// Of an end viewers know already, and on another server the session goes on for them.
 	switch {
 	case s.ended:
 	case why == epochLost && (h.foreign[s.id] != nil || h.addForeign(s.summary(), time.Now())):
@@ -168,6 +177,8 @@ func (h *hubState) abandon(s *session, why outcome) {
 	s.ended = true
 }
 
+// tellAbandoned tells one tracker. Only where its data was refused may the connection go on, with
+// another session.
 func tellAbandoned(out *outbox, why outcome) {
 	switch why {
 	case epochLost:
@@ -196,7 +207,7 @@ func (h *hubState) discard(s *session) {
 	s.answer(true)
 }
 
-// forget takes a session out of memory.
+// forget takes a session out of memory. The queues may still hold it: nextFlushes passes over it.
 func (h *hubState) forget(s *session) {
 	s.answer(true)
 	h.trim(s, len(s.tail))

@@ -31,15 +31,18 @@ type config struct {
 	notifySocket string        // of systemd, empty when it does not wait for us
 	watchdog     time.Duration // systemd ends a server that is silent for so long; 0: never
 
+	// Sessions in one transaction; events of one session that stay in memory.
 	batchSize, maxEvents int
 	batchInterval        time.Duration
 	cleanupInterval      time.Duration
 	heartbeat            time.Duration
-	grace                time.Duration
-	messageTimeout       time.Duration
-	readHeaderTimeout    time.Duration
-	retention            time.Duration
+	// How long a session waits for its tracker; 0 ends it with its connection.
+	grace             time.Duration
+	messageTimeout    time.Duration
+	readHeaderTimeout time.Duration
+	retention         time.Duration
 
+	// Bytes. Of maxStorageBytes alone 0 means that there is no limit.
 	maxMessageBytes, maxBufferBytes, maxHeaderBytes int
 	maxSessionBytes, maxStorageBytes                int
 	maxSessionsPerMinute                            int
@@ -88,7 +91,7 @@ func loadConfig(getenv func(string) string) (config, error) {
 	return c, r.err
 }
 
-// access refuses what would look protected and is not.
+// access reads who may do what, and refuses what would look protected and is not.
 func (r *settings) access() accessConfig {
 	c := accessConfig{
 		token: r.secret("ACCESS_TOKEN"), key: r.secret("INGEST_KEY"),
@@ -143,8 +146,8 @@ func (r *settings) logs() logConfig {
 	return c
 }
 
-// database makes the pool's configuration from DATABASE_URL, or from the DB_
-// settings.
+// database makes the pool's configuration from DATABASE_URL, which DB_PASSWORD completes, or from
+// the DB_ settings. It is nil where they cannot be parsed: r.err then has that, and the start ends.
 func (r *settings) database() *pgxpool.Config {
 	const ms = time.Millisecond
 	password := r.secret("DB_PASSWORD")
@@ -164,7 +167,8 @@ func (r *settings) database() *pgxpool.Config {
 	return c
 }
 
-// settings reads values and keeps the first that is wrong.
+// settings reads values and keeps the first that is wrong. A wrong one reads as zero: who reads
+// looks at err when all have been read.
 type settings struct {
 	getenv func(string) string
 	err    error
@@ -177,6 +181,7 @@ func (r *settings) refuse(name, format string, args ...any) {
 	}
 }
 
+// text takes an empty value for a missing one.
 func (r *settings) text(name, preset string) string { return cmp.Or(r.getenv(name), preset) }
 
 // unit may follow a number, by one of its names, in any case; the first is for people.
@@ -185,6 +190,7 @@ type unit struct {
 	names []string
 }
 
+// sizes and times stand from the smallest to the largest unit, as inWords needs them.
 var (
 	sizes = []unit{{1, []string{"bytes", "b"}}, {1 << 10, []string{"KB", "k"}}, {1 << 20, []string{"MB", "m"}},
 		{1 << 30, []string{"GB", "g"}}, {1 << 40, []string{"TB", "t"}}}
@@ -227,14 +233,17 @@ func (r *settings) quantity(name, preset string, units []unit, plain, least, mos
 	return n * size
 }
 
+// number reads a count, which has no unit. Both bounds are allowed values.
 func (r *settings) number(name, preset string, least, most int64) int {
 	return int(r.quantity(name, preset, nil, 1, least, most))
 }
 
+// size reads bytes.
 func (r *settings) size(name, preset string, least, most int64) int {
 	return int(r.quantity(name, preset, sizes, 1, least, most))
 }
 
+// duration counts a number without a unit in plain; with plain 0 it must have a unit.
 func (r *settings) duration(name, preset string, plain, least time.Duration) time.Duration {
 	const most = 100 * 365 * 24 * time.Hour
 	return time.Duration(r.quantity(name, preset, times, int64(plain), int64(least), int64(most)))
@@ -263,7 +272,7 @@ func (r *settings) secret(name string) string {
 	return strings.TrimSpace(string(content))
 }
 
-// list reads values between commas; empty ones are left out.
+// list reads values between commas, each as parse gives it; empty ones are left out.
 func (r *settings) list(name string, parse func(string) (string, error)) (all []string) {
 	for v := range strings.SplitSeq(r.getenv(name), ",") {
 		if v = strings.TrimSpace(v); v == "" {
@@ -278,7 +287,8 @@ func (r *settings) list(name string, parse func(string) (string, error)) (all []
 	return all
 }
 
-// url is where something is found at an address of this machine.
+// url is the link to a listener on this machine. For 0.0.0.0 and :: it names an address that other
+// machines reach.
 func (c config) url(host, port string) string {
 	scheme := "http://"
 	if c.certificate != nil {
@@ -346,6 +356,7 @@ func unquoteValue(v string) string {
 // nearest gives the known name that shares most pairs of letters with a mistaken
 // one: typing errors and forgotten words leave them.
 func nearest(name string, known map[string]bool) string {
+	// A long name shares pairs by chance: its length counts against it.
 	shared := func(other string) int {
 		n := -len(other)
 		for i := range len(name) - 1 {

@@ -30,16 +30,20 @@ const (
 // goroutine reads. Another writes and lives only while there is something to
 // write: an idle connection then takes 4 KB less.
 type conn struct {
+	// net is beneath ws, for deadlines and for an end without a handshake. A post has neither.
 	ws     *websocket.Conn
 	net    net.Conn
 	ctx    context.Context // ends with the connection
 	cancel context.CancelFunc
 	out    *outbox
+	// handle may not keep msg, whose buffer is used again. kept is what the hub has of its room from
+	// now on. A protocolError is told to the client; any other error ends the connection.
 	handle func(msg []byte) (kept int64, err error)
 	*core
 	maxMessage int   // bytes
 	inflater   int64 // room for what inflates a message; 0: messages come as they are
-	unbudgeted bool  // messages, which are small, are read also while the budget has no room
+	// unbudgeted messages count all the same, and may take the budget below 0.
+	unbudgeted bool // messages, which are small, are read also while the budget has no room
 
 	readTimer *time.Timer  // closes the connection when one message takes too long
 	pingTimer *time.Timer  // starts the next ping
@@ -54,11 +58,12 @@ type conn struct {
 	errors   int       // in a row
 }
 
-// protocolError is what a client is told of a message that is not taken.
+// protocolError is what a client is told of a message that is not taken. code is for its program.
 type protocolError struct{ code, reason string }
 
 func (e *protocolError) Error() string { return e.reason }
 
+// errTooLarge ends a WebSocket nevertheless: the rest of the message would have to be read.
 var errTooLarge = &protocolError{"too_large", "the message is larger than MAX_MESSAGE_BYTES"}
 
 // open makes ready what works beside the reader: the writer and the pings.
@@ -93,8 +98,8 @@ func (c *conn) serve() {
 	}
 }
 
-// close ends the connection and waits for its writer. A reason that is still to
-// be sent is sent first.
+// close ends the connection, waits for its writer, and lets nothing into the outbox any more. With a
+// reason to close the writer first sends what stands before it: closeTime at most.
 func (c *conn) close() {
 	c.pingTimer.Stop()
 	if c.out.end(false) {
@@ -142,6 +147,7 @@ type hijacker struct {
 	conn net.Conn
 }
 
+// Hijack is called by websocket.Accept, once.
 func (h *hijacker) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 	conn, rw, err := http.NewResponseController(h.ResponseWriter).Hijack()
 	if err == nil && h.wire != nil {
@@ -154,7 +160,7 @@ func (h *hijacker) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 	return conn, rw, err
 }
 
-// counted counts the bytes that are read from a connection, or from a body.
+// counted counts the bytes that are read from a connection, or from a body, which has no Conn.
 type counted struct {
 	net.Conn
 	from io.Reader
@@ -186,13 +192,15 @@ func newBuffer(n int) []byte {
 	return make([]byte, 0, firstRead<<i)
 }
 
+// keepBuffer takes a buffer of which nobody holds a part any more. One of another size than the
+// pools' is left to the garbage collector.
 func keepBuffer(b []byte) {
 	if i := bits.Len(uint(cap(b)-1) / firstRead); i < len(buffers) && cap(b) == firstRead<<i {
 		buffers[i].Put(b[:0])
 	}
 }
 
-// read gives the next message, which the caller releases. A message that is too
+// read gives the next message, which the caller releases, also with an error. A message that is too
 // large, or does not inflate, cannot be read to its end: the connection closes.
 func (c *conn) read() ([]byte, error) {
 	typ, r, err := c.ws.Reader(c.ctx)
@@ -236,6 +244,7 @@ func (c *conn) readAll(r io.Reader) ([]byte, error) {
 	defer c.readTimer.Stop()
 	buf := newBuffer(firstRead)
 	for {
+		// What inflates the message has its part of what is reserved, the buffer the rest.
 		room := c.reserved - c.inflater
 		if int64(len(buf)) == room {
 			if err := c.grow(min(room, int64(c.maxMessage)+1-room)); err != nil {
@@ -294,8 +303,8 @@ func (c *conn) reserveCopy(msg []byte) error {
 	return nil
 }
 
-// grow takes room for n bytes more of this message. The time that it waits does not
-// count as the peer's.
+// grow takes room for n bytes more of this message, and may wait for the commits of others. That
+// time does not count as the peer's.
 func (c *conn) grow(n int64) error {
 	c.readTimer.Stop()
 	begun := time.Now()
@@ -347,8 +356,8 @@ func (c *conn) isAlive() bool {
 
 // Writing.
 
-// write sends what the outbox holds. It ends when there is nothing left, or with
-// the connection.
+// write sends what the outbox holds. It ends when there is nothing left, and is started anew by the
+// next message; or it ends for good, and the connection with it.
 func (c *conn) write() {
 	defer c.logs.catch("writer of a connection")
 	alive := false
@@ -404,4 +413,5 @@ func (c *conn) writeMessage(m []byte) error {
 	return w.Close()
 }
 
+// extendDeadline gives the peer two heartbeats to take what is written next, a ping too.
 func (c *conn) extendDeadline() { c.net.SetWriteDeadline(time.Now().Add(2 * c.cfg.heartbeat)) }

@@ -27,6 +27,7 @@ import (
 // event says where one rrweb event stands in a batch, and the little that the
 // server needs to know of it.
 type event struct {
+	// In the text that was read: a frame's msg, a chunk; from newBatch on in the batch's body.
 	start, end uint32 // bounds of its JSON object
 	kind       int64  // rrweb's "type", -1 when there is none
 	time       int64  // rrweb's "timestamp" in milliseconds, 0 when there is none
@@ -39,23 +40,28 @@ const fullSnapshot = 2
 // the hub ends it with the number of the first event, and from then on nobody
 // changes the batch: the writer, the viewers' outboxes and pages share it.
 type batch struct {
-	frame    []byte
-	body     []byte  // the events within frame, between commas
-	events   []event // their bounds in body
-	report   *report // an error that the page told of; such a batch has no events
-	first    int64   // number of the first event
-	seq      int64   // 0: the tracker does not number its batches
-	cost     int64   // bytes of the budget
+	frame  []byte
+	body   []byte  // the events within frame, between commas
+	events []event // their bounds in body
+	report *report // an error that the page told of; such a batch has no events
+	// The hub's, 0 before. A report has that of the event which comes next.
+	first int64 // number of the first event
+	seq   int64 // 0: the tracker does not number its batches
+	cost  int64 // bytes of the budget
+	// When it was here as a whole. How long it waits for its commit counts from here.
 	received time.Time
 }
 
 // report is an error of the page, a row of session_errors.
 type report struct {
+	// id counts the reports of a session from 0. kind is the message's type, data its JSON, cut to
+	// about maxData.
 	id   int64
 	kind string
 	data []byte
 }
 
+// end is one past the batch's last event; a report ends where it begins.
 func (b *batch) end() int64 { return b.first + int64(len(b.events)) }
 
 // number gives the batch its place in the session. The frame has room for it.
@@ -72,7 +78,8 @@ func (b *batch) raw() int64 {
 	return int64(len(b.body))
 }
 
-// newBatch copies a message's events into the live message of a session.
+// newBatch copies a message's events into the live message of a session. It takes f's index over
+// and moves its bounds: f is of no use afterwards.
 func newBatch(id string, f frame, seq int64) *batch {
 	const head, mid, tail, number = `{"type":"events_batch","data":{"sessionId":"`, `","events":[`, `],"fromIndex":`, 22
 	b := &batch{seq: seq, events: f.events, received: time.Now()}
@@ -94,6 +101,7 @@ func newBatch(id string, f frame, seq int64) *batch {
 	return b
 }
 
+// newReport copies data, whose buffer is used again after the message.
 func newReport(kind string, data []byte, seq int64) *batch {
 	return &batch{report: &report{kind: kind, data: bytes.Clone(data)}, seq: seq, cost: int64(len(data)) + 256,
 		received: time.Now()}
@@ -104,13 +112,17 @@ const eventCost = 24
 
 // counters are what a session's row adds up, up to some batch.
 type counters struct {
-	events, errors     int64
-	raw, stored        int64 // bytes of JSON, bytes of chunks
+	// Counts, and so the numbers that the next event and the next report get.
+	events, errors int64
+	raw, stored    int64 // bytes of JSON, bytes of chunks
+	// The highest that was added; 0 when no batch has one.
 	seq                int64
 	firstTime, endTime int64 // least and greatest timestamp, 0 when there is none
 	snapshot           int64 // number of the newest full snapshot, -1 when there is none
 }
 
+// add takes in a batch that has its number. Bytes of chunks are added where they are made, in
+// flush.encode; reports are stored as they are.
 func (c *counters) add(b *batch) {
 	c.raw += b.raw()
 	c.seq = max(c.seq, b.seq)
@@ -155,8 +167,8 @@ func (d *description) cost() int64 {
 	return int64(len(d.userID)+len(d.url)+len(d.metadata)+len(d.brief)) + 512
 }
 
-// claim is what a tracker gets of its session's row when it starts or continues
-// the session. From then on writes of an older epoch are refused.
+// claim is what a tracker gets of its session's row when it starts or continues the session: from
+// then on writes of an older epoch are refused. The counters are what is stored by then, for good.
 type claim struct {
 	epoch  int64
 	userID string
@@ -191,6 +203,7 @@ const (
 	deleted           // the row is not there any more
 )
 
+// cost is what the flush holds of the budget; who drops it gives so much back.
 func (f *flush) cost() int64 {
 	n := f.kept
 	for _, b := range f.batches {
@@ -223,7 +236,7 @@ type frame struct {
 }
 
 var (
-	errUTF8   = errors.New("a text frame must be valid UTF-8")
+	errUTF8   = errors.New("a message must be valid UTF-8")
 	errSyntax = errors.New("not a JSON object")
 	errType   = errors.New(`"type" must be a string`)
 	errChunk  = errors.New("not a JSON array of as many objects as its row says")
@@ -232,6 +245,8 @@ var (
 // maxBatchEvents bounds what the index of one message takes in memory.
 const maxBatchEvents = 100_000
 
+// parseFrame finds the parts of a message, and leaves it to handlers what "data" must have. Its
+// errors are fit for the client.
 func parseFrame(msg []byte) (frame, error) {
 	if !utf8.Valid(msg) {
 		return frame{}, errUTF8
@@ -274,8 +289,8 @@ func newWalker(text []byte) *walker {
 	return w
 }
 
-// object reads an object, calls member with each key, and gives the place where
-// the object starts. member reads the value.
+// object reads an object, calls member with each key, and gives the offset in text where the object
+// starts. member reads the value; its error ends the reading. errSyntax: no object stands here.
 func (w *walker) object(member func(key []byte) error) (start int, err error) {
 	if w.dec.PeekKind() != '{' {
 		return 0, errSyntax
@@ -297,12 +312,13 @@ func (w *walker) object(member func(key []byte) error) (start int, err error) {
 	return start, err
 }
 
+// atEnd reports whether nothing but white space is left. Otherwise the walker is of no use any more.
 func (w *walker) atEnd() bool {
 	_, err := w.dec.ReadToken()
 	return err == io.EOF
 }
 
-// envelope reads the value of "data".
+// envelope reads the value of "data" into f. One that is no object is kept raw, and has no events.
 func (w *walker) envelope(f *frame) (err error) {
 	f.data, f.seq, f.events, f.objects = nil, nil, nil, false
 	if w.dec.PeekKind() != '{' {
@@ -358,6 +374,7 @@ func (w *walker) events(most int) (events []event, objects bool, err error) {
 	}
 }
 
+// event reads a whole object. "type" and "timestamp" count at its top level alone.
 func (w *walker) event() (event, error) {
 	e := event{kind: -1}
 	start, err := w.object(func(key []byte) error {
@@ -395,8 +412,8 @@ func nameOf(key []byte) []byte {
 	return key[1 : len(key)-1]
 }
 
-// members calls fn for each member of a valid JSON object, in order, with its
-// name and with key and value as they stand.
+// members calls fn for each member of a JSON object, in order, with its name and with key and value
+// as they stand. It ends without a word at what is no JSON: nil and anything else have no members.
 func members(object []byte, fn func(name string, key, value []byte)) {
 	w := newWalker(object)
 	w.object(func(key []byte) error {

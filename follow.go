@@ -29,13 +29,15 @@ const (
 
 // follower is the goroutine that looks. It ends with its context.
 type follower struct {
-	hub    *hub
-	store  *store
+	hub   *hub
+	store *store
+	// looks counts them: not each look asks for everything.
 	looks  int
 	others map[string]bool // other servers: they were there lately
 }
 
-// foreignRow is what a row says of a session that another server records.
+// foreignRow is what a row says of a session that another server records. The row has the fields up
+// to unmarked; state, first and news are readRows'.
 type foreignRow struct {
 	id             string
 	epoch          int64
@@ -55,10 +57,11 @@ type foreignSession struct {
 	seen time.Time // the session was live then
 }
 
-// following is what viewers want to know of other servers.
+// following answers followQuery: what viewers want to know of other servers.
 type following struct {
 	watched []watched // no tracker of this server records it
 	viewers bool
+	// Until then their list has this server's sessions alone, and the next look brings the others.
 	listed  bool // they have had a list
 	foreign bool // something is known of other servers, which may not be so any more
 }
@@ -83,6 +86,7 @@ func (f *follower) look(ctx context.Context) {
 	f.looks++
 }
 
+// tryLook asks for what is due in this look, and at the first error leaves the rest to the next.
 func (f *follower) tryLook(ctx context.Context) (err error) {
 	if f.looks%listEvery == 0 {
 		if f.others, err = f.store.others(ctx); err != nil {
@@ -119,12 +123,14 @@ func (f *follower) readRows(ctx context.Context, all []watched) error {
 		return err
 	}
 	var unmarked []string
+	// For all sessions of this look together.
 	left := pageBytes
 	for _, w := range all {
 		r, there := rows[w.id]
 		if !there || r.server == f.store.server {
 			continue
 		}
+		// Also where others does not know the server: it has not been there for minutes.
 		r.state = "left"
 		if f.others[r.server] {
 			r.state = "live"
@@ -179,6 +185,7 @@ func (st *store) others(ctx context.Context) (map[string]bool, error) {
 	return others, err
 }
 
+// foreignRows gives rows by session, whoever records it. A session that was deleted has none.
 func (st *store) foreignRows(ctx context.Context, all []watched) (map[string]foreignRow, error) {
 	ids, found := make([]string, len(all)), map[string]foreignRow{}
 	for i, w := range all {
@@ -211,6 +218,7 @@ func (st *store) readLive(ctx context.Context, r *foreignRow, from int64, most i
 	return 0
 }
 
+// errTooMuch never leaves readLive: viewers page then.
 var errTooMuch = errors.New("too much for one look")
 
 // liveElsewhere gives the newest live sessions of other servers. Nothing is known
@@ -220,6 +228,7 @@ func (st *store) liveElsewhere(ctx context.Context) ([]foreignRow, error) {
 		where is_active and server <> $1 order by created_at desc limit $2`, st.server, maxActive)
 }
 
+// queryRows reads what a query selects: these seven columns, in this order.
 func (st *store) queryRows(ctx context.Context, query string, args ...any) (found []foreignRow, err error) {
 	rows, err := st.pool.Query(ctx, query, args...)
 	if err != nil {
@@ -241,6 +250,7 @@ func (st *store) mark(ctx context.Context, id string) error {
 	return err
 }
 
+// watchedHere gives the sessions of this server that another has marked within markFresh.
 func (st *store) watchedHere(ctx context.Context) ([]string, error) {
 	rows, err := st.pool.Query(ctx, `select session_id from sessions
 		where server = $1 and watched_at > now() - $2::interval`, st.server, markFresh)
@@ -252,6 +262,8 @@ func (st *store) watchedHere(ctx context.Context) ([]string, error) {
 
 // The hub's side.
 
+// following asks for events from where the foremost viewer of a session stands. The others are told
+// to page up to there.
 func (h *hubState) following() following {
 	f := following{viewers: len(h.viewers) > 0, listed: h.listed, foreign: len(h.foreign)+len(h.marks) > 0}
 	for id, watching := range h.watchers {
@@ -386,6 +398,7 @@ func (h *hubState) addForeign(s summary, seen time.Time) (added bool) {
 	return true
 }
 
+// dropForeign forgets a session of another server, and tells nobody.
 func (h *hubState) dropForeign(id string) {
 	if f := h.foreign[id]; f != nil {
 		h.foreignBytes -= f.listSize()

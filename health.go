@@ -14,12 +14,14 @@ import (
 
 // What the server says of itself: health, statistics, metrics.
 
+// stats waits for the hub: while that hangs, so does who asks, and systemd's watchdog relies on it.
 func (s *server) stats() hubStats {
 	reply := make(chan hubStats, 1)
 	stats, _ := ask(s.hub, reply, statsQuery{reply})
 	return stats
 }
 
+// uptime is in milliseconds.
 func (s *server) uptime() int64 { return time.Since(s.started).Milliseconds() }
 
 const countTimeout = 5 * time.Second // of sessions and events, for /health
@@ -38,6 +40,7 @@ func (s *server) handleHealth(w http.ResponseWriter, r *http.Request) error {
 	var stored any // null when it cannot be counted in time
 	ctx, cancel := context.WithTimeout(r.Context(), countTimeout)
 	defer cancel()
+	// An error is no illness: counting takes longer than storing.
 	t, err := s.store.totals(ctx)
 	skew := time.Duration(s.store.skew.Load())
 	if reason == "" && skew.Abs() > maxClockSkew {
@@ -64,6 +67,7 @@ func (s *server) handleHealth(w http.ResponseWriter, r *http.Request) error {
 	return nil
 }
 
+// handleStats tells of this server alone.
 func (s *server) handleStats(w http.ResponseWriter, r *http.Request) error {
 	st, m := s.stats(), s.metrics
 	s.write(w, http.StatusOK, map[string]any{
@@ -75,6 +79,7 @@ func (s *server) handleStats(w http.ResponseWriter, r *http.Request) error {
 	return nil
 }
 
+// handleMetrics reads each counter by itself: two of one answer may be a moment apart.
 func (s *server) handleMetrics(w http.ResponseWriter, r *http.Request) error {
 	st, m := s.stats(), s.metrics
 	memory := []rt.Sample{{Name: "/memory/classes/heap/objects:bytes"}, {Name: "/memory/classes/total:bytes"}}
@@ -82,7 +87,7 @@ func (s *server) handleMetrics(w http.ResponseWriter, r *http.Request) error {
 	used := int64(s.cfg.maxBufferBytes) - s.budget.left()
 	n := func(c *atomic.Int64) float64 { return float64(c.Load()) }
 	all := []metric{
-		{`connections{type="tracker"}`, "WebSockets that are open, and POSTs, until 3 s after their answer.", float64(st.trackers)},
+		{`connections{type="tracker"}`, "WebSockets, and POSTs until 3 s after their answer.", float64(st.trackers)},
 		{`connections{type="viewer"}`, "", float64(st.viewers)},
 		{"sessions_live", "Sessions that are being recorded.", float64(st.live)},
 		{"sessions_in_memory", "Those, and ended ones that are not wholly stored.", float64(st.sessions)},

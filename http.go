@@ -24,6 +24,7 @@ import (
 // and writers; its parts are safe for concurrent use.
 type server struct {
 	core
+	// The writers are started by run; files are by their base names, and never change.
 	writers []*writer
 	access  *access
 	audit   *audit
@@ -79,6 +80,7 @@ func (s *server) table() []route {
 
 // routes gives the handler of all requests. What no route takes is answered as
 // the mux would, but in JSON.
+// It owns the headers that each answer has; a handler may replace Cache-Control, and adds to Vary.
 func (s *server) routes() http.Handler {
 	mux := http.NewServeMux()
 	for _, route := range s.table() {
@@ -174,6 +176,7 @@ func (s *server) guard(route route) http.HandlerFunc {
 	}
 }
 
+// isBrowser tells who is shown a page from who is sent JSON.
 func isBrowser(r *http.Request) bool { return strings.Contains(r.Header.Get("Accept"), "text/html") }
 
 // deny answers a request that is not let in; with page, by the sign-in page.
@@ -215,6 +218,7 @@ func (s *server) deny(w http.ResponseWriter, r *http.Request, page bool, d *deni
 
 const signInAge = 30 * 24 * 60 * 60 // seconds
 
+// handleSignIn lets everybody pass, without a cookie, where there is no token.
 func (s *server) handleSignIn(w http.ResponseWriter, r *http.Request) {
 	var body struct{ Token string }
 	if err := json.NewDecoder(http.MaxBytesReader(w, r.Body, 4<<10)).Decode(&body); err != nil {
@@ -291,6 +295,7 @@ func (s *server) query(handle queryHandler, names ...string) http.HandlerFunc {
 	}
 }
 
+// queryHandler answers, or gives an error; never both.
 type queryHandler func(http.ResponseWriter, *http.Request) error
 
 // withRoom makes a handler wait until memory has room for a list.
@@ -342,6 +347,7 @@ func (s *server) enter(w http.ResponseWriter, r *http.Request) (addr netip.Addr,
 // handleWebSocket makes a WebSocket of a request. Browsers compress what a tracker
 // sends; the server compresses nothing, which would take 1.2 MB for each that it
 // writes to.
+// InsecureSkipVerify leaves the Origin to guard, which has looked at it.
 func (s *server) handleWebSocket(w http.ResponseWriter, r *http.Request) {
 	kind := r.URL.Query().Get("type")
 	if kind != "" && kind != "tracker" && kind != "viewer" {
@@ -421,8 +427,10 @@ func (s *server) closeAll(ctx context.Context) {
 
 // Recordings.
 
+// maxIndex is beyond any event's number; JavaScript counts up to it.
 const maxIndex = 1 << 53
 
+// handleEvents holds the page's room for as long as the client takes to read it.
 func (s *server) handleEvents(w http.ResponseWriter, r *http.Request) error {
 	id := r.PathValue("id")
 	from, err := queryNumber(r, "fromIndex", 0, 0, maxIndex)
@@ -441,7 +449,8 @@ func (s *server) handleEvents(w http.ResponseWriter, r *http.Request) error {
 	return nil
 }
 
-// writeSlowly gives a client that reads at all the time that a large answer takes.
+// writeSlowly gives a client that reads at all the time that a large answer takes. Of one that has
+// left nothing is said here: the request's context has ended.
 func (s *server) writeSlowly(w http.ResponseWriter, body []byte) {
 	for piece := range slices.Chunk(body, writePiece) {
 		http.NewResponseController(w).SetWriteDeadline(time.Now().Add(time.Minute))
@@ -451,12 +460,14 @@ func (s *server) writeSlowly(w http.ResponseWriter, body []byte) {
 	}
 }
 
+// handleChunk sends a row's bytes as they are, where the client takes gzip.
 func (s *server) handleChunk(w http.ResponseWriter, r *http.Request) error {
 	id := r.PathValue("id")
 	first, err := strconv.ParseInt(r.PathValue("index"), 10, 64)
 	if err != nil {
 		return errNotFound
 	}
+	// A page without events, for its room alone.
 	room := &page{budget: s.outgoing}
 	defer room.release()
 	c, err := s.store.chunkWith(r.Context(), id, first, room.grow)
@@ -516,6 +527,7 @@ func nullable(n, none int64) *int64 {
 	return &n
 }
 
+// utc gives a time in UTC, since pgx reads them in the local zone; nil stays nil.
 func utc(t *time.Time) *time.Time {
 	if t == nil {
 		return nil
@@ -557,6 +569,7 @@ func (s *server) listJSON(rows []storedSession) []sessionJSON {
 	return all
 }
 
+// handleActive lists what rows call live, of all servers; viewers' lists come from memory.
 func (s *server) handleActive(w http.ResponseWriter, r *http.Request) error {
 	rows, err := s.store.active(r.Context())
 	if err != nil {
@@ -566,6 +579,7 @@ func (s *server) handleActive(w http.ResponseWriter, r *http.Request) error {
 	return nil
 }
 
+// handleSession answers from the database alone: what is not committed is not in it.
 func (s *server) handleSession(w http.ResponseWriter, r *http.Request) error {
 	id := r.PathValue("id")
 	from, err := queryNumber(r, "chunksFrom", 0, 0, maxIndex)
@@ -606,6 +620,7 @@ func (s *server) handleSession(w http.ResponseWriter, r *http.Request) error {
 	return nil
 }
 
+// handleErrors looks for the session first: one without errors is no 404.
 func (s *server) handleErrors(w http.ResponseWriter, r *http.Request) error {
 	id := r.PathValue("id")
 	if _, err := s.store.session(r.Context(), id); err != nil {

@@ -6,7 +6,8 @@ import (
 	"time"
 )
 
-// The hub numbers events, keeps them until they are committed and fans them out.
+// The hub numbers events, keeps them until they are committed, the newest for longer,
+// and fans them out.
 // Who records and who watches it knows by their outboxes.
 //
 // It lets go of a session in three ways:
@@ -20,17 +21,22 @@ import (
 // session is one recording that is live, in its grace period, or not yet wholly
 // stored. The hub's goroutine owns it.
 type session struct {
+	// epoch is that of this server's last claim. about is shared with summaries, and only replaced.
 	id    string
 	epoch int64
 	about *description
 
 	tracker    *outbox   // who records it; nil in the grace period and after its end
 	detachedAt time.Time // when the tracker had gone
-	ackTo      *outbox   // the last tracker
-	firstSeq   int64     // of the tracker's own page: lower numbers are of pages before it
-	shared     bool      // others may record it beside its tracker
-	ended      bool
-	hidden     bool // its page is in the background
+	// ackTo is told of commits also after tracker has become nil: a post, or a page that ends its
+	// session, waits for them.
+	ackTo    *outbox // the last tracker
+	firstSeq int64   // of the tracker's own page: lower numbers are of pages before it
+	shared   bool    // others may record it beside its tracker
+	// No tracker and no grace period: it leaves memory with the flush that ends its row, unless a
+	// tracker comes back before.
+	ended  bool
+	hidden bool // its page is in the background
 
 	now     counters // with all that was accepted
 	durable counters // with what is committed
@@ -45,6 +51,7 @@ type session struct {
 	writing bool      // a writer has the flush
 	retryAt time.Time // when a flush that failed is tried again
 
+	// awaitCommits in the order in which they came, each up to no less than the one before.
 	waiting []waiting // for commits
 
 	snapshotAt      time.Time // when the newest full snapshot came
@@ -57,6 +64,7 @@ func (s *session) dirty() bool { return s.flush != nil || len(s.pending) > 0 || 
 // hurries reports whether the session does not wait for its interval.
 func (s *session) hurries() bool { return s.ended || s.flush != nil || s.hurry }
 
+// summary is a copy that any goroutine may keep: what it points to never changes.
 func (s *session) summary() summary {
 	return summary{id: s.id, epoch: s.epoch, about: s.about, now: s.now, isActive: !s.ended, state: s.state()}
 }
@@ -99,155 +107,6 @@ func (s *session) oldest() int64 {
 	return s.durable.events
 }
 
-// Commands to the hub. A reply goes on a channel with room for it, which the
-// asker makes and nobody closes.
-type (
-	enter struct { // a connection is there
-		out    *outbox
-		viewer bool
-	}
-	leave struct{ out *outbox } // and ends
-
-	// reserve precedes a claim in the database. Without a token, a session that a
-	// live connection records, or has reserved, is not to be had. Each reserve that
-	// is granted is followed by attach or unreserve.
-	// With share, a session that was begun so is recorded by out as well, without a claim.
-	reserve struct {
-		out            *outbox
-		id             string
-		byToken, share bool
-		cost           int64 // of its description
-		reply          chan reservation
-	}
-	unreserve struct { // its claim has failed
-		id   string
-		cost int64 // as it was reserved
-	}
-	// attach makes out the tracker of a session that is claimed in the database.
-	attach struct {
-		unreserve
-		out     *outbox
-		claim   claim
-		about   *description
-		started message // what viewers are told
-
-		firstSeq int64
-		share    bool
-		reply    chan attached
-	}
-	publish struct {
-		out *outbox
-		id  string // of its session
-		b   *batch
-		m   message // for the session's viewers, if b has no events; nil when they need not know
-	}
-	// awaitCommit asks for the commit of all that a session has, now. The reply is
-	// the seq that is committed then, 0 when the session is gone.
-	awaitCommit struct {
-		id    string
-		reply chan int64
-	}
-	hurry      struct{ id string } // what the session has is committed now, nobody waits for it
-	visibility struct {            // the tracker's page goes into the background, or comes back
-		out    *outbox
-		m      message // for the session's viewers
-		hidden bool
-	}
-	finish struct{ out *outbox } // the tracker ends its session
-
-	// join makes out watch a session that is in memory, or one that was read from
-	// the database as stored. The reply says whether it could.
-	join struct {
-		out    *outbox
-		id     string
-		stored *summary
-		reply  chan bool
-	}
-	unjoin struct {
-		out *outbox
-		id  string
-	}
-
-	nextWork  struct{ reply chan []*flush } // a writer is free
-	flushDone struct{ flushes []*flush }
-
-	memoryQuery struct { // what memory has of a session, from an event on
-		id       string
-		from, to int64
-		reply    chan inMemory
-	}
-	liveQuery  struct{ reply chan []summary }
-	stateQuery struct { // of those sessions that are in memory, of these or, with nil, of all
-		ids   []string
-		reply chan map[string]string
-	}
-	statsQuery struct{ reply chan hubStats }
-	evict      struct { // the session was deleted
-		id    string
-		reply chan struct{}
-	}
-	drain struct{} // no more events will come: end and store everything
-
-	// The follower's, see follow.go.
-	followQuery struct{ reply chan following }
-	rowsRead    struct { // what the rows of these sessions say; some may have none
-		watched []watched
-		rows    map[string]foreignRow
-	}
-	listRead struct { // all live sessions of other servers, asked for at some time
-		asked time.Time
-		rows  []foreignRow
-		reply chan []string // those whose rows are to be read
-	}
-	appeared struct { // the rows of those
-		asked    time.Time
-		sessions []storedSession
-	}
-	marked struct{ ids []string } // sessions of this server that somebody watches on another
-)
-
-type command any
-
-// reservation answers reserve.
-type reservation int
-
-const (
-	granted reservation = iota
-	taken               // a live connection has the session
-	noRoom              // sessions fill their share of the budget
-	joins               // out records the session beside its tracker
-	alone               // its tracker does not share it
-)
-
-// attached answers attach. With outdated, a newer claim came first.
-type attached struct {
-	outdated bool
-	accepted int64 // seq of the last batch that was taken
-	stored   int64 // seq of the last batch that is committed
-}
-
-// waiting is an awaitCommit that is not answered yet.
-type waiting struct {
-	upTo  counters // to be committed
-	reply chan int64
-}
-
-// inMemory answers memoryQuery: the batches with the events asked for, in order;
-// events before the first of them are in the database, if anywhere.
-type inMemory struct {
-	ok      bool
-	session summary
-	batches []*batch
-}
-
-type hubStats struct {
-	sessions, live    int
-	events            int64
-	trackers, viewers int
-	tailBytes         int64
-	oldest            time.Duration // how long the database has kept an event waiting
-}
-
 // hub is how others reach the hub's goroutine, run, which owns all state of
 // sessions. The goroutine never waits: no I/O, no SQL, no JSON of events, no
 // blocking send.
@@ -259,11 +118,13 @@ type hub struct {
 	metrics *metrics
 }
 
+// newHub makes a hub that answers nothing before run.
 func newHub(cfg config, b *budget, m *metrics) *hub {
 	return &hub{cfg: cfg, cmds: make(chan command, 256), done: make(chan struct{}), budget: b, metrics: m}
 }
 
-// send gives the hub a command. It reports false when the hub has stopped.
+// send gives the hub a command, and waits where many are queued: not for the hub's own goroutine.
+// It reports false when the hub has stopped.
 func (h *hub) send(cmd command) bool {
 	select {
 	case h.cmds <- cmd:
@@ -273,8 +134,8 @@ func (h *hub) send(cmd command) bool {
 	}
 }
 
-// ask sends a command and waits for its reply. ok is false when the hub has
-// stopped.
+// ask sends a command that has reply in it, and waits for the answer. reply must have room for it.
+// ok is false when the hub has stopped.
 func ask[R any](h *hub, reply chan R, cmd command) (r R, ok bool) {
 	if !h.send(cmd) {
 		return r, false
@@ -293,9 +154,11 @@ type hubState struct {
 	sessions map[string]*session
 	recorded map[*outbox]*session // what each tracker records
 	claiming map[string]int       // claims in the database that are not attached yet, by session
+	// In their grace period; all connections that are no viewers.
 	grace    map[*session]struct{}
 	trackers int
 
+	// Each viewer with what it watches, by session; the same watches by session first.
 	viewers  map[*outbox]map[string]*watch
 	watchers map[string]map[*outbox]*watch // also of sessions that are not in memory
 	lagging  map[*outbox]bool              // viewers that had no room: sent nothing until they have read all
@@ -305,12 +168,16 @@ type hubState struct {
 	listed       bool            // foreign was read
 	marks        map[string]bool // sessions that viewers of other servers watch
 
-	queue        []*session // with something to store, oldest first; some have been stored since
-	urgent       []*session // those that do not wait for their interval
-	retry        map[*session]bool
-	writers      []chan []*flush // free ones
-	inFlight     int
-	draining     bool
+	// A session may stand in both, and in either after it was stored or forgotten: see nextFlushes.
+	queue  []*session // with something to store, oldest first; some have been stored since
+	urgent []*session // those that do not wait for their interval
+	// retry has the sessions whose flush waits for its retryAt; inFlight is how many flushes writers
+	// have.
+	retry    map[*session]bool
+	writers  []chan []*flush // free ones
+	inFlight int
+	draining bool
+	// What all pending, all tails and all descriptions take of the budget.
 	pendingBytes int64
 	tailBytes    int64
 	aboutBytes   int64
@@ -351,6 +218,7 @@ func (h *hub) run(ctx context.Context) {
 	}
 }
 
+// handle does one command. To all but awaitCommit and nextWork it replies before the next one.
 func (h *hubState) handle(cmd command) {
 	switch cmd := cmd.(type) {
 	case publish:
@@ -464,6 +332,7 @@ func (h *hubState) tick(now time.Time) {
 	}
 }
 
+// enter takes notice of a connection. A viewer is told what is live.
 func (h *hubState) enter(cmd enter) {
 	if !cmd.viewer {
 		h.trackers++
@@ -473,6 +342,8 @@ func (h *hubState) enter(cmd enter) {
 	h.tell(cmd.out, activeSessions(h.live(h.share())))
 }
 
+// leave undoes enter, and all that the connection recorded or watched. Without viewers nobody
+// follows other servers: what is known of them is forgotten.
 func (h *hubState) leave(out *outbox) {
 	watching, viewer := h.viewers[out]
 	if !viewer {
@@ -493,8 +364,8 @@ func (h *hubState) leave(out *outbox) {
 
 // Events.
 
-// publish takes a tracker's batch, or tells the tracker why not. A batch that was
-// taken before is only acked again, to who has sent it: an earlier page, perhaps.
+// publish takes a tracker's batch, or tells the tracker why not and gives back the batch's room. A
+// batch that was taken before is only acked again, to who has sent it: an earlier page, perhaps.
 func (h *hubState) publish(cmd publish) {
 	s, b := h.sessionOf(cmd), cmd.b
 	switch {
@@ -535,7 +406,7 @@ func (h *hubState) sessionOf(cmd publish) *session {
 	return nil
 }
 
-// take numbers a batch and keeps it for the next flush.
+// take numbers a batch and keeps it for the next flush. Its frame is complete from here on.
 func (h *hubState) take(s *session, b *batch) {
 	if b.report != nil {
 		b.first, b.report.id = s.now.events, s.now.errors
@@ -554,6 +425,7 @@ func (h *hubState) take(s *session, b *batch) {
 	h.enqueue(s)
 }
 
+// awaitCommit replies at once where all is committed; otherwise what is pending hurries.
 func (h *hubState) awaitCommit(cmd awaitCommit) {
 	s := h.sessions[cmd.id]
 	if s == nil {
@@ -590,6 +462,7 @@ func (s *session) answer(gone bool) {
 
 // What is in memory.
 
+// inMemory passes over a session that waits in its grace period and is stored.
 func (h *hubState) inMemory(cmd memoryQuery) inMemory {
 	s := h.sessions[cmd.id]
 	if s == nil || s.tracker == nil && !s.dirty() {
@@ -598,8 +471,8 @@ func (h *hubState) inMemory(cmd memoryQuery) inMemory {
 	return inMemory{true, s.summary(), s.memory(cmd.from, cmd.to)}
 }
 
-// live gives the live sessions of all servers, as many as have room in a list of
-// most bytes.
+// live gives the live sessions of all servers, this one's first, as many as have room in a list of
+// most bytes. Which ones it leaves out is chance.
 func (h *hubState) live(most int) (all []summary) {
 	size := activeSessions{}.size()
 	add := func(s summary) bool {
@@ -622,6 +495,7 @@ func (h *hubState) live(most int) (all []summary) {
 	return all
 }
 
+// stats looks at every session: it is for questions that come seldom.
 func (h *hubState) stats() hubStats {
 	stats := hubStats{sessions: len(h.sessions), trackers: h.trackers, viewers: len(h.viewers), tailBytes: h.tailBytes}
 	now := time.Now()

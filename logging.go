@@ -29,6 +29,7 @@ const (
 	rejectionsLog  = "rejections"  // failures of background work that nobody waits for
 )
 
+// logFileName has groups for kind, day, number and .gz. What does not match is never touched.
 var logFileName = regexp.MustCompile(
 	`^(application|error|exceptions|rejections)-(\d{4}-\d\d-\d\d)(?:\.([1-9]\d{0,8}))?\.log(\.gz)?$`)
 
@@ -129,8 +130,9 @@ func (l *logs) countFailure(err error) {
 // logFile is where the lines of a kind go. Each line opens it anew, so that one
 // that somebody has moved, removed or emptied is begun again.
 type logFile struct {
-	logs   *logs
-	kind   string
+	logs *logs
+	kind string
+	// Of the file that was written last; day is empty before the first line.
 	day    string
 	number int // of the newest file of that day
 }
@@ -170,6 +172,7 @@ func (f *logFile) open(n int) (file *os.File, err error) {
 		if err != nil {
 			return nil, err
 		}
+		// A file whose size cannot be told is written all the same.
 		size, err := file.Seek(0, io.SeekEnd)
 		if err != nil || f.logs.maxSize == 0 || size == 0 || size+int64(n) <= f.logs.maxSize {
 			return file, nil
@@ -178,6 +181,7 @@ func (f *logFile) open(n int) (file *os.File, err error) {
 	}
 }
 
+// today is the local date, by which files are named.
 func today() string { return time.Now().Format(time.DateOnly) }
 
 // maintain keeps the files in order, now and at every full minute, midnight

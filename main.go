@@ -32,6 +32,8 @@ const (
 	shutdownTime = 18 * time.Second // for everything; systemd and others wait about 20
 )
 
+// main ends with status 1 where the start fails, or where not everything was stored. A second
+// signal is not heard while the server stops, which takes shutdownTime at most.
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
@@ -89,6 +91,8 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 	return s.run(ctx)
 }
 
+// assemble makes the parts and starts none of them: the database is asked by housekeep first, and
+// hub and writers begin in run. The caller closes the store.
 func assemble(cfg config, logs *logs) (*server, error) {
 	st, err := openStore(context.Background(), cfg.database, logs.rejected)
 	if err != nil {
@@ -165,6 +169,8 @@ func (s *server) stop(srv *http.Server) error {
 	s.notify("STOPPING=1")
 	ctx, cancel := context.WithTimeout(context.Background(), shutdownTime)
 	defer cancel()
+	// The first Shutdown closes the listener now. The second waits for answers that are being
+	// written, which may take a second after the last commit.
 	go srv.Shutdown(ctx)                                     // ends with ctx at the latest
 	closing, cancel := context.WithTimeout(ctx, 3*closeTime) // who does not go by then waits for no commit
 	defer cancel()
@@ -204,6 +210,7 @@ type certificate struct {
 	pair      atomic.Pointer[tls.Certificate]
 }
 
+// load reads both files. With an error the pair that was read before stays.
 func (c *certificate) load() error {
 	pair, err := tls.LoadX509KeyPair(c.cert, c.key)
 	if err == nil {
@@ -235,6 +242,8 @@ func (s *server) handleSignals(ctx context.Context) {
 	}
 }
 
+// reloadCertificate is SIGHUP's work; without TLS there is none. Connections that are open keep
+// the certificate that they began with.
 func (s *server) reloadCertificate() {
 	if s.cfg.certificate == nil {
 		return
@@ -261,8 +270,9 @@ func (s *server) notify(state string) {
 	}
 }
 
-// housekeep applies the schema as soon as the database is there, and from then
-// on marks live sessions and deletes old ones.
+// housekeep applies the schema as soon as the database is there. From then on it says that this
+// server is there, ends sessions that nobody records, follows other servers, and deletes what is
+// old.
 func (s *server) housekeep(ctx context.Context) {
 	for attempt := 0; ; attempt++ {
 		err := s.store.applySchema(ctx)
@@ -318,7 +328,8 @@ func (s *server) beat(ctx context.Context) {
 	}
 }
 
-// illness says why the server cannot store what it is sent; "" when it can.
+// illness says why the server cannot store what it is sent; "" when it can. beat is the error of
+// this beat. A reason that somebody has to mend stands before one that may pass by itself.
 func (s *server) illness(beat error) string {
 	waiting, last := s.stats().oldest, s.store.last.Load()
 	late, fresh := waiting > s.cfg.batchInterval+maxWaiting, last != nil && time.Since(last.at) < time.Minute
@@ -337,7 +348,8 @@ func (s *server) illness(beat error) string {
 	return ""
 }
 
-// sweep ends sessions that nobody records.
+// sweep ends sessions in the database that nobody records, of any server. What this hub holds is
+// recorded, or waits for its tracker, or for its last commit.
 func (s *server) sweep(ctx context.Context) {
 	reply := make(chan map[string]string, 1)
 	held, ok := ask(s.hub, reply, stateQuery{nil, reply})
@@ -349,6 +361,8 @@ func (s *server) sweep(ctx context.Context) {
 	}
 }
 
+// cleanUp deletes what RETENTION_HOURS and MAX_STORAGE_BYTES no longer keep. It counts what was
+// deleted before an error, too.
 func (s *server) cleanUp(ctx context.Context) {
 	n, err := s.store.removeOld(ctx, s.cfg.retention, int64(s.cfg.maxStorageBytes))
 	if err != nil && ctx.Err() == nil {

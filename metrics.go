@@ -84,6 +84,7 @@ type fetches struct {
 	since       time.Time // of now
 }
 
+// originCounts is of one origin in one period, and in /stats of both.
 type originCounts struct {
 	Origin   string           `json:"origin"`
 	Fetches  int64            `json:"fetches"`
@@ -91,12 +92,14 @@ type originCounts struct {
 	Refusals map[string]int64 `json:"refusals"` // by reason
 }
 
+// Of a period the first origins are counted, others not.
 const (
 	maxOrigins   = 100
 	maxOrigin    = 256 // bytes of one
 	originPeriod = 30 * time.Minute
 )
 
+// count calls add with the origin's counts, under the lock; for no origin it does nothing.
 func (f *fetches) count(origin string, add func(*originCounts)) {
 	if origin == "" || len(origin) > maxOrigin {
 		return
@@ -117,7 +120,7 @@ func countsOf(all map[string]*originCounts, origin string) *originCounts {
 	return all[origin]
 }
 
-// forget drops what is too old.
+// forget drops what is too old, and begins a period where that is due. The caller holds mu.
 func (f *fetches) forget() {
 	age := time.Since(f.since)
 	if age < originPeriod {

@@ -10,13 +10,14 @@ import (
 	"nhooyr.io/websocket"
 )
 
-// message is something to be sent to a client. The goroutine that sends it calls
-// encode.
+// message is something to be sent, to one client or to many. Each goroutine that sends it calls
+// encode, which changes nothing.
 type message interface {
 	encode() []byte
 	size() int // about, in bytes
 }
 
+// A batch is sent to each viewer as the same bytes.
 func (b *batch) encode() []byte { return b.frame }
 func (b *batch) size() int      { return int(b.cost) }
 
@@ -35,14 +36,16 @@ const (
 // ack, and at last the reason why the connection closes. The hub knows clients
 // by their outboxes. Every method is safe for concurrent use, and none waits but
 // wait.
+// add and start are called with mu locked; all others lock it.
 type outbox struct {
 	wake  func() // starts the goroutine that sends; called with mu locked
 	abort func() // ends a connection whose peer does not take the last messages
 
-	mu       sync.Mutex
-	queue    []message
-	bytes    int // of the queue and of what is being sent; answers are left out
-	writing  int // of these, what is being sent
+	mu      sync.Mutex
+	queue   []message
+	bytes   int // of the queue and of what is being sent; answers are left out
+	writing int // of these, what is being sent
+	// seq 0: there is none.
 	acked    ack // the newest that is not sent
 	closing  *closeFrame
 	closed   bool          // nothing is sent any more
@@ -87,6 +90,8 @@ const (
 // handshake.
 const closeTime = 2 * time.Second
 
+// newOutbox makes an outbox that gathers. With conn.open somebody sends what is in it; a post's
+// answer takes it out.
 func newOutbox() *outbox {
 	return &outbox{progress: make(chan struct{}, 1), wake: func() {}, abort: func() {}}
 }
@@ -118,6 +123,7 @@ type uncounted struct{ message }
 
 func (uncounted) size() int { return 0 }
 
+// add reports false where a reason to close stands, or nothing is sent any more.
 func (o *outbox) add(m message) bool {
 	if o.closed || o.closing != nil {
 		return false
@@ -169,6 +175,7 @@ func (o *outbox) start() {
 func (o *outbox) next() (m message, last *closeFrame) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
+	// Who asks for the next has sent the one before.
 	o.sent, o.bytes, o.writing = o.taken, o.bytes-o.writing, 0
 	select {
 	case o.progress <- struct{}{}:
@@ -225,14 +232,15 @@ func (o *outbox) length() int {
 	return len(o.queue)
 }
 
+// isSending reports whether a message is being sent, or is about to be.
 func (o *outbox) isSending() bool {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	return o.sending
 }
 
-// end lets nothing more in, and drops what is not sent. Only a reason to close, and
-// what stands before it, is sent nevertheless, unless now is set: parting says so.
+// end lets nothing more in, and drops what is not sent. Only a reason to close, and what stands
+// before it, is sent nevertheless, unless now is set: parting says that a sender is still at that.
 func (o *outbox) end(now bool) (parting bool) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
@@ -252,14 +260,17 @@ func envelope(typ string, data any) text {
 	}{typ, data})
 }
 
+// errorMessage has a code for programs, of doc/protocol.md, and a reason for people.
 func errorMessage(code, reason string) text {
 	return envelope("error", map[string]string{"message": reason, "code": code})
 }
 
+// sessionID is the data of a message that names a session and says no more of it.
 type sessionID struct {
 	ID string `json:"sessionId"`
 }
 
+// Messages as small as these are encoded where they are made, in the hub as well.
 func sessionEnded(id string) text { return envelope("session_ended", sessionID{id}) }
 func takeSnapshot(id string) text { return envelope("take_snapshot", sessionID{id}) }
 
@@ -267,6 +278,7 @@ func sessionState(id, state string) text {
 	return envelope("session_state", map[string]string{"sessionId": id, "state": state})
 }
 
+// lagged names the event with which live goes on.
 func lagged(id string, next int64) text {
 	return envelope("session_lagged", map[string]any{"sessionId": id, "nextIndex": next})
 }
@@ -276,7 +288,7 @@ func sessionStarted(id string, about *description) text {
 		"sessionId": id, "userId": about.userID, "metadata": json.RawMessage(about.brief)})
 }
 
-// summary is a session as lists show it.
+// summary is a session as lists show it, in memory or read from its row. about is never nil.
 type summary struct {
 	id       string
 	epoch    int64
@@ -309,6 +321,7 @@ func (a activeSessions) size() int {
 	return n
 }
 
+// listSize is about what the session takes in a list's JSON, and in memory beside it.
 func (s *summary) listSize() int { return 160 + len(s.id) + len(s.about.userID) + len(s.about.brief) }
 
 func (a activeSessions) encode() []byte {

@@ -26,6 +26,7 @@ type asset struct {
 	etag         string
 }
 
+// newAsset compresses a file once, at the start, as well as gzip can.
 func newAsset(name string, body []byte) asset {
 	sum := sha256.Sum256(body)
 	types := map[string]string{".html": "text/html", ".js": "text/javascript", ".css": "text/css"}
@@ -91,6 +92,7 @@ func mediaPolicy(origins []string) string {
 	return open.Replace(viewerPolicy) + "; media-src" + list
 }
 
+// mediaSlot is the place in view.html, which withMedia fills.
 const mediaSlot = `name="media-origins" content="`
 
 // withMedia tells the viewer's page the same: its frames have a policy of their own.
@@ -124,10 +126,12 @@ func (s *server) serve(w http.ResponseWriter, r *http.Request, name, cache strin
 	http.ServeContent(w, r, "", time.Time{}, bytes.NewReader(body))
 }
 
+// takesGzip takes the word for a yes: a client that says gzip;q=0 is not known.
 func takesGzip(r *http.Request) bool {
 	return strings.Contains(r.Header.Get("Accept-Encoding"), "gzip")
 }
 
+// page makes a handler that answers with an HTML file, under a Content-Security-Policy.
 func (s *server) page(name, policy string) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Content-Security-Policy", policy)
@@ -136,6 +140,7 @@ func (s *server) page(name, policy string) http.HandlerFunc {
 	}
 }
 
+// handleRoot shows a browser the list, and tells a program what is here.
 func (s *server) handleRoot(w http.ResponseWriter, r *http.Request) {
 	if isBrowser(r) {
 		s.page("index.html", viewerPolicy)(w, r)
@@ -144,6 +149,8 @@ func (s *server) handleRoot(w http.ResponseWriter, r *http.Request) {
 	s.query(s.handleAbout)(w, r)
 }
 
+// handleAbout tells viewers the INGEST_KEY, which stands in each recorded page: the list shows the
+// tag to copy.
 func (s *server) handleAbout(w http.ResponseWriter, r *http.Request) error {
 	s.write(w, http.StatusOK, map[string]any{
 		"name": "session-replay", "version": version(),
@@ -155,10 +162,12 @@ func (s *server) handleAbout(w http.ResponseWriter, r *http.Request) error {
 	return nil
 }
 
+// handleAsset has browsers ask each time; the ETag spares them the file.
 func (s *server) handleAsset(w http.ResponseWriter, r *http.Request) {
 	s.serve(w, r, r.PathValue("file"), "no-cache")
 }
 
+// handleTracker lets pages of all sites load the script, and counts those that did.
 func (s *server) handleTracker(w http.ResponseWriter, r *http.Request) {
 	s.fetches.count(originOf(r), func(c *originCounts) { c.Fetches++ })
 	w.Header().Set("Access-Control-Allow-Origin", "*")

@@ -19,13 +19,15 @@ import (
 // when it is left. The messages have the same handlers as those of a WebSocket. A
 // post is answered when all of it is committed.
 
-// post is a connection of one request. Its outbox gathers what the answer says.
+// post is a connection of one request: it reads as one, and has no WebSocket and no writer. Its
+// outbox gathers what the answer says.
 type post struct {
 	conn
 	tracker  *tracker
 	sessions []string // that it has recorded
 }
 
+// maxPostTime begins with the header, and is for the body, its handling and its commit.
 const (
 	maxPostTime = 45 * time.Second // the answer may not take longer than http.Server's WriteTimeout
 	postPause   = 3 * time.Second  // so long after a post its page, which has a token, is not said to have left
@@ -49,6 +51,7 @@ func (s *server) handlePost(w http.ResponseWriter, r *http.Request) {
 	defer p.cancel()
 	p.out.abort = p.cancel
 	stopReading := func() { http.NewResponseController(w).SetReadDeadline(time.Now()) }
+	// Reading a body does not end with a context: the deadline ends it.
 	defer context.AfterFunc(p.ctx, stopReading)()
 	p.tracker = s.newTracker(&p.conn, r, addr)
 	s.open.Store(&p.conn, nil)
@@ -126,7 +129,8 @@ func (p *post) handleLines(body []byte) error {
 	return nil
 }
 
-// take gives a message to the handler, and remembers which session it was of.
+// take gives a message to the handler, and remembers which session it was of. What the hub has taken
+// over no longer counts as growing.
 func (p *post) take(msg []byte) error {
 	kept, err := p.handle(msg)
 	p.reserved -= kept
@@ -175,8 +179,8 @@ func (p *post) awaitCommits() error {
 	return nil
 }
 
-// answer says what the outbox holds, one message a line, and at last what went
-// wrong with the whole.
+// answer says what the outbox holds, one message a line, and at last what went wrong with the whole.
+// An ack that came before an error is in it: so much is stored.
 func (p *post) answer(w http.ResponseWriter, err error) {
 	var out []byte
 	m, last := p.next()
@@ -231,6 +235,7 @@ func refusal(err error, last *closeFrame) *protocolError {
 	return nil
 }
 
+// refusals name the close codes that an answer tells of; statuses go by error codes and these names.
 var (
 	refusals = map[closeCode]string{closeTaken: "taken", closeDeleted: "session_deleted", closePolicy: "refused"}
 	statuses = map[string]int{ // of what is not 400
@@ -247,6 +252,8 @@ type unpacker struct {
 	read bool         // something of it
 }
 
+// Read gives io.EOF where body and stream end together. Whatever else is wrong with a stream, or
+// stands behind it, is errNotInflated.
 func (u *unpacker) Read(p []byte) (n int, err error) {
 	if head, _ := u.wire.Peek(2); !u.read && string(head) == "\x1f\x8b" {
 		if u.z, err = gzip.NewReader(u.wire); err != nil {

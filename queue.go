@@ -11,7 +11,8 @@ import (
 // flush that comes back is acked, tried again, or the end of its session.
 
 const (
-	flushBytes      = 4 << 20 // so much that is pending starts a transaction at once
+	flushBytes = 4 << 20 // so much that is pending starts a transaction at once
+	// Of the budget. A transaction takes no further session beyond as many.
 	maxFlushBytes   = 8 << 20 // one session's share of a transaction
 	maxFlushReports = 500
 	maxPause        = 2 * time.Second // between two attempts
@@ -46,8 +47,10 @@ func (h *hubState) dispatch() (finished bool) {
 	return h.draining && len(h.queue)+len(h.urgent)+len(h.retry)+h.inFlight == 0
 }
 
+// due reports whether a free writer has something to do.
 func (h *hubState) due() bool { return len(h.urgent) > 0 || h.queueDue() }
 
+// queueDue reports whether the first has waited for BATCH_INTERVAL, or what is there is enough.
 func (h *hubState) queueDue() bool {
 	return len(h.queue) > 0 && (h.overThreshold() || time.Since(h.queue[0].queued) >= h.cfg.batchInterval)
 }
@@ -61,6 +64,7 @@ func (h *hubState) overThreshold() bool {
 // Those that are watched elsewhere take no others along: they come so often that
 // the chunks of all would be small.
 func (h *hubState) nextFlushes() (work []*flush) {
+	// along: sessions that have time left are stored with those that have not.
 	bytes, along := int64(0), h.queueDue()
 	for len(work) < h.cfg.batchSize && bytes < maxFlushBytes && (len(h.urgent) > 0 || along && len(h.queue) > 0) {
 		queue := &h.urgent
@@ -89,6 +93,7 @@ func (h *hubState) nextFlushes() (work []*flush) {
 	return work
 }
 
+// failedBefore reports whether a flush of the session is to be tried again.
 func (s *session) failedBefore() bool { return s.flush != nil && s.flush.attempts > 0 }
 
 // startFlush gives a writer what is to be stored of a session: the flush that
@@ -103,7 +108,8 @@ func (h *hubState) startFlush(s *session) *flush {
 	return f
 }
 
-// newFlush makes what is pending of a session, up to a bound, a flush.
+// newFlush makes what is pending of a session, up to a bound, a flush. Its totals lack the bytes of
+// the chunks, which are not made yet.
 func (h *hubState) newFlush(s *session) *flush {
 	f := &flush{session: s.id, totals: s.durable}
 	n, bytes, reports := 0, int64(0), 0
@@ -115,6 +121,7 @@ func (h *hubState) newFlush(s *session) *flush {
 			reports++
 		}
 	}
+	// What is left gets an array of its own: the old one would keep the flush's batches in memory.
 	f.batches = s.pending[:n:n]
 	s.pending, s.hurry = slices.Clone(s.pending[n:]), s.hurry && n < len(s.pending)
 	h.pendingBytes -= bytes
@@ -158,7 +165,8 @@ func (h *hubState) keepChunks(f *flush) {
 	f.kept = size
 }
 
-// committed acks what is stored and keeps it as the session's tail.
+// committed acks what is stored and keeps it as the session's tail; with a flush that has ended its
+// row the session leaves memory.
 func (h *hubState) committed(s *session, f *flush) {
 	s.durable, s.flush = f.totals, nil
 	s.ack(s.ackTo)
@@ -181,6 +189,7 @@ func (h *hubState) committed(s *session, f *flush) {
 	h.enqueue(s)
 }
 
+// ack tells a connection what is committed, which may be less than it has sent. out may be nil.
 func (s *session) ack(out *outbox) {
 	if out != nil && s.durable.seq > 0 {
 		out.ack(s.id, s.durable.seq)
@@ -202,7 +211,7 @@ func (h *hubState) trimTails(s *session) {
 	}
 }
 
-// trim drops the n oldest batches of a session's tail.
+// trim drops the n oldest batches of a session's tail, and gives their room back.
 func (h *hubState) trim(s *session, n int) {
 	var bytes int64
 	for _, b := range s.tail[:n] {

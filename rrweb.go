@@ -12,6 +12,7 @@ import (
 // which it keeps for its tab, and which is the session's id. Events that tell of
 // the recording become metadata. Nothing is numbered: what it sends again, where
 // an answer was lost, is stored again.
+// Its handle takes the place of the tracker's, which starts and ends the session for it.
 type rrwebClient struct {
 	*tracker
 	recording string

@@ -24,6 +24,7 @@ type filter struct {
 	active      *bool
 }
 
+// Counting more would read an index to its end.
 const maxTotal = 1000 // sessions are counted up to here
 
 // where makes the filter's clause and its arguments. What is_active is stands in
@@ -65,6 +66,7 @@ func (f filter) where() (clause string, args []any) {
 // find gives a page of the sessions that a filter lets through, newest first, one
 // more than limit if there are more, and how many there are, up to one more than
 // maxTotal.
+// found may also end early, where its rows are more than pageBytes: then there are more.
 func (st *store) find(ctx context.Context, f filter, limit, offset int64) (
 	found []storedSession, total int64, err error) {
 	where, args := f.where()
@@ -125,6 +127,7 @@ func checkParams(r *http.Request, names []string) error {
 
 var filterNames = []string{"userId", "url", "from", "to", "minDuration", "errors", "active"}
 
+// parseFilter gives a badRequest for each value that is wrong.
 func parseFilter(r *http.Request) (f filter, err error) {
 	values := r.URL.Query()
 	f.userID, f.url = values.Get("userId"), values.Get("url")
@@ -160,6 +163,7 @@ func queryTime(values url.Values, name string) (t time.Time, err error) {
 
 const maxMillis = 1 << 47 // the year 6429; PostgreSQL and JSON have theirs further on
 
+// queryBool gives nil where the parameter is missing.
 func queryBool(values url.Values, name string) (*bool, error) {
 	switch raw := values.Get(name); raw {
 	case "":
@@ -171,6 +175,7 @@ func queryBool(values url.Values, name string) (*bool, error) {
 	return nil, badRequest(name + " must be true or false")
 }
 
+// handleSessions shows fewer than find has found where the page is full: hasMore says so.
 func (s *server) handleSessions(w http.ResponseWriter, r *http.Request) error {
 	limit, err := queryNumber(r, "limit", 100, 1, 1000)
 	offset, err2 := queryNumber(r, "offset", 0, 0, maxIndex)
@@ -210,6 +215,7 @@ func (s *server) exportPages(ctx context.Context, id string, emit func(events []
 	}
 }
 
+// attachment makes the answer a download that nobody keeps in a cache.
 func attachment(w http.ResponseWriter, contentType, name string) {
 	w.Header().Set("Content-Type", contentType+"; charset=utf-8")
 	w.Header().Set("Content-Disposition", `attachment; filename="`+name+`"`)
@@ -225,6 +231,7 @@ func (s *server) handleExport(w http.ResponseWriter, r *http.Request) error {
 	}
 	s.audit.note(s.access.address(r), "exported", "session", id)
 	attachment(w, "application/json", "session-"+id+".json")
+	// Each page begins with a byte of its own: the array's bracket, or a comma.
 	between, end := byte('['), "[]"
 	err := s.exportPages(r.Context(), id, func(events []byte) error {
 		events[0], between, end = between, ',', "]"
@@ -316,6 +323,7 @@ func userOf(r *http.Request) (string, error) {
 	return f.userID, err
 }
 
+// handleDeleteUser notes in the audit also what was deleted before an error.
 func (s *server) handleDeleteUser(w http.ResponseWriter, r *http.Request) error {
 	userID, err := userOf(r)
 	if err != nil {
@@ -351,6 +359,7 @@ func (s *server) deleteUser(ctx context.Context, userID string) (deleted int, er
 	}
 }
 
+// handleCleanup goes by age alone, and does so for all servers.
 func (s *server) handleCleanup(w http.ResponseWriter, r *http.Request) error {
 	hours, err := queryNumber(r, "maxAgeHours", -1, 0, 1<<20)
 	if err != nil {

@@ -37,7 +37,7 @@ const (
 	maxPage          = 1000             // events in a session_events answer
 )
 
-// core is what connections and requests work with.
+// core is what connections and requests work with. log is for people, logs also has the others.
 type core struct {
 	cfg      config
 	hub      *hub
@@ -55,8 +55,10 @@ type tracker struct {
 	ctx context.Context // ends with its connection
 	out *outbox
 
-	id    string // of the session that it records; empty for none
+	id string // of the session that it records; empty for none
+	// A start that names asked again means the session that it got.
 	asked string // the id that it had asked for
+	// last stays when the session has ended: a post waits for its commit.
 	last  string // the last that it has recorded
 	token string // which continues the session; empty for none
 	share bool   // several may record one session: they cannot number their events
@@ -93,6 +95,7 @@ func (t *tracker) handle(msg []byte) (kept int64, err error) {
 	return 0, errUnknownType
 }
 
+// What a tracker or a viewer is told of a single message; the connection goes on.
 var (
 	errForbidden   = &protocolError{"forbidden", "this type of connection may not send that"}
 	errUnknownType = &protocolError{"unknown_type", "unknown message type"}
@@ -100,6 +103,8 @@ var (
 	errNoSession   = &protocolError{"not_found", "no such session"}
 )
 
+// takeBatch passes a message's events on to the hub, which tells the client where it does not take
+// them.
 func (t *tracker) takeBatch(f frame) (kept int64, err error) {
 	switch {
 	case t.id == "":
@@ -118,6 +123,7 @@ func (t *tracker) takeBatch(f frame) (kept int64, err error) {
 	return b.cost, nil
 }
 
+// parseSeq gives a batch's number, 0 for one without.
 func parseSeq(f frame) (int64, error) {
 	if f.seq == nil {
 		return 0, nil
@@ -129,11 +135,13 @@ func parseSeq(f frame) (int64, error) {
 	return seq, nil
 }
 
+// sequenceGap tells a tracker from which number it is to send again.
 func sequenceGap(expected int64) text {
 	return envelope("error", map[string]any{
 		"code": "sequence_gap", "message": fmt.Sprintf("expected seq %d", expected), "expected": expected})
 }
 
+// endSession does nothing where another session than this connection's is named.
 func (t *tracker) endSession(f frame) error {
 	if t.id == "" {
 		return errNotStarted
@@ -211,12 +219,15 @@ func withSession(typ string, data []byte, id string) (message, error) {
 
 // What a session_start says.
 
+// validID lets nothing through that JSON, a header or a file's name would have to escape: they are
+// made without looking at the id again.
 var (
 	isID    = regexp.MustCompile(`^[A-Za-z0-9_.:-]{1,128}$`).MatchString
 	noIDs   = []string{".", "..", "active", "cleanup", "export"} // paths have another meaning with them
 	validID = func(id string) bool { return isID(id) && !slices.Contains(noIDs, id) }
 )
 
+// start is a session_start, read; begin writes into id and token what the session got.
 type start struct {
 	id     string
 	about  description
@@ -349,6 +360,7 @@ func clean(s string) string {
 	}, s), maxText)
 }
 
+// cut gives the first bytes of a text, and of a character all or nothing.
 func cut(s string, most int) string {
 	if len(s) > most {
 		s = strings.Clone(strings.ToValidUTF8(s[:most], "")) // otherwise all of s would stay in memory
@@ -371,6 +383,7 @@ func (t *tracker) startSession(f frame) error {
 		t.hub.send(finish{t.out})
 		t.id = ""
 	}
+	// known is the session that this connection records, where the start means that.
 	got, err := t.begin(&st, known != "")
 	if err == errLaterPage {
 		t.id, t.asked, t.last = st.id, asked, st.id // its batches are taken where their numbers fit
@@ -409,6 +422,7 @@ func (t *tracker) begin(st *start, counted bool) (attached, error) {
 		}
 		got, err := t.claim(st, resuming)
 		switch {
+		// Nobody has this token yet: the session is begun with it.
 		case err == errToken && resuming && st.create:
 			resuming = false
 		case err == errTaken && (t.share || st.create && attempt < 6) && pause(t.ctx, attempt):
@@ -427,6 +441,7 @@ func (t *tracker) begin(st *start, counted bool) (attached, error) {
 	}
 }
 
+// No client is told errTaken, nor the store's errToken: begin finds another session.
 var (
 	errTaken     = errors.New("another connection records the session")
 	errLaterPage = &protocolError{"later_page", "a later page of the tab records the session"}
@@ -435,6 +450,7 @@ var (
 // claim reserves a session in the hub, claims it in the database, and attaches
 // it: three steps, so that two trackers of one session meet before either has
 // changed its row.
+// resuming: the token that st has is to open the row. A tracker that joins gets no numbers.
 func (t *tracker) claim(st *start, resuming bool) (attached, error) {
 	reserved, answer := unreserve{st.id, st.about.cost()}, make(chan reservation, 1)
 	r, ok := ask(t.hub, answer, reserve{t.out, st.id, resuming, t.share, reserved.cost, answer})

@@ -32,11 +32,13 @@ const (
 	deadAfter    = time.Minute // a server that has not said for so long that it is there
 	deleteStep   = 50          // sessions that are looked up at once to be deleted
 	maxActive    = 10_000      // sessions in one list
+	// Beyond it no age is believed.
 	maxClockSkew = time.Hour
 
 	cleanupTimeout = 10 * time.Minute
 )
 
+// What callers tell apart. Every other error of the store is the database's.
 var (
 	errNotFound = errors.New("no such session")
 	errClocks   = errors.New("the clocks of this machine and the database differ by more than an hour: " +
@@ -52,13 +54,14 @@ type store struct {
 	log    *slog.Logger
 	uplink atomic.Pointer[uplink]
 	pooled atomic.Bool // a pooler was met that needs a setting
-	server string      // this process among those that share the database
-	last   atomic.Pointer[failure]
-	skew   atomic.Int64 // how far this machine's clock is ahead of the database's, in nanoseconds
+	// It is new at each start: what this machine recorded before is another server's.
+	server string // this process among those that share the database
+	// nil as soon as something was committed or claimed.
+	last atomic.Pointer[failure]
+	skew atomic.Int64 // how far this machine's clock is ahead of the database's, in nanoseconds
 }
 
-// failure is what the database last refused to do, since nothing was committed or
-// claimed.
+// failure is the last error of the database. It is forgotten when something is committed or claimed.
 type failure struct {
 	err       error
 	at, since time.Time // the last one; the first one, a minute apart at most from the next
@@ -116,9 +119,12 @@ func (st *store) applySchema(ctx context.Context) error {
 
 // Claims.
 
+// claimed are the columns that scanClaim reads.
 const claimed = ` returning epoch, user_id, event_count, error_count, raw_bytes, stored_bytes,
 	coalesce(first_event_time, 0), coalesce(last_event_time, 0), coalesce(snapshot_index, -1), last_seq`
 
+// $1 to $7 are the same in both: id, user, URL, metadata, token, server, page. With $8 the row keeps
+// its user.
 const (
 	insertSession = `insert into sessions (session_id, user_id, url, metadata, resume_hash, server, page, is_active)
 		values ($1, $2, $3, $4, $5, $6, $7, true) on conflict do nothing` + claimed
@@ -172,6 +178,7 @@ func scanClaim(row pgx.Row) (c claim, err error) {
 	return c, err
 }
 
+// hashToken gives nil for no token: null, which equals nothing.
 func hashToken(token string) []byte {
 	if token == "" {
 		return nil
@@ -180,7 +187,7 @@ func hashToken(token string) []byte {
 	return sum[:]
 }
 
-// failed takes notice of an error.
+// failed takes notice of an error, for /health. Whoever calls it writes the log, where it matters.
 func (st *store) failed(err error) {
 	f := &failure{err, time.Now(), time.Now()}
 	if last := st.last.Load(); last != nil && f.at.Sub(last.at) < time.Minute {
@@ -222,6 +229,7 @@ type storedSession struct {
 	endedAt              *time.Time
 }
 
+// sessionColumns are what list scans, in this order.
 const sessionColumns = `session_id, user_id, url, metadata::text, is_active, created_at, updated_at, ended_at,
 	event_count, error_count, raw_bytes, stored_bytes, coalesce(first_event_time, 0), coalesce(last_event_time, 0),
 	coalesce(snapshot_index, -1), last_seq`
@@ -244,6 +252,7 @@ func (st *store) list(ctx context.Context, clause string, args ...any) (found []
 			return nil, err
 		}
 		a.brief = excerpt(a.metadata, documented, maxField)
+		// All of it is read where one session was asked for, which is the first row.
 		if len(found) > 0 {
 			a.metadata = nil // in lists nobody reads it
 		}
@@ -319,6 +328,7 @@ func (st *store) events(ctx context.Context, id string, from, to int64,
 // the chunk.
 func (st *store) chunkWith(ctx context.Context, id string, number int64,
 	room func(context.Context, int64) error) (c chunk, err error) {
+	// Each question has its time; between them room may wait for long.
 	query, cancel := context.WithTimeout(ctx, queryTimeout)
 	defer cancel()
 	err = st.pool.QueryRow(query, `select first_index, event_count, raw_bytes from session_events
@@ -386,6 +396,7 @@ type totals struct {
 	sessions, active, events, bytes int64
 }
 
+// totals reads every row: it takes seconds where there are millions.
 func (st *store) totals(ctx context.Context) (t totals, err error) {
 	err = st.pool.QueryRow(ctx, `select count(*), count(*) filter (where is_active),
 		coalesce(sum(event_count), 0)::bigint,

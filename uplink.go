@@ -23,12 +23,14 @@ const (
 // uplink is what connections are made by until their server is given up. Cutting
 // it ends them all, also what they still wait for, and the attempts to make more.
 type uplink struct {
+	// Each connection, and each attempt at one, waits for its end.
 	open   context.Context // until the cut
 	cut    context.CancelFunc
 	silent string // address of the server that the last one was given up for
 	since  time.Time
 }
 
+// newUplink makes one that avoids an address, or with "" none.
 func newUplink(silent string) *uplink {
 	open, cut := context.WithCancel(context.Background())
 	return &uplink{open, cut, silent, time.Now()}
@@ -59,6 +61,7 @@ type upConn struct {
 	forget func() bool // that it is to be ended
 }
 
+// Close also takes the connection off the uplink's list.
 func (c *upConn) Close() error {
 	c.forget()
 	return c.Conn.Close()

@@ -44,6 +44,7 @@ func (v *viewer) handle(msg []byte) (kept int64, err error) {
 	return 0, errUnknownType
 }
 
+// listSessions holds the list's room until it is sent: no further request is read before.
 func (v *viewer) listSessions() error {
 	reply := make(chan []summary, 1)
 	live, _ := ask(v.hub, reply, liveQuery{reply})
@@ -64,6 +65,7 @@ type sessionRequest struct {
 	Limit     int64  `json:"limit"`
 }
 
+// parseRequest gives 0 for numbers that are missing. An id that no session can have is errNoSession.
 func parseRequest(f frame) (sessionRequest, error) {
 	var r sessionRequest
 	if err := json.Unmarshal(f.data, &r); err != nil || r.FromIndex < 0 || r.Limit < 0 {
@@ -98,6 +100,7 @@ func (v *viewer) joinSession(f frame) error {
 	return nil
 }
 
+// queryError makes of the store's error what the viewer is told; the connection goes on.
 func (v *viewer) queryError(err error) error {
 	if errors.Is(err, errNotFound) {
 		return errNoSession
@@ -119,6 +122,7 @@ func (v *viewer) leaveSession(f frame) error {
 	return err
 }
 
+// sendPage answers get_session_events, and holds the page's room until that is sent.
 func (v *viewer) sendPage(f frame) error {
 	r, err := parseRequest(f)
 	if err != nil {
@@ -142,6 +146,7 @@ func (v *viewer) sendPage(f frame) error {
 
 // page is some events of a session, in order.
 type page struct {
+	// As it was when the page was begun, with the number of all its events.
 	session summary
 	text    []byte // what the caller began it with, and the events, with commas between them
 	count   int64
@@ -149,6 +154,7 @@ type page struct {
 	cost    int64 // taken from the budget
 }
 
+// add puts an event behind the others. more: the page has room for a next one.
 func (p *page) add(event []byte) (more bool) {
 	if p.count > 0 {
 		p.text = append(p.text, ',')
@@ -160,7 +166,8 @@ func (p *page) add(event []byte) (more bool) {
 
 const pageEnd = 200 // bytes that a caller may add to a page's text
 
-// grow takes room for a chunk of so much JSON, and for as much of it in the page.
+// grow takes room for a chunk of so much JSON, and for as much of it in the page. Room that the page
+// has already counts: the largest chunk decides.
 func (p *page) grow(ctx context.Context, raw int64) error {
 	more := 2*raw - p.cost
 	if more <= 0 {
@@ -181,6 +188,7 @@ func (p *page) shrink() {
 	}
 }
 
+// release gives all room back; the page's text must be sent by then.
 func (p *page) release() { p.budget.finish(p, p.cost, p.cost) }
 
 // eventPage gives the events of a session from one number on, at most limit and
@@ -206,6 +214,7 @@ func (c *core) eventPage(ctx context.Context, id string, from, limit int64, star
 		p.session = row.summary
 	}
 	to := min(from+limit, p.session.now.events)
+	// What memory does not have, from `from` to here, is in the database.
 	committed := to
 	if len(memory.batches) > 0 {
 		committed = min(to, memory.batches[0].first)
@@ -215,6 +224,7 @@ func (c *core) eventPage(ctx context.Context, id string, from, limit int64, star
 			return p, err
 		}
 	}
+	// Where the rows have filled the page, its end lies before the first batch, and none is added.
 	for _, b := range memory.batches {
 		for i := from + p.count; i >= b.first && i < min(to, b.end()) && len(p.text) < pageBytes; i++ {
 			e := b.events[i-b.first]

@@ -6,12 +6,13 @@ import (
 	"time"
 )
 
-// The hub's viewers. Everything for a viewer goes through tell: a viewer that has
-// no room is lagging, is sent nothing more until it has read what it has, and is
-// then told what it missed.
+// The hub's viewers. All that the hub tells them unasked goes through tell: a viewer that has no
+// room is lagging, is sent nothing more until it has read what it has, and is then told what it
+// missed.
 
 // watch is a viewer's interest in a session.
 type watch struct {
+	// next is behind end while the viewer had no room. Both are numbers of events.
 	next int64 // the first event that the viewer has neither been sent nor told to page for
 	end  int64 // one past the newest event that was published
 	live bool  // the viewer takes the session for live
@@ -35,6 +36,7 @@ func (h *hubState) share() int {
 // requests, may take in memory.
 func outgoingBytes(cfg config) int64 { return max(int64(cfg.maxBufferBytes)/4, outgoingMin) }
 
+// outgoingMin lets one page be made: that takes twice pageBytes, of the half that may grow.
 const outgoingMin = 4 * pageBytes
 
 // tell sends a viewer a message, and reports whether the viewer had room.
@@ -46,24 +48,29 @@ func (h *hubState) tell(out *outbox, m message) bool {
 	return !h.lagging[out]
 }
 
+// toViewers tells all who are connected. Those who have no room get the list later.
 func (h *hubState) toViewers(m message) {
 	for out := range h.viewers {
 		h.tell(out, m)
 	}
 }
 
+// toWatchers tells those who have joined the session. What they have no room for is not made up for.
 func (h *hubState) toWatchers(id string, m message) {
 	for out := range h.watchers[id] {
 		h.tell(out, m)
 	}
 }
 
+// tellState tells those who watch the session whether its page is there.
 func (h *hubState) tellState(s *session) {
 	for out, w := range h.watchers[s.id] {
 		h.tellStateTo(out, s.id, w, s.state())
 	}
 }
 
+// tellStateTo leaves w.state as it was for a viewer without room: catchUp sees the difference. An
+// ended session, whose state is empty, is told of by session_ended.
 func (h *hubState) tellStateTo(out *outbox, id string, w *watch, state string) {
 	if state != "" && h.tell(out, sessionState(id, state)) {
 		w.state = state
@@ -85,6 +92,7 @@ func (h *hubState) states(ids []string) map[string]string {
 	return states
 }
 
+// tellEnded tells all viewers. Those who watch the session are owed it when they have no room.
 func (h *hubState) tellEnded(id string) {
 	m := sessionEnded(id)
 	for out, watching := range h.viewers {
@@ -110,6 +118,7 @@ func (h *hubState) fanOut(s *session, b *batch) {
 	}
 }
 
+// tellLagged tells the viewer to page up to w.end. One without room is told by catchUp.
 func (h *hubState) tellLagged(out *outbox, id string, w *watch) {
 	if h.tell(out, lagged(id, w.end)) {
 		w.next = w.end
@@ -135,6 +144,8 @@ func (h *hubState) catchUp(out *outbox) {
 	h.tell(out, activeSessions(h.live(h.share()-out.held())))
 }
 
+// join puts the answer into the outbox before any live batch: the viewer's place is the number of
+// events that the answer has.
 func (h *hubState) join(cmd join) bool {
 	watching := h.viewers[cmd.out]
 	if watching == nil {
@@ -163,6 +174,7 @@ func (h *hubState) join(cmd join) bool {
 	return true
 }
 
+// unwatch does nothing for a session that the viewer does not watch.
 func (h *hubState) unwatch(out *outbox, id string) {
 	delete(h.viewers[out], id)
 	delete(h.watchers[id], out)

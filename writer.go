@@ -40,7 +40,7 @@ type writer struct {
 	log     *slog.Logger // failures that nobody waits for
 }
 
-// run ends with the hub.
+// run ends with the hub. A flush that comes again has its chunks already.
 func (w *writer) run(ctx context.Context) {
 	for {
 		reply := make(chan []*flush, 1)
@@ -111,6 +111,8 @@ func (w *writer) keep(work []*flush, err error) {
 	}
 }
 
+// updateRow meets no row where the session was deleted, or has a newer epoch, or has more than the
+// flush.
 const (
 	// ended_at is now() or null. Citus takes no now() in a case.
 	updateRow = `update sessions set event_count = $3, error_count = $4, raw_bytes = $5, stored_bytes = $6,
@@ -129,7 +131,8 @@ const (
 		from sessions where session_id = $1 and epoch = $2 on conflict do nothing`
 )
 
-// commit stores flushes in one transaction. Every statement holds for the
+// commit stores flushes in one transaction, and sets the outcome of each if there is no error.
+// Every statement holds for the
 // flush's epoch only: the first locks the row, so the others see the same. All
 // values are absolute and never go back, and all rows have their keys: storing
 // twice changes nothing, be it because a commit's answer was lost, or because
@@ -151,6 +154,7 @@ func (w *writer) commit(ctx context.Context, work []*flush) error {
 	return nil
 }
 
+// queue adds the statements of a flush. Its outcome is set while the batch's results are read.
 func queue(statements *pgx.Batch, f *flush) {
 	t := f.totals
 	statements.Queue(updateRow, f.session, f.epoch, t.events, t.errors, t.raw, t.stored, t.firstTime, t.endTime,
@@ -190,7 +194,8 @@ func (w *writer) markDeleted(ctx context.Context, work []*flush) {
 	}
 }
 
-// encode makes the flush's chunks. An event's bytes go in as they came.
+// encode makes the flush's chunks, once, and adds their bytes to its totals. An event's bytes go in
+// as they came.
 func (f *flush) encode() {
 	f.chunks = []chunk{}
 	e := chunkEncoder{text: make([]byte, 0, min(f.cost(), chunkBytes))} // growing would cost half of the speed
@@ -218,6 +223,7 @@ type chunkEncoder struct {
 	sum   counters // of its events
 }
 
+// add begins the array with a bracket where it is empty; finish ends it.
 func (e *chunkEncoder) add(ev event, number int64, text []byte) {
 	separator := byte(',')
 	if e.sum.events == 0 {
@@ -245,6 +251,7 @@ var gzipWriters = sync.Pool{New: func() any {
 	return z
 }}
 
+// zip lets others run after each piece. In memory it cannot fail.
 func zip(text []byte) []byte {
 	var out bytes.Buffer
 	z := gzipWriters.Get().(*gzip.Writer)
