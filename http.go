@@ -298,13 +298,14 @@ func (s *server) query(handle queryHandler, names ...string) http.HandlerFunc {
 // queryHandler answers, or gives an error; never both.
 type queryHandler func(http.ResponseWriter, *http.Request) error
 
-// withRoom makes a handler wait until memory has room for a list.
+// withRoom makes a handler wait until memory has room for a list: its rows, and their JSON.
 func (s *server) withRoom(handle queryHandler) queryHandler {
 	return func(w http.ResponseWriter, r *http.Request) error {
-		if s.outgoing.take(r.Context(), pageBytes) != nil {
+		const room = 2 * pageBytes
+		if s.outgoing.take(r.Context(), room) != nil {
 			return nil // the client has left
 		}
-		defer s.outgoing.give(pageBytes)
+		defer s.outgoing.give(room)
 		return handle(w, r)
 	}
 }
