@@ -274,7 +274,7 @@ func parseOrigin(s string) (string, error) {
 	if err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Hostname() == "" || u.Scheme+"://"+u.Host != s {
 		return "", fmt.Errorf("%q is not of the form https://host[:port]", s)
 	}
-	return s, nil
+	return strings.TrimSuffix(s, map[string]string{"http": ":80", "https": ":443"}[u.Scheme]), nil
 }
 
 // parseHost gives a host in lower case, without a port or with one.

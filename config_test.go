@@ -84,7 +84,7 @@ var testSettings = []string{
 	"ACCESS_TOKEN | token |  | sixteen letters.=sixteen letters.",
 	"INGEST_KEY | key |  | k=k",
 	"TRACKER_ORIGINS | trackerOrigins | [*] | " +
-		" HTTPS://Shop.example ,http://[::1]:99,=[https://shop.example http://[::1]:99] | ,=[]",
+		" HTTPS://Shop.example:443 ,http://[::1]:99,=[https://shop.example http://[::1]:99] | ,=[]",
 	"VIEWER_ORIGINS | viewerOrigins | [] | https://v.example=[https://v.example]",
 	"MEDIA_ORIGINS | mediaOrigins | [] | https://v.example=[https://v.example]",
 	"PUBLIC_HOSTS | publicHosts | [] | A.example:8443 , b.example=[a.example:8443 b.example]",

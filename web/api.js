@@ -9,7 +9,10 @@ export async function request(path, options = {}) {
     location.reload();
     return new Promise(() => {});
   }
-  if (!response.ok) throw Object.assign(new Error(response.statusText), { status: response.status });
+  if (!response.ok) {
+    const { status } = response, { error = `the server answered ${status}` } = await response.json().catch(() => ({}));
+    throw Object.assign(new Error(error), { status });
+  }
   return response;
 }
 

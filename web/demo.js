@@ -75,14 +75,14 @@ function thank(form) {
 
 // The recorder loads on its own; its session's id is there a moment later.
 function showSession(tries = 0) {
-  const id = window.sessionReplay?.sessionId;
-  if (id) {
+  const { sessionId: id, state } = window.sessionReplay ?? {};
+  if (id && state.transport) {
     $("watch").href = `/view/${encodeURIComponent(id)}`;
     $("notice").classList.add("live");
   } else if (tries < 25) {
     setTimeout(showSession, 200, tries + 1);
   } else {
-    $("notice-text").textContent = "This page is not being recorded: the recorder is missing (make web), or this browser asks sites not to (Global Privacy Control).";
+    $("notice-text").textContent = "This page is not being recorded: the recorder is missing (make web), the server has an INGEST_KEY, which this page does not, or this browser asks sites not to (Global Privacy Control).";
     $("watch").hidden = true;
   }
 }

@@ -158,7 +158,7 @@ export class Picture {
 
   onBuild(node) {
     const root = node?.getRootNode(), el = node?.nodeType === 3 ? node.parentElement : node;
-    if (root && root.nodeType !== 1) this.roots.add(root);
+    if (root?.getAnimations && root.nodeType !== 1) this.roots.add(root); // no detached node
     if (el?.nodeType === 1) this.news.add(el);
     this.soon();
   }

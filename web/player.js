@@ -260,6 +260,7 @@ export class Player {
     this.scene?.setSpeed(this.speed);
     await this.recording.load();
     if (this.state === 'waiting') this.setState('empty');
+    if (this.turn === 0) this.seek(this.recording.start); // it ended while the page opened
   }
 
   // A hidden page gets no animation frames: it stops, and goes on when seen.

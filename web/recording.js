@@ -3,11 +3,12 @@
 // clock, on a time line without its steps, everywhere in the player.
 
 import { getJSON, patiently, request } from './api.js';
+import { wellFormed } from './events.js';
 import { FULL, META } from './story.js';
 import { isDoubtful, Timeline } from './timeline.js';
 
 const PAGE = 1000; // events in a page of what is not committed yet
-const isFull = (e) => e?.type === FULL;
+const isFull = (e) => e?.type === FULL && wellFormed(e);
 
 export class Recording {
   constructor(id, onWait) {
@@ -31,7 +32,7 @@ export class Recording {
     this.total = Math.max(this.total ?? 0, info.eventCount ?? 0);
     this.chunks = await this.placed(chunks);
     this.start = this.chunks[0]?.startTime ?? info.startTime ?? this.start ?? null;
-    this.end = Math.max(this.end ?? -Infinity, this.chunks.at(-1)?.endTime ?? -Infinity);
+    this.end = this.chunks.reduce((end, chunk) => Math.max(end, chunk.endTime ?? end), this.end ?? -Infinity);
     if (this.total > this.committed && info.endTime !== undefined) {
       this.end = Math.max(this.end, this.timeline.place(this.timeline.at(this.total), info.endTime));
     }

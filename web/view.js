@@ -216,9 +216,19 @@ function controls() {
     jump(recording.start + Number($.seek.value));
   };
   $.speed.onchange = () => player.setSpeed(Number($.speed.value));
-  $.skip.checked = player.skip = localStorage.getItem('skip') !== 'false';
-  $.skip.onchange = () => localStorage.setItem('skip', player.skip = $.skip.checked);
+  $.skip.checked = player.skip = kept('skip') !== 'false';
+  $.skip.onchange = () => kept('skip', player.skip = $.skip.checked);
   document.addEventListener('keydown', key);
+}
+
+// kept gives what this browser keeps under a name, or keeps a value: where it may.
+function kept(name, value) {
+  try {
+    if (value !== undefined) localStorage.setItem(name, value);
+    return localStorage.getItem(name);
+  } catch {
+    return null;
+  }
 }
 
 function readAll() {
@@ -226,9 +236,13 @@ function readAll() {
   scan().catch(failed);
 }
 
-function fullScreen() {
-  if (document.fullscreenElement) document.exitFullscreen();
-  else $.player.requestFullscreen().catch(() => note('This browser does not allow full screen here.'));
+async function fullScreen() {
+  if (document.fullscreenElement) return document.exitFullscreen();
+  try {
+    await $.player.requestFullscreen(); // which iPhones do not have
+  } catch {
+    note('This browser does not allow full screen here.');
+  }
 }
 
 function faster(by) {

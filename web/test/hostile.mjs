@@ -60,7 +60,8 @@ export function vectors(evil) {
     node("LINK", { rel: "preconnect", href: url("styled-preconnect"), _cssText: "b {}" }),
     node(["iframe"], { src: url("list-for-a-name") }),
     node("link", { rel: "dns-prefetch", href: name("dns-prefetch") }),
-    node("link", { rel: "icon", href: url("icon") }),
+    node("link", { rel: "icon", href: url("icon") }), node("link", { rel: "stylesheet", href: { toString: 1 } }),
+    node("canvas", { rr_dataURL: { toString: 1 } }), node("meta", { NAME: "referrer", content: "unsafe-url" }),
     node("link", { rel: "manifest", href: url("manifest") }),
     node("a", { href: `javascript:${run("a-javascript")}`, id: "click", ping: url("ping") }, "click me"),
     node("a", { href: name("anchor-dns") }, "a link"),
@@ -107,7 +108,8 @@ const broken = (t) => [
   { type: 3, timestamp: t, data: { source: 2, type: 99, id: 3 } }, { type: 3, timestamp: t, data: { source: 3, id: 99999, x: 1, y: 1 } },
   { type: 3, timestamp: t, data: { source: 8, id: 3, adds: [{ rule: "}}}{", index: 1e9 }] } }, { type: 3, timestamp: t, data: { source: 13, id: 3, index: [0], set: 5 } },
   { type: 3, timestamp: t, data: { source: 10, family: "evil", fontSource: "[", buffer: true } }, { type: 3, timestamp: t, data: { source: 15, id: 3, styles: 5 } },
-  { type: 99, timestamp: t, data: {} }, { type: 5, timestamp: t, data: { tag: {}, payload: null } }, { type: 3, timestamp: 1e300, data: { source: 0 } },
+  { type: 99, timestamp: t, data: {} }, { type: 3, timestamp: t, data: { source: 2, type: "2", id: 3 } },
+  { type: 5, timestamp: t, data: { tag: {}, payload: null } }, { type: 3, timestamp: 1e300, data: { source: 0 } },
 ];
 
 // recording gives the events: the vectors in a full snapshot, then once more in
@@ -131,7 +133,7 @@ export function recording(evil, start = Date.now() - 60_000) {
   };
   return [
     { type: 4, timestamp: t, data: { href: `javascript:${run("href")}`, width: 1000, height: 700 } },
-    { type: 2, timestamp: t, data: { node: page, initialOffset: { left: 0, top: 0 } } },
+    { type: 2, timestamp: t, data: { node: page, initialOffset: 5 } },
     ...broken(at(200)),
     mutation({ adds: vectors(`${evil}/added`).map((n) => ({ parentId: target.id, nextId: null, node: n })) }),
     ...broken(at(200)),
