@@ -1,13 +1,13 @@
-// The part of the tracker that brings to the server what tracker.js has recorded.
+// The part of the tracker that brings to the server what tracker-record.js has recorded.
 // A batch is held until the server has acked it, and sent again on each new
 // connection; the server knows by its number what it has already.
 
 const SILENCE_MS = 30000; // without a session_ready or an ack: the connection is dead
 const RETRY_MS = 500, RETRY_MAX_MS = 30000;
-const POST_MS = 1000, POST_SIZE = 500000; // between two POSTs; what one has, so that proxies let it pass
+const POST_MS = 1000, POST_SIZE = 500000; // between two POSTs; UTF-16 units that one has, so that proxies let it pass
 const POSTS_MS = 3 * 60000; // of POSTs, until a WebSocket is tried again
 const LAST_SIZE = 60000; // bytes: browsers let a fetch outlive its page up to 64 KiB
-const PACK_SIZE = 800000; // UTF-16 units of JSON; more of it would not become so small
+const PACK_SIZE = 800000; // UTF-16 units of JSON; of more the compressed text would not fit into LAST_SIZE
 const TELL_MS = 5000; // between two messages about pages and clicks
 
 let held = []; // batches and errors that are not acked: {seq (0: not sent yet), snap, text, kind (of an error)}
@@ -132,8 +132,10 @@ function sendLast(...more) {
   fetch(options.posts, { method: "POST", body, keepalive: true }).catch(() => {});
 }
 
-// watch gives the connection up when the server owes an answer for too long.
+// watch gives the connection up when the server owes an answer for too long, and has
+// recording go on when a full buffer is half empty.
 function watch() {
+  if (fullSince && heldSize() < BUFFER / 2) mendSoon();
   clearTimeout(silence);
   if (socket && (!ready || held.length)) silence = setTimeout(safe(() => closed()), SILENCE_MS);
 }
@@ -259,7 +261,6 @@ function acked(seq) {
   retries = refusals = 0;
   watch();
   transmit();
-  if (fullSince && heldSize() < BUFFER / 2) mendSoon();
 }
 
 function transmit() {

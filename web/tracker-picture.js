@@ -1,6 +1,7 @@
 // The part of the tracker that notes what the picture needs and rrweb does not
-// record. tracker.js calls picture.complete() with each event before it is cleaned,
-// picture.meet() with each node in it, and picture.took() at the end. The notes are attributes, and travel as rrweb's
+// record. tracker-record.js calls picture.complete() with each event before it is
+// cleaned, and picture.took() after it was pushed; tracker-privacy.js calls
+// picture.meet() with each node in it. The notes are attributes, and travel as rrweb's
 // own mutations, in their place among all others:
 //
 //   replay-size     "W H": the box of what is not recorded (pictures, canvases, icons)
@@ -74,13 +75,14 @@ const picture = (() => {
     if (timer && pause <= ms) return;
     clearTimeout(timer);
     pause = ms;
-    timer = setTimeout(safe(() => { noteMissed(); look(); }), Math.max(ms, Math.min(SHARE * cost, 1000)));
+    timer = setTimeout(safe(look), Math.max(ms, Math.min(SHARE * cost, 1000)));
   }
 
   function look(most = MEASURE_MS) {
     const begun = performance.now();
     clearTimeout(timer);
     timer = 0;
+    noteMissed();
     const moving = new Map();
     for (const root of roots) {
       if (!(root.host ? root.isConnected : root.defaultView)) { roots.delete(root); continue; }

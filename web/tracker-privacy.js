@@ -1,6 +1,6 @@
-// The part of the tracker that says what may leave the page. tracker.js calls
-// clean() with each event that rrweb has finished, and hide() and cutAddress()
-// for what it says itself.
+// The part of the tracker that says what may leave the page. tracker-record.js calls
+// clean() with each event that rrweb has finished; what the tracker says itself goes
+// through hide(), cleanWords() and cutAddress().
 //
 // rrweb masks what inputs show. The rest is closed here, on the finished event:
 // value attributes (behind an emptied field, of hidden, radio and custom
@@ -17,7 +17,7 @@ if (!endsListeners) return;
 
 let maskSelector, blockSelector, anySelector; // the owner's two; all elements that may be secret in themselves
 const IGNORED = "[data-replay-ignore], [data-replay-ignore] *";
-const SHOWN = "[data-replay-show]";
+const SHOWN = "[data-replay-show]:not([data-rr-is-password])"; // rrweb marks what was a password's field
 const EDITOR_CLASS = /CodeMirror|cm-editor|monaco-editor|ace_editor|xterm|ql-editor|ProseMirror/i;
 const EDITORS = "textarea, [contenteditable]:not([contenteditable=false i]), [role~=textbox i], [role~=searchbox i], "
   + "[role~=combobox i], ." + EDITOR_CLASS.source.replace(/\|/g, ", .");
@@ -29,7 +29,7 @@ const BUTTONS = /^(button|submit|reset|image)$/;
 const SET = /^(radio|checkbox|range|color|button|submit|reset|image|select-.*)$/; // nobody types into these
 const OWN_VALUE = /^(button|option|li|progress|meter|data|param)$/; // their value attribute is the page's
 const URLS = /^(href|src|rr_src|action|formaction|xlink:href|data|poster|cite|background|longdesc|manifest)$/;
-const WORDS = /^(title|alt|placeholder|label|summary|value|content|aria-(label|.*description|placeholder)|data-.*)$/;
+const WORDS = /^(title|alt|placeholder|label|summary|value|content|datetime|download|aria-(label|.*description|placeholder)|data-.*)$/;
 const ECHO = /^data-(?!replay-|rr-)/; // on a control: where scripts copy its value
 
 // A form with a field named tagName has no tagName of its own to read, and a
@@ -60,41 +60,43 @@ const isControl = (el) => CONTROLS.test(localName(el));
 const SHORTEST = 4, LONGEST = 20000, MOST = 2000;
 const DRAWN_MS = 2000; // after a key: what appears and is part of what was typed was drawn by an editor
 const typed = new Set(); // folded, the oldest first
-const typedInto = new WeakSet(); // elements that are or were edited: masked whole
+const typedInto = new WeakSet(); // elements that are or were edited, texts that were drawn: masked whole
 const live = new WeakMap(); // a control, or the text at the caret, → what it held last
-const tree = new Map(); // of typed, a character a level; end says that a string ends there
+const tree = new Map(); // of typed, a character a level; end is how many strings end there
 const seeds = new Uint8Array(1 << 16); // hashes of the first SHORTEST characters: without a seed no string begins
 let haystack = null; // all of typed, a line each; null: to be made anew
-let run = "", runIn = null, runAt = -Infinity; // the keys since the last pause, their target, the time of the last one
+let run = "", runIn = null, runAt = -Infinity; // the keys since finish(), their target, the time of the last one
 
 // fold gives a text in lower case, with every blank a space, as long as it was.
-const lower = (text) => text.replace(/\u0130/g, "i").toLowerCase(); // the only letter whose lower case is longer
-const fold = (text) => lower(text).replace(/\s/g, " ");
+// İ is the only letter whose lower case is longer.
+const fold = (text) => text.replace(/\u0130/g, "i").toLowerCase().replace(/[^\S ]/g, " ");
 
 // roll goes on with the hash of the last SHORTEST characters.
-const blank = (code) => code <= 32 || code === 160;
-const roll = (hash, code) => ((hash << 4) ^ (blank(code) ? 32 : code)) & 0xffff;
+const roll = (hash, code) => ((hash << 4) ^ code) & 0xffff;
 
-// plant puts a string into the tree, in pieces if it is long, also in the forms
-// that it has in addresses; end: false takes it out.
-function plant(text, end) {
-  const encoded = encodeURIComponent(text.slice(0, 200).replace(/\p{Cs}/gu, "")).toLowerCase();
-  for (const form of [text, encoded, encoded.replace(/%20/g, "+")]) {
+// plant puts a string into the tree, in pieces if it is long, also as a query has it;
+// by: -1 takes it out.
+function plant(text, by) {
+  for (const form of [text, text.replace(/ /g, "+")]) {
     for (const piece of form.match(/.{4,64}(?!.{1,3}$)/gs) || []) {
-      let node = tree, hash = 0;
-      for (let i = 0; i < piece.length; i++) {
-        if (i < SHORTEST) hash = roll(hash, piece.charCodeAt(i));
-        if (!node.has(piece[i])) node.set(piece[i], new Map());
-        node = node.get(piece[i]);
-      }
-      node.end = end;
+      put(tree, piece, 0, by);
+      let hash = 0;
+      for (let i = 0; i < SHORTEST; i++) hash = roll(hash, piece.charCodeAt(i));
       seeds[hash] = 1;
     }
   }
 }
 
+function put(node, piece, i, by) {
+  if (i === piece.length) return void (node.end = (node.end || 0) + by);
+  const next = node.get(piece[i]) || new Map();
+  node.set(piece[i], next);
+  put(next, piece, i + 1, by);
+  if (!next.end && !next.size) node.delete(piece[i]);
+}
+
 function unlearn(text) {
-  if (typed.delete(text)) plant(text, false);
+  if (typed.delete(text)) plant(text, -1);
 }
 
 // learn remembers a text; before is what it has grown from.
@@ -104,7 +106,7 @@ function learn(text, before = "") {
   if (text.startsWith(fold(before).trim())) unlearn(fold(before).trim());
   if (typed.size >= MOST) unlearn(typed.values().next().value);
   typed.add(text);
-  plant(text, true);
+  plant(text, 1);
   haystack = null;
 }
 
@@ -125,14 +127,26 @@ function learnWords(text) {
 // beginning of one where the word ends, as while it is typed.
 function typedAt(low, i) {
   let node = tree, n = 0, whole = 0;
-  while ((node = node.get(blank(low.charCodeAt(i + n)) ? " " : low[i + n]))) if (n++, node.end) whole = n;
+  while ((node = node.get(low[i + n]))) if (n++, node.end) whole = n;
   return n < SHORTEST || /[\p{L}\p{N}]/u.test(low[i + n] || "") ? whole : n;
+}
+
+function decode(encoded) {
+  try {
+    return decodeURIComponent(encoded);
+  } catch { // part of a character
+    return "?";
+  }
 }
 
 // hide masks in a text what was typed.
 function hide(text) {
   if (!typed.size || text.length < SHORTEST) return text;
-  const low = lower(text);
+  if (text.includes("%")) { // as in addresses: what is masked in them is shown decoded
+    const plain = text.replace(/(%[\da-f]{2})+/gi, decode);
+    if (plain !== text && hide(plain) !== plain) return hide(plain);
+  }
+  const low = fold(text);
   let out = "", from = 0;
   for (let i = 0, hash = 0; i < low.length; i++) {
     hash = roll(hash, low.charCodeAt(i));
@@ -152,7 +166,7 @@ function hideInName(value) {
   if (hide(value) !== value) return value.split(/\s+/).map((word) => (names.has(word) ? word : hide(word))).join(" ");
   if (names.size > 50000 || value.length > 500) return value;
   names.add(value);
-  if (value.includes(" ")) for (const word of value.split(/\s+/)) names.add(word);
+  for (const word of value.split(/\s+/)) names.add(word);
   return value;
 }
 
@@ -193,7 +207,7 @@ function heardKey(event) {
   if (target !== runIn || key.length > 1 && !GOES_ON.test(key)) finish();
   runIn = target;
   if (key === "Backspace") run = run.slice(0, -1);
-  if (key.length !== 1 || event.ctrlKey !== event.altKey || event.metaKey || shows(target)) return;
+  if (key.length !== 1 || event.ctrlKey > event.altKey || event.metaKey || shows(target)) return;
   learn(run + key, run);
   run += key;
   runAt = now();
@@ -262,7 +276,8 @@ function cutFragment(fragment, doc) {
 // parameters, the query, a fragment that is neither a route nor, in doc, the
 // name of a section. Of pictures too: they may be signed.
 function cutAddress(address, doc = null) {
-  if (/^(data|blob):/i.test(address)) return address;
+  const inline = /^(?:blob:|data:([^,]*;base64,)?)/i.exec(address);
+  if (inline) return inline[1] ? address : hide(address);
   const [, path, query = "", fragment = ""] = /^([^?#]*)(\?[^#]*)?(?:#(.*))?$/s.exec(address);
   const open = path.replace(/^([a-z][a-z\d+.-]*:)?\/\/[^/]*@/i, "$1//").replace(/;[^/]*/g, "");
   if (options.allowQuery) return hide(open + query + (fragment && "#" + fragment));
@@ -274,13 +289,13 @@ const cutPlain = (address) => address.replace(/^[^#]*/, (plain) => cutAddress(pl
 
 // cutAddresses cuts the absolute addresses in any text, and in the stack of an
 // error (line and column stay).
-const ABSOLUTE = /\b(?:https?|wss?|ftp|file):\/\/[^\s"'<>\\]+/gi;
-const SESSION = /;\w*sess\w*=[^\s"'<>?#&;/]+/gi;
+const ABSOLUTE = /\b(?:https?|wss?|ftp|file):\/\/(?:[^\s"'<>\\]|'(?=\w))+/gi;
+const SESSION = /;\w{0,20}sess\w{0,20}=[^\s"'<>?#&;/]+/gi;
 function cutAddresses(text) {
   if (text.includes(";")) text = text.replace(SESSION, "");
   if (!text.includes("://")) return text;
   return text.replace(ABSOLUTE, (found) => {
-    const rest = /(?::\d+){0,2}[).,;]*$/.exec(found)[0];
+    const rest = /(?::\d+){0,2}[).,;]{0,9}$/.exec(found)[0];
     return cutAddress(found.slice(0, found.length - rest.length)) + rest;
   });
 }
@@ -288,10 +303,10 @@ function cutAddresses(text) {
 const cleanWords = (text) => hide(cutAddresses(text));
 
 // In style sheets addresses stand in url(…), and words in quotes and variables.
-const CSS_URL = /(url\(\s*\\?["']?|@import\s+["'])(?!data:)([^"')]+)/gi;
+const CSS_URL = /(url\(\s*\\?|@import\s+(?=["']))("[^"\\]*|'[^'\\]*|[^"')\\]+)/gi;
 const CSS_TEXT = /"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|--[\w-]+\s*:[^;}]*/gs;
 function cleanCSS(css) {
-  if (/url\(|@import/i.test(css)) css = css.replace(CSS_URL, (_, before, address) => before + cutPlain(address));
+  if (/url\(|@import/i.test(css)) css = css.replace(CSS_URL, (_, before, address) => before + address.replace(/[^"'].*/s, cutPlain));
   return hide(css) === css ? css : css.replace(CSS_TEXT, hide);
 }
 
@@ -351,7 +366,7 @@ function isTelling(tag, attributes) {
 
 // A link's fragment may name a section of its own page.
 function cleanAddress(el, tag, value) {
-  if (!/^(a|area|form|input|button|iframe|frame|object|embed|link|base)$/.test(tag)) return cutPlain(value);
+  if (tag === "img" || el.ownerSVGElement && tag !== "a") return cutPlain(value);
   const doc = ownerDocument(el), [path] = value.split(/[?#]/);
   return cutAddress(value, !path || path === addressOf(doc).split(/[?#]/)[0] ? doc : null);
 }
@@ -436,9 +451,9 @@ function cleanText(node, text, secret, fresh) {
   const el = outer(node), tag = el && localName(el);
   if (tag === "style") return cleanCSS(text);
   if (tag === "noscript") return ""; // markup as text; a replay never shows it
-  if (secret) return stars(text);
+  if (secret || typedInto.has(node)) return stars(text);
   if (!fresh || !el || !isDrawn(text)) return cleanWords(text);
-  if (tag !== "body" && childElementCount(el) < 4) typedInto.add(el);
+  typedInto.add(tag !== "body" && childElementCount(el) < 4 ? el : node);
   return stars(text);
 }
 
@@ -451,10 +466,10 @@ function cleanMutation(data, seen, fresh) {
   data.attributes = data.attributes.filter(isThere);
   data.texts = data.texts.filter(isThere);
   data.adds = data.adds.filter(({ parentId, node }) => {
+    if (data.isAttachIframe) hearTyping(viewOf(nodeOf(node.id)));
     const around = secrecyAt(nodeOf(parentId) ? parentId : node.id, seen);
     if (around === BLOCKED) return false;
     cleanNode(node, around, seen, fresh);
-    if (data.isAttachIframe) hearTyping(viewOf(nodeOf(node.id)));
     return true;
   });
   for (const text of data.texts) {
@@ -472,7 +487,7 @@ function cleanSheets(data) {
   }
   for (const name of ["replace", "replaceSync", "fontSource"]) if (data[name]) data[name] = cleanCSS(data[name]);
   const { set } = data;
-  if (set && set.value) set.value = cleanDeclaration(set.property, set.value);
+  if (set && set.value) set.value = cleanDeclaration(set.property, `${set.value}`);
   return true;
 }
 

@@ -142,8 +142,7 @@ const takeSnapshot = safe(() => { if (stopRecorder && snapshotAt) record.takeFul
 
 const customEvent = (tag, payload) => ({ type: CUSTOM, data: { tag, payload }, timestamp: now() });
 
-const isPlain = (text) => text.length * 3 < limit || !/[^\0-\x7f]/.test(text);
-const bytesOf = (text) => (isPlain(text) ? text.length : new Blob([text]).size);
+const bytesOf = (text) => (text.length * 3 < limit ? text.length : new Blob([text]).size); // exact where it matters
 
 // fitted gives the text of an event that one message can hold: of a larger one
 // the largest data: addresses are left out.
@@ -164,7 +163,7 @@ function tooLarge() {
 }
 
 function push(event) {
-  if (fullSince) return;
+  if (fullSince || !wanted) return;
   const text = fitted(event);
   if (text === null) return event.type === FULL ? tooLarge() : mend(new Error("an event larger than a message"));
   if (heldSize() + pending.length > BUFFER + snapshotSize) return bufferFull();

@@ -8,7 +8,7 @@ const QUOTA = 2 << 20; // UTF-16 units of batches in sessionStorage
 const IDLE_MS = 30 * 60000; // a page that loads after this begins a new session
 const LOCK_MS = 3000; // how long a page waits for what the one before it holds
 const STORE = "session-replay";
-const VISITOR = [1, 2, 3, 5, 6, 7, 12, 14]; // what a visitor does: mouse, touch, scroll, input, media, selection
+const VISITOR = [1, 2, 3, 5, 6, 7, 12, 14]; // what a visitor does, or a script that scrolls, plays or sets a field
 
 let session = null; // what the tab's pages hand on: see newSession
 let unlock = () => {}; // lets another page of the tab have the session

@@ -17,7 +17,8 @@
 // hidden fields are never shown. What the owner gives to event() and identify() is
 // recorded as it is.
 //
-// What goes wrong here never reaches the page: every way in goes through safe().
+// What goes wrong here never reaches the page's own code: what that calls goes through
+// safe(), and so does what listens where it may throw.
 if (window.sessionReplay && window.sessionReplay.start) return; // embedded twice
 
 const script = document.currentScript || document.querySelector('script[src*="/tracker.js"]');

@@ -201,6 +201,39 @@ test("what a page draws of keys as they come, letter by letter, is masked", asyn
   assert.deepEqual(drawn, [..."********", "saved"]);
 });
 
+test("what is typed is known in other forms, and from places that are not recorded", async (t) => {
+  const page = await visit(t, embed("/forms", `<textarea id=t></textarea><a id=a download>Save</a><p id=p></p>
+    <input id=pw type=password data-replay-show><div data-replay-block><iframe id=f srcdoc="<input>"></iframe></div><p id=q></p>
+    <div style='background:url("/img (1).png?sig=SECRETsigned")'>What everybody may see</div><p>see https://x.test/O'Brien.pdf?sig=SECRETlinked</p>
+    <p data-replay-mask><time datetime="SECRETday">then</time></p><ul id=pad tabindex=0><li>1<li>2<li>3<li>4</ul><script>
+    const $ = (id) => document.getElementById(id);
+    $("t").oninput = () => { $("a").href = "data:text/plain," + encodeURIComponent($("t").value); };
+    $("t").onchange = () => { $("p").textContent = $("t").value + "!"; };
+    $("pad").onkeydown = ({ key }) => { $("pad").append(key); };
+    $("f").onload = () => { $("f").contentDocument.querySelector("input").oninput = (e) => { $("q").textContent = e.target.value; }; };
+  </script>`), { script: movable });
+  const id = await established(page);
+  const typed = { blanks: "qzkw\u3000vjxq", password: secretFor(), blocked: secretFor() };
+  await page.click("#t");
+  await page.keyboard.type(typed.blanks);
+  await page.click("#pw");
+  await page.keyboard.type(typed.password);
+  await page.evaluate(() => { document.getElementById("pw").type = "text"; });
+  await page.frameLocator("#f").locator("input").click();
+  await page.keyboard.type(typed.blocked);
+  assert.equal(await page.locator("#q").textContent(), typed.blocked);
+  await page.focus("#pad");
+  await page.keyboard.type("7w8z");
+  await page.evaluate(() => { window.move(6 * 60_000); document.body.append("after six minutes"); }); // a snapshot is due
+  await until(async () => (await h.events(id)).filter((e) => e.type === 2).length === 2, "a second snapshot");
+  await mark(page, 1);
+  const events = await arrived(page, id), stored = await everything() + h.log();
+  assertNowhere(stored, { ...typed, blanks: "qzkw", behind: "vjxq\u3000" });
+  for (const secret of ["qzkw", "vjxq", "SECRET"]) assert.equal(stored.split(secret)[1]?.slice(0, 99), undefined, secret + stored.split(secret)[0].slice(-200));
+  assert.ok(stored.includes("What everybody may see") && stored.includes("after six minutes"));
+  assert.doesNotMatch(JSON.stringify(events.findLast((e) => e.type === 2)), /"textContent":"[78wz]"/);
+});
+
 test("a page keeps its styles when somebody types the name of a class", async (t) => {
   const page = await visit(t, embed("/card", `<style>.card { color: teal }</style><input id=q><div id=d class="card wide">a card</div><p id=p></p>`));
   const id = await established(page);
