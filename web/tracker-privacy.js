@@ -466,7 +466,7 @@ function cleanMutation(data, seen, fresh) {
   data.attributes = data.attributes.filter(isThere);
   data.texts = data.texts.filter(isThere);
   data.adds = data.adds.filter(({ parentId, node }) => {
-    if (data.isAttachIframe) hearTyping(viewOf(nodeOf(node.id)));
+    if (data.isAttachIframe) hearFrame(nodeOf(node.id));
     const around = secrecyAt(nodeOf(parentId) ? parentId : node.id, seen);
     if (around === BLOCKED) return false;
     cleanNode(node, around, seen, fresh);

@@ -54,6 +54,7 @@ const emit = safe((event) => {
 function startRecorder() {
   const starting = stopRecorder = () => {}; // rrweb emits before it returns, and may be ended then
   snapshotAt = 0;
+  runs++;
   const stop = record({
     emit,
     recordAfter: "DOMContentLoaded",
@@ -131,6 +132,20 @@ function guardForms() {
     Object.defineProperty(Node.prototype, "childNodes", theirs);
     if (Zone) window.Zone = Zone;
   });
+}
+
+// rrweb observes a frame's document anew with each full snapshot, and would tell all
+// that happens in it once more: it leaves a document alone that has no window. Where
+// document.open() has ended its listeners, ours is gone too.
+let runs = 0, isObserved;
+function hearFrame(doc) {
+  const type = `${STORE}:${runs}`;
+  hearTyping(viewOf(doc));
+  isObserved = false;
+  doc.dispatchEvent(new PlainEvent(type));
+  if (!isObserved) return on(doc, type, () => { isObserved = true; });
+  Object.defineProperty(doc, "defaultView", { value: null, configurable: true });
+  Promise.resolve().then(() => delete doc.defaultView); // no script of the page's runs before
 }
 
 function endRecorder() {
