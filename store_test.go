@@ -306,7 +306,7 @@ func (t *storeTest) old(n int, bytes int) {
 	t.Helper()
 	execSQL(t, t.database, `with s as (
 			insert into sessions (session_id, user_id, url, metadata, is_active, ended_at, event_count, stored_bytes)
-			select 'old'||i, 'u', '', '{}', false, now() - interval '100 hours' + i * interval '1 minute', 1, $2
+			select 'old'||i, 'u', '', '{}', false, now() - interval '100 hours' + i * interval '20 minutes', 1, $2
 			from generate_series(1, $1) i returning session_id),
 		e as (insert into session_events (session_id, first_index, event_count, raw_bytes, events)
 			select session_id, 0, 1, 2, 'x' from s)
@@ -343,7 +343,7 @@ func TestStoreRemoveEnded(t *testing.T) {
 	st.stored(st.flush("live", live, numbered(0, 3)...))
 	execSQL(st, st.database, `update sessions set created_at = '2020-01-01', updated_at = '2020-01-01'
 		where session_id = 'live'`)
-	st.removes(103, 100*time.Hour-103*time.Minute-30*time.Second, 0)
+	st.removes(103, 100*time.Hour-103*20*time.Minute-10*time.Minute, 0)
 	st.rows("5 5 4")
 	st.removes(4, 0, 0)
 	st.removes(0, -1000*time.Hour, 0) // the last is live
