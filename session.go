@@ -416,7 +416,7 @@ func (t *tracker) begin(st *start, counted bool) (attached, error) {
 		}
 		if begins := !resuming && !t.continues; begins && !counted {
 			if !t.mayStart() {
-				return attached{}, &protocolError{"too_many_sessions", "too many sessions in a minute from this address"}
+				return attached{}, errTooMany
 			}
 			counted = true
 		}
@@ -445,6 +445,7 @@ func (t *tracker) begin(st *start, counted bool) (attached, error) {
 var (
 	errTaken     = errors.New("another connection records the session")
 	errLaterPage = &protocolError{"later_page", "a later page of the tab records the session"}
+	errTooMany   = &protocolError{"too_many_sessions", "too many sessions in a minute from this address"}
 )
 
 // claim reserves a session in the hub, claims it in the database, and attaches

@@ -67,30 +67,30 @@ function disarmAttributes(tag, attributes) {
 
 // disarmNodes walks a tree, adding the ids of its frames and metas. A loop, not recursion:
 // how deep the tree is, is for the recorded page to say.
-function disarmNodes(root, frames) {
+function disarmNodes(root, armed) {
   for (const open = list([root]); open.length > 0;) {
     const node = open.pop();
     if (typeof (node.tagName ?? '') !== 'string') node.tagName = 'i'; // ['iframe'] would do as a name
     const tag = node.tagName?.toLowerCase();
-    if (FRAMES.includes(tag) || tag === 'meta') frames.add(node.id);
+    if (FRAMES.includes(tag) || tag === 'meta') armed.add(node.id);
     if (isObject(node.attributes)) disarmAttributes(tag, node.attributes);
     for (const child of list(node.childNodes)) open.push(child);
   }
 }
 
-function disarm(e, frames) {
+function disarm(e, armed) {
   if (e.type === FULL) {
     const { left, top } = e.data.initialOffset ?? {};
     e.data.initialOffset = finite(left, top) ? { left, top } : { left: 0, top: 0 };
-    disarmNodes(e.data.node, frames);
+    disarmNodes(e.data.node, armed);
   }
   if (e.type !== INCREMENTAL || e.data.source !== MUTATION) return;
-  for (const { node } of list(e.data.adds)) disarmNodes(node, frames);
+  for (const { node } of list(e.data.adds)) disarmNodes(node, armed);
   for (const change of list(e.data.attributes)) {
     if (!isObject(change.attributes)) continue;
     forget(change.attributes, ['rel', ...ARMED]); // a link without rel does nothing
     pointInside(change.attributes);
-    if (frames.has(change.id)) forget(change.attributes, ['src', 'data', 'name']);
+    if (armed.has(change.id)) forget(change.attributes, ['src', 'data', 'name']);
   }
 }
 
@@ -100,7 +100,7 @@ export class Cleaner {
     const { width, height } = viewport ?? {};
     this.size = finite(width, height) ? { width, height } : { width: 1280, height: 720 };
     this.last = null; // time of the newest event
-    this.frames = new Set(); // ids of nodes that load documents, or could say what is sent with requests
+    this.armed = new Set(); // ids of nodes that load documents, or could say what is sent with requests
     this.story = new Story(onMoment);
   }
 
@@ -115,7 +115,7 @@ export class Cleaner {
       const timestamp = this.last = Math.max(e.timestamp, this.last ?? e.timestamp);
       e.timestamp = timestamp;
       try { this.story.take(e); } catch { /* words that no page has */ }
-      disarm(e, this.frames);
+      disarm(e, this.armed);
       if (e.type === META && this.resize(e.data)) {
         events.push({ type: INCREMENTAL, data: { source: RESIZE, ...this.size }, timestamp });
       }

@@ -139,13 +139,15 @@ function decode(encoded) {
   }
 }
 
-// hide masks in a text what was typed.
+// hide masks in a text what was typed. Where that is encoded, as in addresses, all of
+// the text is shown decoded.
 function hide(text) {
   if (!typed.size || text.length < SHORTEST) return text;
-  if (text.includes("%")) { // as in addresses: what is masked in them is shown decoded
-    const plain = text.replace(/(%[\da-f]{2})+/gi, decode);
-    if (plain !== text && hide(plain) !== plain) return hide(plain);
-  }
+  const plain = text.includes("%") ? text.replace(/(%[\da-f]{2})+/gi, decode) : text, masked = mask(plain);
+  return masked === plain && plain !== text ? mask(text) : masked;
+}
+
+function mask(text) {
   const low = fold(text);
   let out = "", from = 0;
   for (let i = 0, hash = 0; i < low.length; i++) {
