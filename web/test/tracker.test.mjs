@@ -145,6 +145,32 @@ test("a full buffer makes an honest gap", async (t) => {
   await arrived(page, id);
 });
 
+test("a full buffer goes on when another connection says that all of it is stored", async (t) => {
+  const script = () => {
+    window.WebSocket = class extends WebSocket {
+      constructor(...given) { super(...given); window.socket = this; }
+      set onmessage(f) { super.onmessage = (e) => { if (!window.isDeaf || !e.data.includes("events_ack")) f(e); }; }
+    };
+  };
+  const page = await visit(t, embed("/deaf", "<p id=p>full"), { script });
+  const id = await established(page), stored = async () => (await h.json(`/sessions/${id}`)).eventCount;
+  await page.evaluate(() => {
+    window.isDeaf = true;
+    for (let i = 0; i < 45; i++) window.sessionReplay.event("big", "x".repeat(1 << 19));
+  });
+  let before = 0;
+  await until(async () => {
+    const now = await stored(), isAll = now > 30 && now === before;
+    before = now;
+    await sleep(500);
+    return isAll;
+  }, "all that is held to be stored");
+  await page.evaluate(() => { window.isDeaf = false; window.socket.close(); });
+  await until(async () => (await h.events(id)).filter((e) => e.type === 2).length === 2, "a snapshot behind the gap");
+  await mark(page, 1);
+  assert.equal(customs(await arrived(page, id), "gap").length, 1);
+});
+
 test("what does not fit into sessionStorage is said to be missing; the rest leaves it once it is stored", async (t) => {
   const page = await visit(t, embed("/quota", "<p id=p>quota", `data-endpoint="${h.url}"`, "/tracker.js"));
   const id = await established(page);
