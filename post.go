@@ -30,6 +30,7 @@ type post struct {
 // maxPostTime begins with the header, and is for the body, its handling and its commit.
 const (
 	maxPostTime = 45 * time.Second // the answer may not take longer than http.Server's WriteTimeout
+	maxAnswers  = 200              // to one post, with what it has done wrong
 	postPause   = 3 * time.Second  // so long after a post its page, which has a token, is not said to have left
 )
 
@@ -112,7 +113,7 @@ func (p *post) handleLines(body []byte) error {
 		} else if err != nil {
 			return err
 		}
-		if p.out.length() >= outboxMessages {
+		if p.out.length() >= maxAnswers {
 			p.out.closeAfterSending(closePolicy, "too many messages that need an answer")
 			return nil
 		}

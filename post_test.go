@@ -315,7 +315,7 @@ func TestPostAnswers(t *testing.T) {
 	s := startInside(t)
 	token := strings.Repeat("x", 1<<20)
 	body := fmt.Sprintf(`{"type":"session_start","data":{"sessionId":"s","resume":%q,"create":true}}`, token) +
-		strings.Repeat("\n"+`{"type":"session_start","data":{"resume":""}}`, outboxMessages)
+		strings.Repeat("\n"+`{"type":"session_start","data":{"resume":""}}`, maxAnswers)
 	got := s.post("/ws", body)
 	said, _, _ := strings.Cut(got.body[strings.LastIndex(got.body[:len(got.body)-1], "\n")+1:], "\n")
 	if got.status != 400 || len(got.body) > len(token)/2 || !strings.Contains(said, `"refused"`) {
