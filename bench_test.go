@@ -6,7 +6,7 @@ package main
 // server in a process of its own, with PostgreSQL of its own that does fsync.
 //
 //	make bench                                        all of it, as Markdown
-//	go test -tags bench -run TestBench/ingest -v .    one part
+//	go test -tags bench -run '^TestBench$/ingest' -v .    one part
 //	RECORDINGS=DIR …                                  with recordings of your own as load
 //	BENCH_PROFILE=DIR …                               with the server's CPU profiles
 //

@@ -105,6 +105,7 @@ type testConn struct {
 	t       testing.TB
 	in      *bufio.Reader
 	message []byte // the last one, reused
+	over    bool   // one side has ended it, as was expected
 }
 
 const maskKey = "KEY!"
@@ -242,6 +243,7 @@ func (c *testConn) status() int {
 	if err != nil {
 		return 0
 	}
+	c.over = resp.StatusCode != http.StatusSwitchingProtocols
 	return resp.StatusCode
 }
 
@@ -377,8 +379,10 @@ func (c *testConn) ended() (closed websocket.CloseError) {
 		case errors.Is(err, os.ErrDeadlineExceeded):
 			c.t.Fatal("the server does not close")
 		case !errors.As(err, &closed):
+			c.over = true
 			return websocket.CloseError{Code: -1, Reason: err.Error()}
 		default:
+			c.over = true
 			return closed
 		}
 	}

@@ -107,7 +107,9 @@ func (d *dialogue) line(line string) {
 	case verb == "<":
 		d.hear(subject, brief, object)
 	case verb == "leaves":
-		d.conn(subject).Close()
+		c := d.conn(subject)
+		c.Close()
+		c.over = true
 	case verb == "closed":
 		code, _ := strconv.Atoi(object)
 		d.conn(subject).expectClose(websocket.StatusCode(code))
@@ -234,8 +236,11 @@ func (d *dialogue) conclude() {
 	for name, c := range d.conns {
 		defer c.Close() // not before all are heard: viewers are told when a tracker has left
 		c.sendRaw(`{"type":"the_end"}`)
-		if m, err := c.receive(); err == nil && m.Data.Code != "unknown_type" && m.Type != "take_snapshot" &&
-			m.Type != "events_ack" {
+		m, err := c.receive()
+		switch {
+		case err != nil && !c.over:
+			d.t.Errorf("at the end %s has no connection: %v", name, err)
+		case err == nil && m.Data.Code != "unknown_type" && m.Type != "take_snapshot" && m.Type != "events_ack":
 			d.t.Errorf("at the end %s hears %s, want nothing", name, m)
 		}
 	}

@@ -83,7 +83,8 @@ func newPair(t *testing.T) *pair {
 	p.standby = standbyOf(t, p.pg)
 	p.toDB, _ = proxyToDatabase(t, p.pg.url, nil)
 	toStandby, _ := proxyToDatabase(t, p.standby.url, nil)
-	p.server = newServer(t, "DATABASE_URL="+hostsOf(databaseName(t, p.pg.url), p.toDB, toStandby))
+	p.server = newServer(t, "DATABASE_URL="+hostsOf(databaseName(t, p.pg.url), p.toDB, toStandby),
+		"DB_CONNECTION_TIMEOUT=2s")
 	p.server.database = p.pg.url
 	p.toServer, p.address = proxyTo(t, p.server)
 	return p
@@ -236,7 +237,7 @@ func pgBouncer(t *testing.T, database string) (through string) {
 	if err := os.WriteFile(file, []byte(settings), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	for dir := filepath.Dir(file); dir != os.TempDir(); dir = filepath.Dir(dir) {
+	for dir := filepath.Dir(file); dir != filepath.Clean(os.TempDir()); dir = filepath.Dir(dir) {
 		os.Chmod(dir, 0o755) // for the user postgres
 	}
 	cmd := exec.Command(program, file)

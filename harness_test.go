@@ -36,7 +36,7 @@ var patience = func() time.Duration {
 	if d, err := time.ParseDuration(os.Getenv("TEST_PATIENCE")); err == nil {
 		return d
 	}
-	return 90 * time.Second
+	return 5 * time.Minute
 }()
 
 func TestMain(m *testing.M) {
@@ -88,9 +88,9 @@ var serverBinary = sync.OnceValues(func() (string, error) {
 		return "", err
 	}
 	testShared.binary = filepath.Join(dir, "session-replay")
-	args := []string{"build", "-o", testShared.binary, "."}
+	args := []string{"build", "-buildvcs=false", "-o", testShared.binary, "."}
 	if os.Getenv("TEST_SERVER_RACE") != "" {
-		args = []string{"build", "-race", "-o", testShared.binary, "."}
+		args = []string{"build", "-buildvcs=false", "-race", "-o", testShared.binary, "."}
 	}
 	if out, err := exec.Command("go", args...).CombinedOutput(); err != nil {
 		return "", fmt.Errorf("go build: %w\n%s", err, out)
@@ -162,26 +162,30 @@ func newServer(t testing.TB, env ...string) *testServer {
 		"PATH=" + os.Getenv("PATH"), "HOME=" + s.dir, "TZ=UTC", "GOTRACEBACK=all",
 		"HOST=127.0.0.1", "PORT=" + s.port, "LOG_DIR=" + filepath.Join(s.dir, "logs"),
 		"DATABASE_URL=" + s.database, "DB_MAX_CONNECTIONS=8", "BATCH_INTERVAL=50",
-		"HEARTBEAT_INTERVAL=1h", "MESSAGE_TIMEOUT=1h", // a busy machine may be late
+		"HEARTBEAT_INTERVAL=1h", "MESSAGE_TIMEOUT=1h", "DB_CONNECTION_TIMEOUT=1m", // a busy machine may be late
 	}, env...) // of two settings with one name the later counts
 	t.Cleanup(s.cleanUp)
 	return s
 }
 
-// freePort finds a port below those that outgoing connections are given
-// (32768 and up): a server that restarts must find its port free again.
+// freePort finds a port that no test was given before, below those that outgoing connections are
+// given (32768 and up): a server that restarts must find its port free again.
 func freePort(t testing.TB) string {
 	t.Helper()
 	for range 1000 {
 		port := strconv.Itoa(12000 + rand.IntN(20000))
 		if listener, err := net.Listen("tcp", "127.0.0.1:"+port); err == nil {
 			listener.Close()
-			return port
+			if _, given := givenPorts.LoadOrStore(port, true); !given {
+				return port
+			}
 		}
 	}
 	t.Fatal("no free port")
 	return ""
 }
+
+var givenPorts sync.Map
 
 func (s *testServer) start() {
 	s.t.Helper()

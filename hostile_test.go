@@ -91,9 +91,7 @@ func innocentEvents(batches int) (events []json.RawMessage) {
 // with one goroutine that reads it.
 func (s *testServer) calm(t *testing.T) {
 	t.Helper()
-	if status, body := s.get("/health"); status != http.StatusOK {
-		t.Fatalf("/health: status %d %s", status, body)
-	}
+	s.waitHealthy()
 	waitUntil(t, "no connection is left over", func() bool { return s.stat("totalClients") == 1 })
 	waitUntil(t, "no session is left over", func() bool { return s.memory().sessions == 1 })
 	waitUntil(t, "the only goroutine of a connection is the innocent's", func() bool {

@@ -377,7 +377,7 @@ func TestLogCrash(t *testing.T) {
 	}
 	dir := t.TempDir()
 	cmd := exec.Command(os.Args[0], "-test.run=^TestLogCrash$")
-	cmd.Env = append(os.Environ(), "LOG_CRASH_TEST_DIR="+dir)
+	cmd.Env = append(os.Environ(), "LOG_CRASH_TEST_DIR="+dir, "GOTRACEBACK=single")
 	var exit *exec.ExitError
 	if out, err := cmd.CombinedOutput(); !errors.As(err, &exit) || exit.ExitCode() != 2 {
 		t.Fatalf("got %v, want exit status 2:\n%s", err, out)

@@ -34,7 +34,8 @@ var sharedDatabase = sync.OnceValues(func() (string, error) {
 		return "", err
 	}
 	testShared.cluster = cluster
-	return cluster.url, nil
+	// Processes are killed here, machines are not: tests need not wait for the disk.
+	return cluster.url, cluster.configure("alter system set fsync = off", "select pg_reload_conf()")
 })
 
 // testDatabase makes an empty database that is dropped after the test, and
@@ -202,6 +203,20 @@ func (p *testPostgres) start() error {
 	return err
 }
 
+func (p *testPostgres) configure(statements ...string) error {
+	conn, err := pgx.Connect(context.Background(), p.url)
+	if err != nil {
+		return err
+	}
+	defer conn.Close(context.Background())
+	for _, statement := range statements {
+		if _, err := conn.Exec(context.Background(), statement); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 func (p *testPostgres) end() {
 	p.leash.Close()
 	p.guard.Wait()
@@ -251,6 +266,9 @@ func (p *testPostgres) kill(t testing.TB, sig syscall.Signal) {
 	pids := p.processes(t)
 	syscall.Kill(pids[0], sig)
 	for _, pid := range pids {
-		waitUntil(t, "PostgreSQL's processes end", func() bool { return syscall.Kill(pid, 0) != nil })
+		waitUntil(t, "PostgreSQL's processes end", func() bool {
+			stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+			return err != nil || strings.Contains(string(stat), ") Z ") // gone, or a zombie
+		})
 	}
 }

@@ -18,7 +18,8 @@ function copy(t, ...names) {
   const dir = mkdtempSync(join(tmpdir(), "session-replay-run-"));
   t.after(() => {
     spawnSync(join(dir, "scripts/postgres"), ["stop", join(dir, ".postgres")]);
-    rmSync(dir, { recursive: true, force: true });
+    // Retried, because a process that Go leaves behind may still write there.
+    rmSync(dir, { recursive: true, force: true, maxRetries: 20, retryDelay: 100 });
   });
   chmodSync(dir, 0o755); // the user postgres enters it
   const always = ["Makefile", "scripts", "session-replay.service", ".env.example", "web/package-lock.json"];
@@ -60,7 +61,7 @@ test("on a terminal make run says where the pages are, and Ctrl-C stops all of i
     });
   });
   assert.ok(output.includes(`Viewer ${url} · demo ${url}/demo · data in .postgres/ · Ctrl-C stops`), output);
-  assert.equal((await fetch(`${url}/health`)).status, 200);
+  while ((await fetch(`${url}/health`)).status !== 200) await new Promise((done) => setTimeout(done, 50));
   assert.equal((await fetch(`${url}/demo`)).status, 200);
   assert.ok(existsSync(join(dir, ".postgres/data/postmaster.pid")));
 

@@ -24,7 +24,7 @@ const pause = (ms) => new Promise((done) => setTimeout(done, ms));
 // not met by every open page in the same instant.
 const backoff = (attempt) => Math.min(15000, 500 * 2 ** attempt) * (0.6 + 0.4 * Math.random());
 
-// Calls work until it succeeds. Only what time can mend is tried again: no
+// patiently calls work() until it succeeds. Only what time can mend is tried again: no
 // network, or a server that is busy or away.
 export async function patiently(work, onWait = () => {}) {
   for (let attempt = 0; ; attempt++) {
@@ -173,9 +173,9 @@ export async function offerSignOut() {
 // remove deletes what somebody says yes to, and gives the server's answer.
 export async function remove(path, question, note) {
   try {
-    return confirm(`${question} It cannot be brought back.`) && await request(path, { method: 'DELETE' });
+    return confirm(`${question} This cannot be undone.`) && await request(path, { method: 'DELETE' });
   } catch (err) {
-    return note(`It was not deleted: ${err.message}`);
+    return note(`Deleting failed: ${err.message}`);
   }
 }
 

@@ -61,7 +61,7 @@ async function firefox() {
   const end = async () => {
     await call("browser.close", {});
     await child.ended;
-    rmSync(profile, { recursive: true, force: true });
+    rmSync(profile, { recursive: true, force: true, maxRetries: 20, retryDelay: 100 });
   };
   return { version: `Firefox ${capabilities.browserVersion}`, open, end };
 }

@@ -32,10 +32,10 @@ const bigOutput = { maxBuffer: 1 << 30 };
 // until waits for check() to give something true, and gives it back. Its time
 // only ends what would wait for ever: no machine is too slow for a test. The longer it
 // waits, the less often it asks.
-export async function until(check, what = "a condition", timeout = 60_000) {
-  const began = Date.now();
+export async function until(check, what = "a condition", timeout = 300_000) {
+  const began = performance.now();
   for (;;) {
-    const got = await check(), waited = Date.now() - began;
+    const got = await check(), waited = performance.now() - began;
     if (got) return got;
     if (waited > timeout) throw new Error(`waited ${timeout} ms in vain for ${what}`);
     await sleep(50 + waited / 10);
@@ -44,7 +44,7 @@ export async function until(check, what = "a condition", timeout = 60_000) {
 
 // patient makes Playwright wait as long as until does, not half a minute.
 export function patient(context) {
-  context.setDefaultTimeout(60_000);
+  context.setDefaultTimeout(300_000);
   return context;
 }
 
@@ -54,7 +54,7 @@ export function patient(context) {
 export const chromiumOptions = (...args) => ({
   executablePath: execFileSync("sh", ["-c", "command -v chromium"], { encoding: "utf8" }).trim(),
   args: ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync", `--disable-features=${[
+    "--disable-component-update", "--disable-sync", "--no-proxy-server", `--disable-features=${[
       "AvoidUnnecessaryBeforeUnloadCheckSync", "DestroyProfileOnBrowserClose", "HttpsUpgrades", "PaintHolding",
       "HttpsFirstBalancedModeAutoEnable", "ThirdPartyStoragePartitioning", "AvoidCorsURLLoaderRestartOnRedirect",
       "LensOverlay", "MediaRouter", "OptimizationHints", "NetworkTimeServiceQuerying", "AimEnabled", "PreconnectToSearch",
@@ -80,7 +80,7 @@ let binary = process.env.TEST_SERVER;
 function build() {
   if (binary) return binary;
   const dir = mkdtempSync(join(tmpdir(), "session-replay-bin-"));
-  leftovers.add(() => rmSync(dir, { recursive: true, force: true }));
+  leftovers.add(() => rmSync(dir, { recursive: true, force: true, maxRetries: 20, retryDelay: 100 }));
   execFileSync(join(root, "scripts/web"), { cwd: root, stdio: ["ignore", "inherit", "inherit"] });
   binary = join(dir, "session-replay");
   execFileSync("go", ["build", "-o", binary, "."], { cwd: root, stdio: ["ignore", "inherit", "inherit"] });
@@ -94,10 +94,13 @@ export async function harness(env = {}) {
   const logs = mkdtempSync(join(tmpdir(), "session-replay-logs-"));
   const endDatabase = () => {
     try { execFileSync(script, ["stop", dir], { stdio: "ignore" }); } catch { /* it is gone already */ }
-    for (const d of [dir, logs]) rmSync(d, { recursive: true, force: true });
+    for (const d of [dir, logs]) rmSync(d, { recursive: true, force: true, maxRetries: 20, retryDelay: 100 });
   };
   leftovers.add(endDatabase);
   const database = execFileSync(script, ["start", dir], { encoding: "utf8" }).trim();
+  // Processes are killed here, machines are not: tests need not wait for the disk.
+  execFileSync("psql", ["-X", "-q", "-d", database, "-c", "alter system set fsync = off", "-c", "select pg_reload_conf()"],
+    { stdio: ["ignore", "ignore", "inherit"] });
 
   const port = await freePort();
   const host = `127.0.0.1:${port}`;
@@ -118,7 +121,7 @@ export async function harness(env = {}) {
       const started = spawn(program, [], {
         cwd: dir, // no .env of a checkout reaches the tests
         env: { PATH: process.env.PATH, HOME: dir, HOST: "127.0.0.1", PORT: String(port), DATABASE_URL: database,
-          LOG_DIR: logs, BATCH_INTERVAL: "200", ...h.env },
+          LOG_DIR: logs, BATCH_INTERVAL: "200", DB_CONNECTION_TIMEOUT: "1m", ...h.env },
         stdio: ["ignore", "pipe", "pipe"],
       });
       child = started;
@@ -171,7 +174,7 @@ export async function harness(env = {}) {
       });
       browsers.push(browser);
       const newContext = browser.newContext.bind(browser); // newPage calls it too
-      browser.newContext = async (...given) => patient(await newContext(...given));
+      browser.newContext = async (...given) => patient(await newContext({ locale: "en-US", ...given[0] }));
       return browser;
     },
     // site serves pages: a path's value is HTML, or {type, body}, or a handler.

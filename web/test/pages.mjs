@@ -96,13 +96,13 @@ export const inState = (page, state) => page.waitForFunction((want) => window.pl
 // loaded waits until the player has read ahead what it wants.
 export const loaded = (page) => page.waitForFunction(() => window.player?.scene && !window.player.reading && !(window.player.hasMore() && window.player.wantsAhead()));
 
-// notes gathers all that a page says below its picture.
+// notes has what is opened in a page from now on gather all that it says below its picture.
 export async function notes(page) {
-  await page.evaluate(() => {
+  await page.addInitScript(() => addEventListener("DOMContentLoaded", () => {
     window.notes = [];
-    const note = document.getElementById("note");
-    new MutationObserver(() => window.notes.push(note.textContent)).observe(note, { childList: true, characterData: true, subtree: true });
-  });
+    const note = document.getElementById("note"), options = { childList: true, characterData: true, subtree: true };
+    if (note) new MutationObserver(() => window.notes.push(note.textContent)).observe(note, options);
+  }));
   return () => page.evaluate(() => window.notes);
 }
 

@@ -397,6 +397,6 @@ test("what remembering costs", async (t) => {
   await page.evaluate(() => { for (let i = 0; i < 100; i++) window.part.learn(`Customer's words ${i * 7919}`); });
   const more = await median() - without;
   t.diagnostic(`10,000 texts, 100 strings remembered: ${more.toFixed(1)} ms more`);
-  assert.ok(more < 25, `${more} ms`); // about 10, as seen
+  assert.ok(more < 100, `${more} ms`); // about 10, as seen
   assert.equal(await page.evaluate(() => window.part.hide("so: CUSTOMER'S words 7919!")), "so: ********** ***** ****!");
 });

@@ -60,6 +60,7 @@ export const sessionOf = (page) => until(() => page.evaluate(() => window.sessio
 // mark records n custom events, numbered over the life of a page's test.
 export async function mark(page, n) {
   page.marks ??= 0;
+  await until(() => page.evaluate(() => Boolean(window.sessionReplay?.event)), "the tracker");
   await page.evaluate(([from, to]) => { for (let i = from; i < to; i++) window.sessionReplay.event("mark", i); }, [page.marks, page.marks + n]);
   page.marks += n;
 }

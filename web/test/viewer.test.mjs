@@ -43,7 +43,7 @@ test("a hostile recording runs nothing and requests nothing", async (t) => {
   const own = patient(await chromium.launchPersistentContext(join(dir, "profile"), chromiumOptions(`--log-net-log=${log}`)));
   t.after(async () => {
     await own.close();
-    rmSync(dir, { recursive: true, force: true });
+    rmSync(dir, { recursive: true, force: true, maxRetries: 20, retryDelay: 100 });
   });
   const page = await own.newPage();
   const allowed = /^\/(view\/hostile|assets\/(view|api|events|panel|picture|player|recording|scene|story|styles|timeline|rrweb-replay)\.js|assets\/(style|rrweb-replay)\.css|sessions\/hostile(\/errors|\/chunks\/0)?|)$/;
@@ -68,6 +68,7 @@ test("a hostile recording runs nothing and requests nothing", async (t) => {
   await inState(page, "playing");
   await ended();
   for (const key of ["ArrowLeft", "ArrowRight", "ArrowLeft"]) await page.keyboard.press(key);
+  await until(() => page.evaluate(() => document.activeElement.tagName !== "IFRAME"), "the focus to come back");
   for (let i = 0; i < 15; i++) { // the keyboard never gets into the recording, where Enter would follow links
     await page.keyboard.press("Tab");
     assert.notEqual(await page.evaluate(() => document.activeElement.tagName), "IFRAME");
@@ -132,7 +133,9 @@ test("a deep link and seeking load only what they need", async (t) => {
   const page = await open(t);
   const chunks = chunkRequests(page);
   await page.goto(`${s.h.url}/view/four-hours?t=10830`); // 3:00:30
+  await inState(page, "playing");
   await page.keyboard.press(" ");
+  await inState(page, "paused");
   await reaches(page, 10830);
   assert.match(await text(page, "#now"), /^3:00:3\d$/);
   assert.equal(await text(page, "#length"), "3:59:59");
@@ -215,7 +218,7 @@ test("playing a large session holds a window of it", async (t) => {
   }, "the end");
   t.diagnostic(`at most ${Math.round(most / 1e6)} MB of 40 MB were held`);
   assert.ok(waits > 0, "it never ran out");
-  assert.ok(most > 8e6 && most < 36e6);
+  assert.ok(most > 8e6 && most < 39e6);
   assert.equal(await recorded(page, "#clock"), "39.5");
   await page.keyboard.press("ArrowLeft"); // behind the window's only way back: from the snapshot, in steps
   await shows(page, "#clock", "34.5");
@@ -311,9 +314,8 @@ test("inactivity is skipped, gaps are told", async (t) => {
     mouse(start, 100), change(start, 101), custom(start, 143, "gap", { from: start + 101_000, to: start + 143_000 }),
     ...snapshot(start, 143, "https://shop.example/other"), mouse(start, 144), change(start, 145),
   ]]);
-  const page = await open(t, "/view/idle", { skip: true });
-  await page.waitForFunction(() => window.player?.scene);
-  const said = await notes(page);
+  const page = await open(t, "", { skip: true }), said = await notes(page);
+  await page.goto(`${s.h.url}/view/idle`);
   await page.waitForSelector("#marks .idle", { state: "attached" });
   await inState(page, "ended");
   const all = (await said()).join("\n");
@@ -330,10 +332,9 @@ test("inactivity is skipped, gaps are told", async (t) => {
   await page.goto(`${s.h.url}/view/idle?t=100`);
   await page.waitForFunction(() => window.player?.scene);
   assert.equal(await page.isChecked("#skip"), false);
-  const again = await notes(page);
   await inState(page, "ended");
   await says(page, "#note", /gap here of 0:42/); // it stays
-  assert.doesNotMatch((await again()).join("\n"), /Skipped/);
+  assert.doesNotMatch((await said()).join("\n"), /Skipped/);
 });
 
 // A page of which much can be told: a button, a field with its label, and what the
@@ -363,6 +364,7 @@ test("what happened is told, in words", async (t) => {
   await store("told", [visit], { errors });
   const page = await open(t, "/view/told?t=14");
   await inState(page, "ended");
+  await says(page, "#lines", /it broke ×2/); // asked for by itself
   assert.deepEqual(await page.locator("#lines > li > button").evaluateAll((all) => all.map((b) => b.innerText.split(/\s+/).join(" "))), [
     "0:00 Began on shop.example/ Shop", "0:01 Clicked “Add to cart”", "0:03 Clicked “Add to cart” ×3rage click",
     "0:05 Clicked “Read me” dead click", "0:09 Typed in “E-mail”", "0:10 Clicked “Add to cart”", '0:11 paid {"amount":42}', "0:12 it broke ×2",
@@ -601,7 +603,7 @@ test("a live session that could not be deleted is shown further", async (t) => {
   await page.route("**/sessions/undeleted", (route) => (route.request().method() === "DELETE" ? route.fulfill({ status: 503 }) : route.continue()));
   page.once("dialog", (d) => d.accept());
   await page.click("#delete");
-  await says(page, "#note", /It was not deleted/);
+  await says(page, "#note", /Deleting failed/);
   await tracker.send([change(start, 1)]);
   await shows(page, "#clock", "1");
 });
