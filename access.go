@@ -59,7 +59,7 @@ type access struct {
 	conns  map[netip.Addr]int // WebSockets and trackers' POSTs that are open, by address
 	total  int                // of these
 	starts map[netip.Addr]int // sessions begun since startsSince, by address
-	closed bool               // the server stops: no more of them
+	closed bool               // the server stops: no more connections
 
 	startsSince time.Time
 }
@@ -75,7 +75,7 @@ func newAccess(c accessConfig, host, port string, log *slog.Logger) *access {
 	}
 	mac := hmac.New(sha256.New, []byte(a.token))
 	mac.Write([]byte("session-replay: signed in"))
-	// The same for all browsers: another ACCESS_TOKEN alone ends it.
+	// The same for all browsers: only another ACCESS_TOKEN makes it worthless.
 	a.cookie = hex.EncodeToString(mac.Sum(nil))
 	return a
 }
@@ -205,7 +205,7 @@ func (a *access) isKnownHost(host string) bool {
 
 // isKnownPage says whether a request comes from a program, from a page of this
 // server or of VIEWER_ORIGINS, or from somebody who follows a link. Browsers
-// send Origin with all by which a page could change something or read the answer.
+// send Origin with each request by which a page could change something or read the answer.
 func (a *access) isKnownPage(r *http.Request) bool {
 	origin, site := r.Header.Get("Origin"), r.Header.Get("Sec-Fetch-Site")
 	switch {
@@ -309,7 +309,7 @@ func (a *access) enter(addr netip.Addr) *denial {
 }
 
 // mayStart counts a session that an address begins, and reports whether the minute has at most so
-// many of them. One that is refused counts too. All addresses have the same minute.
+// many. Refused ones count too; loopback has no limit, as in enter. All have the same minute.
 func (a *access) mayStart(addr netip.Addr, most int) bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()

@@ -17,7 +17,7 @@ type audit struct {
 	noted map[string]time.Time // by address, action and facts
 }
 
-// Of more than maxNoted all are forgotten, and noted anew.
+// When maxNoted are noted all are forgotten, and noted anew.
 const (
 	notedOnce = 10 * time.Minute
 	maxNoted  = 10_000

@@ -12,10 +12,10 @@ import (
 type budget struct {
 	mu      sync.Mutex
 	changed *sync.Cond
-	// Also what is forced takes it below 0; then nothing is granted until enough was given back.
+	// What is forced takes it below 0, too. Then only the owner in beyond is granted more.
 	free    int64 // below 0 while one message goes beyond the bound
 	growing int64 // taken by grow and not finished
-	// The bound of growing, but for who goes beyond.
+	// The bound of growing, but for the owner in beyond.
 	half      int64
 	beyond    any // the owner that may take more; nil for none
 	unbounded bool
@@ -87,8 +87,8 @@ func (b *budget) force(n int64) { b.finish(nil, -n, 0) }
 // give gives room back.
 func (b *budget) give(n int64) { b.finish(nil, n, 0) }
 
-// finish gives n bytes back, and ends the growing of so many. With an owner it ends
-// that one's right to go beyond.
+// finish gives n bytes back, and counts grown bytes as growing no longer. With an owner
+// it ends that one's right to go beyond.
 func (b *budget) finish(owner any, n, grown int64) {
 	b.mu.Lock()
 	defer b.mu.Unlock()

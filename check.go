@@ -55,7 +55,7 @@ func describe(w io.Writer, cfg config) {
 	fmt.Fprintf(w, "  keeps       sessions for %s after their end\n", inWords(int64(cfg.retention), times))
 }
 
-// tryListen needs a HOST that has an address here, and a free PORT.
+// tryListen fails unless HOST is an address of this machine and PORT is free.
 func tryListen(cfg config) error {
 	listener, err := net.Listen("tcp", net.JoinHostPort(cfg.host, cfg.port))
 	if err != nil {
@@ -95,12 +95,12 @@ func exists(path string) bool {
 func checkDatabase(ctx context.Context, cfg config, report func(what, found string, err error)) {
 	ctx, cancel := context.WithTimeout(ctx, 15*time.Second)
 	defer cancel()
-	// Not by the store, which does as if a pooler's setting were there, and so hides that it is not.
+	// Not through the store: it works around a missing setting for a pooler, and so would hide it.
 	c := cfg.database.ConnConfig
 	conn, err := pgx.ConnectConfig(ctx, c)
 	at := fmt.Sprintf("%s, port %d", c.Host, c.Port)
 	if err == nil && len(c.Fallbacks) > 0 {
-		at = conn.PgConn().Conn().RemoteAddr().String() // of several hosts the one that takes writes
+		at = conn.PgConn().Conn().RemoteAddr().String() // of whichever has answered
 	}
 	report("database", fmt.Sprintf("%s at %s, as %s", c.Database, at, c.User), err)
 	if err != nil {
@@ -109,7 +109,7 @@ func checkDatabase(ctx context.Context, cfg config, report func(what, found stri
 	defer conn.Close(ctx)
 	var version int
 	var now time.Time
-	// In exec mode nothing is prepared, which a pooler in between could break.
+	// Exec mode prepares no statement: a pooler in between could break that.
 	const ask = "select current_setting('server_version_num')::int / 10000, clock_timestamp()"
 	err = conn.QueryRow(ctx, ask, pgx.QueryExecModeExec).Scan(&version, &now)
 	if err == nil && version < 12 {

@@ -5,8 +5,8 @@ import "time"
 // The hub and who records what: reserved, claimed in the database, attached; then
 // detached, ended or abandoned.
 
-// reserve keeps two trackers of this server apart before either has touched the row. Between
-// servers the row decides, and whether a token is right. Who records a session may reserve it
+// reserve keeps two trackers of this server apart before either has touched the row. The row
+// decides between servers, and whether a token is right. A session's own tracker may reserve it
 // again.
 func (h *hubState) reserve(cmd reserve) reservation {
 	s := h.sessions[cmd.id]
@@ -26,7 +26,7 @@ func (h *hubState) reserve(cmd reserve) reservation {
 	return granted
 }
 
-// aboutCost is what a new description of the session would give back; s may be nil.
+// aboutCost is what replacing the session's description would give back; s may be nil.
 func (s *session) aboutCost() int64 {
 	if s == nil {
 		return 0
@@ -106,8 +106,8 @@ func (h *hubState) setTracker(s *session, out *outbox) {
 	h.tellState(s)
 }
 
-// detach takes the session from a tracker that has gone. It can be resumed in
-// its grace period, unless others record it as well.
+// detach takes its session from a tracker that has gone, or records another. The grace
+// period begins, unless others record the session as well.
 func (h *hubState) detach(out *outbox) {
 	s := h.recorded[out]
 	delete(h.recorded, out)
@@ -167,7 +167,7 @@ func (h *hubState) abandon(s *session, why outcome) {
 	if why == deleted {
 		h.resetWatchers(s.id)
 	}
-	// Of an end viewers know already, and on another server the session goes on for them.
+	// When it had ended viewers know that; on another server it goes on for them.
 	switch {
 	case s.ended:
 	case why == epochLost && (h.foreign[s.id] != nil || h.addForeign(s.summary(), time.Now())):
@@ -191,8 +191,8 @@ func tellAbandoned(out *outbox, why outcome) {
 	}
 }
 
-// discard drops the session's events from memory. A flush that a writer has is
-// known to be dropped when it comes back.
+// discard drops the session's events from memory. When a writer hands back a flush
+// of them, settle sees that it was dropped, and gives back its room.
 func (h *hubState) discard(s *session) {
 	for _, b := range s.pending {
 		h.pendingBytes -= b.cost

@@ -15,7 +15,7 @@ type (
 	// reserve precedes a claim in the database. Without a token, a session that a
 	// live connection records, or has reserved, is not to be had. Each reserve that
 	// is granted is followed by attach or unreserve.
-	// With share, a session that was begun so is recorded by out as well, without a claim.
+	// With share, out joins the trackers of a session that was begun with share, without a claim.
 	reserve struct {
 		out            *outbox
 		id             string
@@ -61,7 +61,7 @@ type (
 	finish struct{ out *outbox } // the tracker ends its session
 
 	// join makes out watch a session that is in memory, or one that was read from
-	// the database as stored. The reply says whether it could.
+	// the database, which stored then has. The reply says whether it could.
 	join struct {
 		out    *outbox
 		id     string
@@ -76,13 +76,13 @@ type (
 	nextWork  struct{ reply chan []*flush } // a writer is free
 	flushDone struct{ flushes []*flush }
 
-	memoryQuery struct { // what memory has of a session, from an event on
+	memoryQuery struct { // what memory has of a session's events, from one up to another
 		id       string
 		from, to int64
 		reply    chan inMemory
 	}
 	liveQuery  struct{ reply chan []summary }
-	stateQuery struct { // of those sessions that are in memory, of these or, with nil, of all
+	stateQuery struct { // the states of sessions in memory: of these or, with nil, of all
 		ids   []string
 		reply chan map[string]string
 	}
@@ -99,7 +99,7 @@ type (
 		watched []watched
 		rows    map[string]foreignRow
 	}
-	listRead struct { // all live sessions of other servers, asked for at some time
+	listRead struct { // live sessions of other servers, maxActive at most, as of asked
 		asked time.Time
 		rows  []foreignRow
 		reply chan []string // those whose rows are to be read
@@ -114,12 +114,12 @@ type (
 // command is one of these types; handle and handleMore are all that take them.
 type command any
 
-// reservation answers reserve. After granted alone the asker owes attach or unreserve.
+// reservation answers reserve. Only after granted does the asker owe attach or unreserve.
 type reservation int
 
 const (
 	granted reservation = iota
-	taken               // a live connection has the session
+	taken               // a live connection has the session, or has reserved it
 	noRoom              // sessions fill their share of the budget
 	joins               // out records the session beside its tracker
 	alone               // its tracker does not share it
@@ -147,12 +147,12 @@ type inMemory struct {
 	batches []*batch
 }
 
-// hubStats counts what is in memory. trackers are connections that may record: a post is one until
-// postPause after its end. events are all that the sessions have, also those committed long ago.
+// hubStats counts what is in memory. trackers are connections that may record: a post with a token
+// is one until postPause after its end. events are all of these sessions, committed or not.
 type hubStats struct {
 	sessions, live    int
 	events            int64
 	trackers, viewers int
 	tailBytes         int64
-	oldest            time.Duration // how long the database has kept an event waiting
+	oldest            time.Duration // how long the oldest batch that is not committed has been here
 }

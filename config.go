@@ -42,7 +42,7 @@ type config struct {
 	readHeaderTimeout time.Duration
 	retention         time.Duration
 
-	// Bytes. Of maxStorageBytes alone 0 means that there is no limit.
+	// Bytes, but for the last, a count. 0 means no limit for maxStorageBytes alone.
 	maxMessageBytes, maxBufferBytes, maxHeaderBytes int
 	maxSessionBytes, maxStorageBytes                int
 	maxSessionsPerMinute                            int
@@ -156,7 +156,7 @@ func (r *settings) database() *pgxpool.Config {
 	port := strconv.Itoa(r.number("DB_PORT", "5432", 1, 65535))
 	u.RawQuery = url.Values{"host": {r.text("DB_HOST", "localhost")}, "port": {port}}.Encode()
 	c, err := pgxpool.ParseConfig(r.text("DATABASE_URL", u.String()))
-	if err != nil { // which may quote the password
+	if err != nil { // it may quote the password
 		r.refuse("DATABASE_URL or the DB_ settings", "cannot be parsed as a PostgreSQL connection")
 		return nil
 	}
@@ -167,14 +167,14 @@ func (r *settings) database() *pgxpool.Config {
 	return c
 }
 
-// settings reads values and keeps the first that is wrong. A wrong one reads as zero: who reads
-// looks at err when all have been read.
+// settings reads values, and err says what is wrong with the first that is. Whoever reads them
+// looks at err when all have been read, and uses none of them after an error.
 type settings struct {
 	getenv func(string) string
 	err    error
 }
 
-// refuse notes what is wrong with a value, which it may quote unless it is secret.
+// refuse notes what is wrong with a value. The message may quote a value that is not secret.
 func (r *settings) refuse(name, format string, args ...any) {
 	if r.err == nil {
 		r.err = fmt.Errorf(name+": "+format, args...)
@@ -184,7 +184,7 @@ func (r *settings) refuse(name, format string, args ...any) {
 // text takes an empty value for a missing one.
 func (r *settings) text(name, preset string) string { return cmp.Or(r.getenv(name), preset) }
 
-// unit may follow a number, by one of its names, in any case; the first is for people.
+// unit may follow a number, under any of its names, in upper or lower case. Messages use the first.
 type unit struct {
 	size  int64
 	names []string
@@ -201,7 +201,7 @@ var (
 		{int64(24 * time.Hour), []string{"days", "d", "day"}}}
 )
 
-// inWords gives a number in the largest unit that divides it: "30 days".
+// inWords gives a number in the largest unit that goes into it more than once: "24 hours".
 func inWords(n int64, units []unit) string {
 	for i, u := range slices.Backward(units) {
 		if n%u.size == 0 && (n > u.size || i == 0) {
@@ -272,7 +272,7 @@ func (r *settings) secret(name string) string {
 	return strings.TrimSpace(string(content))
 }
 
-// list reads values between commas, each as parse gives it; empty ones are left out.
+// list reads values with commas between them, each as parse gives it; empty ones are left out.
 func (r *settings) list(name string, parse func(string) (string, error)) (all []string) {
 	for v := range strings.SplitSeq(r.getenv(name), ",") {
 		if v = strings.TrimSpace(v); v == "" {
@@ -353,8 +353,8 @@ func unquoteValue(v string) string {
 	return strings.TrimSpace(v)
 }
 
-// nearest gives the known name that shares most pairs of letters with a mistaken
-// one: typing errors and forgotten words leave them.
+// nearest gives the known name that shares the most pairs of letters with a mistaken
+// one: typing errors and forgotten words leave most pairs as they are.
 func nearest(name string, known map[string]bool) string {
 	// A long name shares pairs by chance: its length counts against it.
 	shared := func(other string) int {

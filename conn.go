@@ -42,7 +42,7 @@ type conn struct {
 	*core
 	maxMessage int   // bytes
 	inflater   int64 // room for what inflates a message; 0: messages come as they are
-	// unbudgeted messages count all the same, and may take the budget below 0.
+	// The room of unbudgeted messages counts all the same, and may take the budget below 0.
 	unbudgeted bool // messages, which are small, are read also while the budget has no room
 
 	readTimer *time.Timer  // closes the connection when one message takes too long
@@ -53,7 +53,7 @@ type conn struct {
 
 	// The reading goroutine's own:
 	reserved int64     // room taken from the budget for this message
-	grown    int64     // of it, what was taken while the message was read
+	grown    int64     // of it, what grow has taken: budget.growing has it too
 	readBy   time.Time // when the message must be here
 	errors   int       // in a row
 }
@@ -180,7 +180,7 @@ func (c counted) Read(p []byte) (int, error) {
 var buffers [9]sync.Pool
 
 // newBuffer gives an empty buffer for at least n bytes, and for less than twice
-// as many.
+// as many where n is firstRead or more.
 func newBuffer(n int) []byte {
 	i := bits.Len(uint(n-1) / firstRead)
 	if i >= len(buffers) {
@@ -384,7 +384,7 @@ func (c *conn) write() {
 	}
 }
 
-// next takes what is to be sent now out of the outbox.
+// next takes what is to be sent now out of the outbox, and counts acks.
 func (c *conn) next() (m message, last *closeFrame) {
 	m, last = c.out.next()
 	if _, isAck := m.(ack); isAck {

@@ -15,7 +15,7 @@ import (
 // The nouns, on the way from a page to the database:
 //
 //	event    one rrweb event: JSON, kept as it came
-//	batch    the events of one message, or one error report; the hub numbers it
+//	batch    the events of one message, or one error report; the hub numbers the events
 //	seq      a tracker's own number of a batch: 1, 2, 3… in its session
 //	session  one recording; the hub holds it until all of it is stored
 //	claim    a tracker's right to write to a session's row
@@ -24,10 +24,10 @@ import (
 //	chunk    a row of session_events: about 1 MB of events as a gzipped JSON array
 //	ack      "committed up to this seq", sent to the tracker
 
-// event says where one rrweb event stands in a batch, and the little that the
+// event says where one rrweb event stands in a text, and the little that the
 // server needs to know of it.
 type event struct {
-	// In the text that was read: a frame's msg, a chunk; from newBatch on in the batch's body.
+	// Counted from the start of a frame's msg or a chunk; newBatch moves them to the batch's body.
 	start, end uint32 // bounds of its JSON object
 	kind       int64  // rrweb's "type", -1 when there is none
 	time       int64  // rrweb's "timestamp" in milliseconds, 0 when there is none
@@ -41,14 +41,14 @@ const fullSnapshot = 2
 // changes the batch: the writer, the viewers' outboxes and pages share it.
 type batch struct {
 	frame  []byte
-	body   []byte  // the events within frame, between commas
+	body   []byte  // the events within frame, with commas between them
 	events []event // their bounds in body
 	report *report // an error that the page told of; such a batch has no events
-	// The hub's, 0 before. A report has that of the event which comes next.
+	// first is the hub's, 0 before; a report has the number of the event that comes next.
 	first int64 // number of the first event
 	seq   int64 // 0: the tracker does not number its batches
 	cost  int64 // bytes of the budget
-	// When it was here as a whole. How long it waits for its commit counts from here.
+	// When all of it had arrived. Its wait for the commit counts from here.
 	received time.Time
 }
 
@@ -168,7 +168,7 @@ func (d *description) cost() int64 {
 }
 
 // claim is what a tracker gets of its session's row when it starts or continues the session: from
-// then on writes of an older epoch are refused. The counters are what is stored by then, for good.
+// then on writes of an older epoch are refused, and so nobody else changes what the counters say.
 type claim struct {
 	epoch  int64
 	userID string
@@ -177,8 +177,8 @@ type claim struct {
 
 // flush is what one session adds to one transaction. The hub makes it, a writer
 // encodes and stores it and hands it back. Its batches and chunks never change, so
-// that storing them twice is the same as once; epoch and ended are what they are of
-// the session at each attempt.
+// that storing them twice is the same as once; epoch and ended are set at each
+// attempt.
 type flush struct {
 	session string
 	epoch   int64
@@ -203,7 +203,7 @@ const (
 	deleted           // the row is not there any more
 )
 
-// cost is what the flush holds of the budget; who drops it gives so much back.
+// cost is what the flush holds of the budget; whoever drops the flush gives it back.
 func (f *flush) cost() int64 {
 	n := f.kept
 	for _, b := range f.batches {
@@ -345,8 +345,8 @@ func (w *walker) envelope(f *frame) (err error) {
 	return err
 }
 
-// events reads an array and gives the bounds of at most so many of its objects.
-// objects reports whether the array holds nothing else.
+// events reads an array and gives the bounds of its first objects, as many as most
+// says. objects reports whether the array holds nothing else.
 func (w *walker) events(most int) (events []event, objects bool, err error) {
 	if _, err := w.dec.ReadToken(); err != nil {
 		return nil, false, err
@@ -413,7 +413,7 @@ func nameOf(key []byte) []byte {
 }
 
 // members calls fn for each member of a JSON object, in order, with its name and with key and value
-// as they stand. It ends without a word at what is no JSON: nil and anything else have no members.
+// as they stand. It just ends where the JSON is wrong; nil, and what is no object, have no members.
 func members(object []byte, fn func(name string, key, value []byte)) {
 	w := newWalker(object)
 	w.object(func(key []byte) error {
@@ -425,7 +425,7 @@ func members(object []byte, fn func(name string, key, value []byte)) {
 	})
 }
 
-// nests reports whether valid JSON nests deeper than so many levels.
+// nests reports whether valid JSON nests deeper than levels.
 func nests(value []byte, levels int) bool {
 	w := newWalker(value)
 	for {
@@ -446,8 +446,8 @@ func unquote(raw []byte) (s string) {
 	return s
 }
 
-// wholeNumber reads a JSON number, cut towards zero. What is no number, or not
-// exact in a float64, gives none.
+// wholeNumber reads a JSON number, cut towards zero. What is no number, or beyond
+// 2^53, where a float64 is not exact, gives none.
 func wholeNumber(raw []byte, none int64) int64 {
 	f, err := strconv.ParseFloat(string(raw), 64)
 	if err != nil || math.Abs(f) > 1<<53 {

@@ -16,15 +16,15 @@ import (
 
 const (
 	followEvery = 300 * time.Millisecond // rows that are watched are read, events that are watched are stored
-	marksEvery  = 3                      // looks: what others watch here is asked for
-	listEvery   = 6                      // looks: the servers, and the live sessions of others
+	marksEvery  = 3                      // in looks: what others watch here is asked for
+	listEvery   = 6                      // in looks: the servers, and the live sessions of others
 	markEvery   = 10 * time.Second       // what is watched is marked again
 	markFresh   = 2 * markEvery
-	quietAfter  = 6 * time.Second // without a sign of a server nobody records its sessions
+	quietAfter  = 6 * time.Second // a server that gives no sign for this long records nothing
 
-	maxFollowed = 1000 // sessions in one look, of which pageBytes of events are read; viewers page through the others'
+	maxFollowed = 1000 // sessions in one look; it reads pageBytes of events, viewers page the rest
 	maxMarked   = 50   // of these, those that are marked
-	manyNews    = 100  // sessions that have begun since the last look
+	manyNews    = 100  // more new sessions than this are told as one list
 )
 
 // follower is the goroutine that looks. It ends with its context.
@@ -33,7 +33,7 @@ type follower struct {
 	store *store
 	// looks counts them: not each look asks for everything.
 	looks  int
-	others map[string]bool // other servers: they were there lately
+	others map[string]bool // true: there; false: gone, but there in the last minutes
 }
 
 // foreignRow is what a row says of a session that another server records. The row has the fields up
@@ -44,10 +44,10 @@ type foreignRow struct {
 	events, errors int64
 	isActive       bool
 	server         string
-	unmarked       bool   // the last mark is old
+	unmarked       bool   // it has no mark, or an old one
 	state          string // as session.state
 
-	first int64 // of the events in news, up to events; news is nil when viewers have to page
+	first int64 // news has the events from here up to events; when it is nil viewers have to page
 	news  message
 }
 
@@ -59,10 +59,10 @@ type foreignSession struct {
 
 // following answers followQuery: what viewers want to know of other servers.
 type following struct {
-	watched []watched // no tracker of this server records it
+	watched []watched // no tracker of this server records these
 	viewers bool
-	// Until then their list has this server's sessions alone, and the next look brings the others.
-	listed  bool // they have had a list
+	// Until listed, their list has this server's sessions alone; the next look brings the others.
+	listed  bool // viewers have had a list with those of other servers
 	foreign bool // something is known of other servers, which may not be so any more
 }
 
@@ -73,9 +73,9 @@ type watched struct {
 	next int64
 }
 
-// look is done every followEvery, and costs one row's query in listEvery looks
-// where there is no other server. An error is no matter here: the next look tells
-// the same.
+// look is done every followEvery. Where there is no other server, it costs one
+// small query in listEvery looks. An error is no matter here: what failed is
+// asked again when a later look is due for it.
 func (f *follower) look(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, beatTimeout)
 	defer cancel()
@@ -86,12 +86,14 @@ func (f *follower) look(ctx context.Context) {
 	f.looks++
 }
 
-// tryLook asks for what is due in this look, and at the first error leaves the rest to the next.
-func (f *follower) tryLook(ctx context.Context) (err error) {
+// tryLook asks for what is due in this look, and at the first error leaves the rest to later looks.
+func (f *follower) tryLook(ctx context.Context) error {
 	if f.looks%listEvery == 0 {
-		if f.others, err = f.store.others(ctx); err != nil {
-			return err
+		others, err := f.store.others(ctx)
+		if err != nil {
+			return err // what was known before still counts
 		}
+		f.others = others
 	}
 	reply := make(chan following, 1)
 	wanted, _ := ask(f.hub, reply, followQuery{reply})
@@ -130,7 +132,7 @@ func (f *follower) readRows(ctx context.Context, all []watched) error {
 		if !there || r.server == f.store.server {
 			continue
 		}
-		// Also where others does not know the server: it has not been there for minutes.
+		// Also when f.others does not have the server: it has not been there for minutes.
 		r.state = "left"
 		if f.others[r.server] {
 			r.state = "live"
@@ -199,9 +201,9 @@ func (st *store) foreignRows(ctx context.Context, all []watched) (map[string]for
 	return found, err
 }
 
-// readLive reads the events of a row from one number on, up to most bytes, as news
-// for viewers, and says how many; the next look reads the rest. There is no news
-// when a chunk is larger than that, or cannot be read, or when no look follows.
+// readLive makes news for viewers of a row's events from one number on, up to most
+// bytes, and gives its size; the next look reads the rest. There is no news when a chunk
+// is larger than that or cannot be read, or when there is a rest and the session is over.
 func (st *store) readLive(ctx context.Context, r *foreignRow, from int64, most int) (size int) {
 	p := page{text: []byte(`{"type":"events_batch","data":{"sessionId":"` + r.id + `","events":[`)}
 	err := st.events(ctx, r.id, from, r.events, func(_ context.Context, raw int64) error {
@@ -244,7 +246,7 @@ func (st *store) queryRows(ctx context.Context, query string, args ...any) (foun
 }
 
 // mark says that somebody watches a session here. Each mark has a transaction of
-// its own: two that marked many would wait for each other.
+// its own: two servers that marked many in one could wait for each other.
 func (st *store) mark(ctx context.Context, id string) error {
 	_, err := st.pool.Exec(ctx, "update sessions set watched_at = now() where session_id = $1", id)
 	return err
@@ -262,7 +264,7 @@ func (st *store) watchedHere(ctx context.Context) ([]string, error) {
 
 // The hub's side.
 
-// following asks for events from where the foremost viewer of a session stands. The others are told
+// following has events read from where the foremost viewer of a session stands. The others are told
 // to page up to there.
 func (h *hubState) following() following {
 	f := following{viewers: len(h.viewers) > 0, listed: h.listed, foreign: len(h.foreign)+len(h.marks) > 0}
@@ -280,8 +282,8 @@ func (h *hubState) following() following {
 	return f
 }
 
-// watchedLive reports whether one of a session's viewers takes it for live. The
-// others are told when it is.
+// watchedLive reports whether one of a session's viewers takes it for live. Viewers
+// who do not are told when it goes on.
 func watchedLive(watching map[*outbox]*watch) bool {
 	for _, w := range watching {
 		if w.live {
@@ -301,7 +303,7 @@ func (h *hubState) takeRows(cmd rowsRead) {
 		case h.claiming[id] > 0, s != nil && (s.tracker != nil || r.id != "" && r.epoch <= s.epoch):
 			// This server has it, or is about to.
 		case r.id == "" && s != nil && s.dirty():
-			// It was begun since, or storing it finds out.
+			// The row was made since, or the next flush finds that it is gone.
 		case r.id == "" && s != nil:
 			h.abandon(s, deleted)
 		case r.id == "":
@@ -321,7 +323,7 @@ func (h *hubState) takeRows(cmd rowsRead) {
 func (h *hubState) tellRow(r foreignRow) {
 	for out, w := range h.watchers[r.id] {
 		if !w.live {
-			continue // it is told first that the session goes on
+			continue // takeForeign tells it first that the session goes on
 		}
 		switch w.end = r.events; {
 		case w.next >= w.end:
@@ -415,8 +417,8 @@ func (h *hubState) endForeign(id string) {
 	}
 }
 
-// mark takes in which sessions of this server viewers of others watch. Who has
-// just begun to needs a full snapshot, as one who joins here.
+// mark notes which sessions of this server are watched on others. A viewer who has just
+// begun to watch there needs a full snapshot, as one who joins here does.
 func (h *hubState) mark(ids []string) {
 	before := h.marks
 	h.marks = make(map[string]bool, len(ids))

@@ -14,7 +14,7 @@ import (
 
 // What the server says of itself: health, statistics, metrics.
 
-// stats waits for the hub: while that hangs, so does who asks, and systemd's watchdog relies on it.
+// stats waits for the hub: whoever asks hangs while that does. systemd's watchdog relies on it.
 func (s *server) stats() hubStats {
 	reply := make(chan hubStats, 1)
 	stats, _ := ask(s.hub, reply, statsQuery{reply})
@@ -40,7 +40,7 @@ func (s *server) handleHealth(w http.ResponseWriter, r *http.Request) error {
 	var stored any // null when it cannot be counted in time
 	ctx, cancel := context.WithTimeout(r.Context(), countTimeout)
 	defer cancel()
-	// An error is no illness: counting takes longer than storing.
+	// An error is no illness: counting may take too long where storing goes on.
 	t, err := s.store.totals(ctx)
 	skew := time.Duration(s.store.skew.Load())
 	if reason == "" && skew.Abs() > maxClockSkew {

@@ -176,7 +176,7 @@ func (s *server) guard(route route) http.HandlerFunc {
 	}
 }
 
-// isBrowser tells who is shown a page from who is sent JSON.
+// isBrowser reports whether to answer with a page rather than with JSON.
 func isBrowser(r *http.Request) bool { return strings.Contains(r.Header.Get("Accept"), "text/html") }
 
 // deny answers a request that is not let in; with page, by the sign-in page.
@@ -330,8 +330,8 @@ func queryNumber(r *http.Request, name string, preset, least, most int64) (int64
 
 // WebSocket.
 
-// enter counts a tracker's or a viewer's request, which then leaves; otherwise it
-// answers why not. A path with an id is that of rrweb's own client.
+// enter counts a tracker's or a viewer's connection: the caller lets it leave. Otherwise
+// it answers why not. A path with an id is that of rrweb's own client.
 func (s *server) enter(w http.ResponseWriter, r *http.Request) (addr netip.Addr, ok bool) {
 	if strings.Contains(r.Pattern, "{id}") && !validID(r.PathValue("id")) {
 		s.fail(w, r, http.StatusBadRequest, "this is no id of a recording", nil)
@@ -450,8 +450,8 @@ func (s *server) handleEvents(w http.ResponseWriter, r *http.Request) error {
 	return nil
 }
 
-// writeSlowly gives a client that reads at all the time that a large answer takes. Of one that has
-// left nothing is said here: the request's context has ended.
+// writeSlowly lets a large answer take any time, as long as the client reads. One that has left is
+// no error here: the request's context has ended.
 func (s *server) writeSlowly(w http.ResponseWriter, body []byte) {
 	for piece := range slices.Chunk(body, writePiece) {
 		http.NewResponseController(w).SetWriteDeadline(time.Now().Add(time.Minute))
@@ -549,8 +549,8 @@ func toJSON(row storedSession) sessionJSON {
 	}
 }
 
-// listJSON gives the rows of a list, as many as a page has room for. The state of
-// live sessions is known to this server's memory only.
+// listJSON gives the rows of a list, as many as a page has room for. Only live sessions
+// in this server's memory have a state.
 func (s *server) listJSON(rows []storedSession) []sessionJSON {
 	ids := make([]string, len(rows))
 	for i, row := range rows {

@@ -7,14 +7,13 @@ import (
 )
 
 // The hub numbers events, keeps them until they are committed, the newest for longer,
-// and fans them out.
-// Who records and who watches it knows by their outboxes.
+// and fans them out. It knows trackers and viewers by their outboxes.
 //
 // It lets go of a session in three ways:
 //
 //	detach   the tracker has gone; the session waits for it for the grace period
-//	end      no more events will come; what there is is stored, then the session
-//	         is forgotten
+//	end      no more events will come; the rest is stored, then the session is
+//	         forgotten
 //	abandon  nothing more can be stored: deleted, refused, or another server's;
 //	         the session is forgotten now, and its tracker is told why
 
@@ -27,11 +26,11 @@ type session struct {
 	about *description
 
 	tracker    *outbox   // who records it; nil in the grace period and after its end
-	detachedAt time.Time // when the tracker had gone
+	detachedAt time.Time // when the tracker left
 	// ackTo is told of commits also after tracker has become nil: a post, or a page that ends its
 	// session, waits for them.
 	ackTo    *outbox // the last tracker
-	firstSeq int64   // of the tracker's own page: lower numbers are of pages before it
+	firstSeq int64   // the first of the tracker's own page: lower ones are of pages before it
 	shared   bool    // others may record it beside its tracker
 	// No tracker and no grace period: it leaves memory with the flush that ends its row, unless a
 	// tracker comes back before.
@@ -51,7 +50,7 @@ type session struct {
 	writing bool      // a writer has the flush
 	retryAt time.Time // when a flush that failed is tried again
 
-	// awaitCommits in the order in which they came, each up to no less than the one before.
+	// The awaitCommit commands as they came: each waits for no less than the one before.
 	waiting []waiting // for commits
 
 	snapshotAt      time.Time // when the newest full snapshot came
@@ -123,7 +122,7 @@ func newHub(cfg config, b *budget, m *metrics) *hub {
 	return &hub{cfg: cfg, cmds: make(chan command, 256), done: make(chan struct{}), budget: b, metrics: m}
 }
 
-// send gives the hub a command, and waits where many are queued: not for the hub's own goroutine.
+// send gives the hub a command, and waits while many are queued: the hub itself must not call it.
 // It reports false when the hub has stopped.
 func (h *hub) send(cmd command) bool {
 	select {
@@ -153,19 +152,19 @@ type hubState struct {
 	*hub
 	sessions map[string]*session
 	recorded map[*outbox]*session // what each tracker records
-	claiming map[string]int       // claims in the database that are not attached yet, by session
-	// In their grace period; all connections that are no viewers.
+	claiming map[string]int       // how many are reserved and not yet attached, by session
+	// grace has the sessions in their grace period; trackers counts all connections but viewers'.
 	grace    map[*session]struct{}
 	trackers int
 
-	// Each viewer with what it watches, by session; the same watches by session first.
+	// viewers has the watches of each viewer, by session; watchers the same, by session first.
 	viewers  map[*outbox]map[string]*watch
 	watchers map[string]map[*outbox]*watch // also of sessions that are not in memory
 	lagging  map[*outbox]bool              // viewers that had no room: sent nothing until they have read all
 
 	foreign      map[string]*foreignSession // live sessions of other servers, while viewers are there
 	foreignBytes int
-	listed       bool            // foreign was read
+	listed       bool            // foreign was filled, since viewers are there
 	marks        map[string]bool // sessions that viewers of other servers watch
 
 	// A session may stand in both, and in either after it was stored or forgotten: see nextFlushes.
@@ -182,7 +181,7 @@ type hubState struct {
 	tailBytes    int64
 	aboutBytes   int64
 
-	claimingBytes int64 // of descriptions, beside aboutBytes
+	claimingBytes int64 // reserved for descriptions that are not in aboutBytes yet
 }
 
 // run is the hub's goroutine. It ends with ctx, or when it was drained and
@@ -201,6 +200,7 @@ func (h *hub) run(ctx context.Context) {
 		foreign:  map[string]*foreignSession{},
 		retry:    map[*session]bool{},
 	}
+	// Often enough that an event waits little longer than BATCH_INTERVAL.
 	tick := time.NewTicker(min(max(h.cfg.batchInterval/4, 5*time.Millisecond), 100*time.Millisecond))
 	defer tick.Stop()
 	for {
@@ -342,8 +342,8 @@ func (h *hubState) enter(cmd enter) {
 	h.tell(cmd.out, activeSessions(h.live(h.share())))
 }
 
-// leave undoes enter, and all that the connection recorded or watched. Without viewers nobody
-// follows other servers: what is known of them is forgotten.
+// leave undoes enter, detaches what the connection recorded, and ends what it watched. Without
+// viewers nobody follows other servers: what is known of them is forgotten.
 func (h *hubState) leave(out *outbox) {
 	watching, viewer := h.viewers[out]
 	if !viewer {
@@ -365,7 +365,7 @@ func (h *hubState) leave(out *outbox) {
 // Events.
 
 // publish takes a tracker's batch, or tells the tracker why not and gives back the batch's room. A
-// batch that was taken before is only acked again, to who has sent it: an earlier page, perhaps.
+// batch that was taken before is only acked again, to whoever sent it: an earlier page, perhaps.
 func (h *hubState) publish(cmd publish) {
 	s, b := h.sessionOf(cmd), cmd.b
 	switch {
@@ -471,8 +471,8 @@ func (h *hubState) inMemory(cmd memoryQuery) inMemory {
 	return inMemory{true, s.summary(), s.memory(cmd.from, cmd.to)}
 }
 
-// live gives the live sessions of all servers, this one's first, as many as have room in a list of
-// most bytes. Which ones it leaves out is chance.
+// live gives the live sessions of all servers, this one's first, until their list would be larger
+// than most. Apart from that, which ones it leaves out is chance.
 func (h *hubState) live(most int) (all []summary) {
 	size := activeSessions{}.size()
 	add := func(s summary) bool {

@@ -288,7 +288,7 @@ func (l *logs) list() ([]logName, error) {
 	return names, err
 }
 
-// newest returns the number of the day's newest file of a kind that is not zipped.
+// newest returns the number of a kind's newest file of the day, or the next if that is zipped.
 func (l *logs) newest(kind, day string) (number int, err error) {
 	names, err := l.list()
 	i := slices.IndexFunc(names, func(o logName) bool { return o.kind == kind && o.day == day })

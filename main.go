@@ -25,14 +25,14 @@ import (
 )
 
 const (
-	beatEvery    = 2 * time.Second  // that this server is there
-	sweepEvery   = 10 * time.Second // of sessions that nobody records
-	pulseEvery   = time.Second      // whether the database is
-	maxWaiting   = time.Minute      // of an event for its commit, after BATCH_INTERVAL, in health
-	shutdownTime = 18 * time.Second // for everything; systemd and others wait about 20
+	beatEvery    = 2 * time.Second  // the database is told that this server is there
+	sweepEvery   = 10 * time.Second // sessions that nobody records are ended
+	pulseEvery   = time.Second      // the database is asked whether it answers
+	maxWaiting   = time.Minute      // for a commit beyond BATCH_INTERVAL, or failing: see illness
+	shutdownTime = 18 * time.Second // for everything; session-replay.service allows 30
 )
 
-// main ends with status 1 where the start fails, or where not everything was stored. A second
+// main ends with status 1 when the start or -check fails, or not everything was stored. A second
 // signal is not heard while the server stops, which takes shutdownTime at most.
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
@@ -91,8 +91,8 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 	return s.run(ctx)
 }
 
-// assemble makes the parts and starts none of them: the database is asked by housekeep first, and
-// hub and writers begin in run. The caller closes the store.
+// assemble makes the parts and starts none of them: housekeep is the first to ask the database, and
+// run starts the hub and the writers. The caller closes the store.
 func assemble(cfg config, logs *logs) (*server, error) {
 	st, err := openStore(context.Background(), cfg.database, logs.rejected)
 	if err != nil {
@@ -118,8 +118,8 @@ func assemble(cfg config, logs *logs) (*server, error) {
 	return s, nil
 }
 
-// run starts what is needed first and stops in reverse: HTTP, the connections,
-// the hub and its writers, each of which ends what feeds the next.
+// run starts each part after those that it needs. It stops housekeeping, then in the order in which
+// they feed each other: HTTP, the connections, the hub with its writers.
 func (s *server) run(ctx context.Context) error {
 	listener, err := s.listen()
 	if err != nil {
@@ -172,7 +172,7 @@ func (s *server) stop(srv *http.Server) error {
 	// The first Shutdown closes the listener now. The second waits for answers that are being
 	// written, which may take a second after the last commit.
 	go srv.Shutdown(ctx)                                     // ends with ctx at the latest
-	closing, cancel := context.WithTimeout(ctx, 3*closeTime) // who does not go by then waits for no commit
+	closing, cancel := context.WithTimeout(ctx, 3*closeTime) // the drain waits no longer than that
 	defer cancel()
 	s.closeAll(closing)
 	s.hub.send(drain{})
@@ -189,7 +189,7 @@ func (s *server) stop(srv *http.Server) error {
 	return nil
 }
 
-// listen opens HOST and PORT. TLS speaks HTTP/1.1 alone, as WebSockets do.
+// listen opens HOST and PORT. With TLS it offers HTTP/1.1 alone, which WebSockets need.
 func (s *server) listen() (net.Listener, error) {
 	listener, err := net.Listen("tcp", net.JoinHostPort(s.cfg.host, s.cfg.port))
 	if err != nil {
@@ -219,9 +219,9 @@ func (c *certificate) load() error {
 	return err
 }
 
-// handleSignals reads the certificate again on SIGHUP, and tells systemd's
-// watchdog each time that the hub answers. While the hub hangs it waits here, and
-// systemd starts the server anew.
+// handleSignals reads the certificate again on SIGHUP, and tells systemd's watchdog,
+// at intervals, that the hub answers. While the hub hangs handleSignals waits for
+// it, and systemd starts the server anew.
 func (s *server) handleSignals(ctx context.Context) {
 	hangup := make(chan os.Signal, 1)
 	signal.Notify(hangup, syscall.SIGHUP) // to the end: without it SIGHUP ends the process
@@ -311,9 +311,9 @@ func (s *server) every(ctx context.Context, interval time.Duration, do func(cont
 	}
 }
 
-// beat tells the database that this server is there, and looks whether what is
-// sent to it can be stored: /health answers with what it finds, and the log says
-// it once a minute.
+// beat tells the database that this server is there, and finds out whether the
+// server can store what it is sent. /health answers with the result, and the log
+// has a reason once a minute.
 func (s *server) beat(ctx context.Context) {
 	reason := s.illness(s.store.beat(ctx))
 	if ctx.Err() != nil {
@@ -329,7 +329,7 @@ func (s *server) beat(ctx context.Context) {
 }
 
 // illness says why the server cannot store what it is sent; "" when it can. beat is the error of
-// this beat. A reason that somebody has to mend stands before one that may pass by itself.
+// this beat and comes first, then what somebody has to mend, then what may pass by itself.
 func (s *server) illness(beat error) string {
 	waiting, last := s.stats().oldest, s.store.last.Load()
 	late, fresh := waiting > s.cfg.batchInterval+maxWaiting, last != nil && time.Since(last.at) < time.Minute

@@ -15,14 +15,14 @@ import (
 	"time"
 )
 
-// metrics counts what happens, for /stats and /metrics. Anyone may add to it.
+// metrics counts what happens, for /stats and /metrics. Any goroutine may add to it.
 type metrics struct {
 	sessionsStarted, sessionsDeleted      atomic.Int64
 	eventsIn, bytesIn, wireBytes          atomic.Int64
 	eventsStored, bytesStored             atomic.Int64
 	refusedSessions, databaseErrors, acks atomic.Int64
 	viewersLagged                         atomic.Int64
-	batches, batchNanos, batchBytes       atomic.Int64 // that were tried, their time and JSON
+	batches, batchNanos, batchBytes       atomic.Int64 // database batches tried; time; JSON stored
 
 	refusals expvar.Map // by reason
 }
@@ -30,7 +30,7 @@ type metrics struct {
 // refuse counts something that was refused to a client.
 func (m *metrics) refuse(reason string) { m.refusals.Add(reason, 1) }
 
-// batch counts a batch that the writer has tried to store.
+// batch counts a database batch that a writer has tried to store.
 func (m *metrics) batch(work []*flush, took time.Duration) {
 	m.batches.Add(1)
 	m.batchNanos.Add(int64(took))

@@ -96,9 +96,9 @@ func newOutbox() *outbox {
 	return &outbox{progress: make(chan struct{}, 1), wake: func() {}, abort: func() {}}
 }
 
-// trySend gives the client a message, and reports whether there was room: most
-// bytes for it and all that is not sent. A client that has been sent everything
-// has room for one message of any size.
+// trySend gives the client a message, and reports whether there was room: with
+// the message, no more than most bytes may be unsent. A client that has been sent
+// everything has room for one message of any size.
 func (o *outbox) trySend(m message, most int) bool {
 	o.mu.Lock()
 	defer o.mu.Unlock()
@@ -108,8 +108,8 @@ func (o *outbox) trySend(m message, most int) bool {
 	return o.add(m)
 }
 
-// send gives the client an answer to its request, which has room always: large ones
-// are counted as answers. The next request is not read before it is sent: see wait.
+// send gives the client an answer, for which there is always room: pages and lists hold
+// theirs in core.outgoing. A WebSocket's next request is read after it is sent: see wait.
 func (o *outbox) send(m message) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
@@ -175,7 +175,7 @@ func (o *outbox) start() {
 func (o *outbox) next() (m message, last *closeFrame) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	// Who asks for the next has sent the one before.
+	// Whoever asks for the next message has sent the one before.
 	o.sent, o.bytes, o.writing = o.taken, o.bytes-o.writing, 0
 	select {
 	case o.progress <- struct{}{}:
@@ -240,7 +240,7 @@ func (o *outbox) isSending() bool {
 }
 
 // end lets nothing more in, and drops what is not sent. Only a reason to close, and what stands
-// before it, is sent nevertheless, unless now is set: parting says that a sender is still at that.
+// before it, is sent nevertheless, unless now is set: with parting a sender still has that to do.
 func (o *outbox) end(now bool) (parting bool) {
 	o.mu.Lock()
 	defer o.mu.Unlock()

@@ -63,6 +63,7 @@ var assets = sync.OnceValues(func() (map[string]asset, bool) {
 			"tracker-session.js", "tracker-delivery.js", "tracker.js"} {
 			ours = append(ours, files[name].body...)
 		}
+		// Date is the tracker's and rrweb's own: a page may replace its Date, and clocks are set.
 		script = []byte("(function(){var module={exports:{}},exports=module.exports,define," +
 			"Date={now:()=>Math.round(performance.timeOrigin+performance.now())};" + string(recorder.body) +
 			"\n;var rrwebRecord=module.exports;(()=>{\"use strict\";" + comments.ReplaceAllString(string(ours), "") +
@@ -95,7 +96,7 @@ func mediaPolicy(origins []string) string {
 // mediaSlot is the place in view.html, which withMedia fills.
 const mediaSlot = `name="media-origins" content="`
 
-// withMedia tells the viewer's page the same: its frames have a policy of their own.
+// withMedia tells the viewer's page these origins too: its frames have a policy of their own.
 func withMedia(files map[string]asset, origins []string) map[string]asset {
 	if len(origins) > 0 {
 		files = maps.Clone(files)

@@ -47,7 +47,7 @@ func (s *server) handlePost(w http.ResponseWriter, r *http.Request) {
 	}
 	defer s.access.leave(addr)
 	p := &post{conn: conn{core: &s.core, inflater: inflater, out: newOutbox()}}
-	// A page that has gone, and a browser that quits, do not wait for the answer.
+	// Not the request's context: a page that goes, or a browser that quits, awaits no answer.
 	p.ctx, p.cancel = context.WithTimeout(context.WithoutCancel(r.Context()), maxPostTime)
 	defer p.cancel()
 	p.out.abort = p.cancel
@@ -80,7 +80,7 @@ func (p *post) receive(r io.Reader) error {
 	defer func() { p.release(body) }()
 	switch {
 	case p.ctx.Err() != nil:
-		return p.ctx.Err() // of what has come so far nothing can be said
+		return p.ctx.Err() // the time is over, or the server stops: no other error counts
 	case err != nil:
 		return err
 	case p.tracker.share:
@@ -95,8 +95,8 @@ func (p *post) receive(r io.Reader) error {
 }
 
 // handleLines handles a body's messages, as conn.serve does those of a WebSocket.
-// What is wrong before a session has started refuses all of them, and a hundred
-// errors in all, not in a row, what is left.
+// An error before a session has started refuses all of them; after maxErrors errors
+// in all, not in a row, the rest is refused.
 func (p *post) handleLines(body []byte) error {
 	left := int64(len(body))
 	for line := range bytes.Lines(body) {
@@ -144,9 +144,9 @@ func (p *post) take(msg []byte) error {
 	return err
 }
 
-// keepRoom takes room for what is left of the body, of which batches may have taken
-// some: they need more than their JSON. Their commit gives room back, and does not
-// wait for its interval.
+// keepRoom takes room for what is left of the body: batches may have taken some of
+// that, since they need more than their JSON. Their commit gives room back, and does
+// not wait for its interval.
 func (p *post) keepRoom(left int64) error {
 	short := left + p.inflater - p.reserved
 	if short <= 0 {
@@ -198,8 +198,8 @@ func (p *post) answer(w http.ResponseWriter, err error) {
 	w.Write(out)
 }
 
-// answerRecording answers rrweb's client, which may not send its events again where
-// their commit takes too long. An error in the outbox is of all its events.
+// answerRecording answers rrweb's client. A commit that takes too long is no error to
+// it: it would send its events again. An error in the outbox is of all its events.
 func (s *server) answerRecording(w http.ResponseWriter, r *http.Request, p *post, err error) {
 	if err == nil {
 		p.awaitCommits()
@@ -250,7 +250,7 @@ var (
 type unpacker struct {
 	wire *bufio.Reader
 	z    *gzip.Reader // nil when the body comes as it is
-	read bool         // something of it
+	read bool         // something of the body was read
 }
 
 // Read gives io.EOF where body and stream end together. Whatever else is wrong with a stream, or

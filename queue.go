@@ -11,9 +11,9 @@ import (
 // flush that comes back is acked, tried again, or the end of its session.
 
 const (
-	flushBytes = 4 << 20 // so much that is pending starts a transaction at once
-	// Of the budget. A transaction takes no further session beyond as many.
-	maxFlushBytes   = 8 << 20 // one session's share of a transaction
+	flushBytes = 4 << 20 // when as much is pending, a transaction starts at once
+	// In bytes of the budget. A transaction that has as many takes no further session.
+	maxFlushBytes   = 8 << 20 // when a session's part of a transaction has as many, it ends
 	maxFlushReports = 500
 	maxPause        = 2 * time.Second // between two attempts
 )
@@ -47,15 +47,15 @@ func (h *hubState) dispatch() (finished bool) {
 	return h.draining && len(h.queue)+len(h.urgent)+len(h.retry)+h.inFlight == 0
 }
 
-// due reports whether a free writer has something to do.
+// due reports whether there is something to do for a free writer.
 func (h *hubState) due() bool { return len(h.urgent) > 0 || h.queueDue() }
 
-// queueDue reports whether the first has waited for BATCH_INTERVAL, or what is there is enough.
+// queueDue reports whether the oldest has waited for BATCH_INTERVAL, or need not wait.
 func (h *hubState) queueDue() bool {
 	return len(h.queue) > 0 && (h.overThreshold() || time.Since(h.queue[0].queued) >= h.cfg.batchInterval)
 }
 
-// overThreshold reports whether there is so much to store that it does not wait.
+// overThreshold reports whether there is so much to store that it does not wait, or the hub drains.
 func (h *hubState) overThreshold() bool {
 	return h.draining || len(h.queue) >= h.cfg.batchSize || h.pendingBytes >= flushBytes
 }
@@ -108,7 +108,7 @@ func (h *hubState) startFlush(s *session) *flush {
 	return f
 }
 
-// newFlush makes what is pending of a session, up to a bound, a flush. Its totals lack the bytes of
+// newFlush makes a flush of what a session has pending, up to a bound. Its totals lack the bytes of
 // the chunks, which are not made yet.
 func (h *hubState) newFlush(s *session) *flush {
 	f := &flush{session: s.id, totals: s.durable}
@@ -154,8 +154,8 @@ func (h *hubState) settle(f *flush) {
 	}
 }
 
-// keepChunks counts the chunks of a flush that is to be tried again: in an outage
-// all that is pending is there twice.
+// keepChunks counts the chunks of a flush that is to be tried again: until then its
+// events are in memory twice, as batches and as chunks.
 func (h *hubState) keepChunks(f *flush) {
 	var size int64
 	for _, c := range f.chunks {
@@ -197,7 +197,7 @@ func (s *session) ack(out *outbox) {
 }
 
 // trimTails keeps memory within its bounds after s has grown: past maxEvents the
-// older half of the session goes, past a quarter of the budget that of any.
+// older half of its events goes, past a quarter of the budget the older half of any tail.
 func (h *hubState) trimTails(s *session) {
 	if most := int64(h.cfg.maxEvents); s.now.events-s.oldest() > most {
 		h.trim(s, sort.Search(len(s.tail), func(i int) bool { return s.now.events-s.tail[i].first <= most/2 }))

@@ -12,12 +12,12 @@ import (
 // which it keeps for its tab, and which is the session's id. Events that tell of
 // the recording become metadata. Nothing is numbered: what it sends again, where
 // an answer was lost, is stored again.
-// Its handle takes the place of the tracker's, which starts and ends the session for it.
+// Its handle takes the place of the tracker's, and starts and ends the session for the page.
 type rrwebClient struct {
 	*tracker
 	recording string
 	metadata  []byte // what is known of the recording; nil before the session starts
-	located   bool   // so is the page's URL
+	located   bool   // the page's URL is known
 }
 
 // handle takes the events of a frame or a body.
@@ -39,7 +39,7 @@ func (c *rrwebClient) handle(msg []byte) (kept int64, err error) {
 	return kept, err
 }
 
-// start begins the session, or continues it, with what is new of its metadata.
+// start begins the session, or continues it, with its metadata and what is new of it.
 func (c *rrwebClient) start(news *fields) error {
 	if c.metadata == nil {
 		row, err := c.store.session(c.ctx, c.recording)
@@ -65,8 +65,8 @@ func (c *rrwebClient) start(news *fields) error {
 	return err
 }
 
-// told gives the metadata that events tell, whether the page's URL is known with
-// it, which the first Meta event has, and whether an event ends the session.
+// told gives the metadata in the events, whether the page's URL is known by then (the
+// first Meta event has it), and whether an event ends the session.
 func (c *rrwebClient) told(f frame) (news *fields, located, closed bool) {
 	news, located = newFields(), c.located
 	for _, e := range f.events {
@@ -89,7 +89,7 @@ func (c *rrwebClient) told(f frame) (news *fields, located, closed bool) {
 	return news, located, closed
 }
 
-// fields are members of an object in the making, about maxMetadata of them in all.
+// fields are members of an object in the making, of about maxMetadata bytes in all.
 // Of a name that is set twice the last value counts.
 type fields struct {
 	names  []string

@@ -22,14 +22,14 @@ create table if not exists sessions (
     resume_hash      bytea,                     -- SHA-256 of the token that continues it
     server           text not null default '',  -- which of the servers records it, or did last
     page             bigint not null default 0, -- which page of its tab; an earlier one does not get it back
-    watched_at       timestamptz,               -- when a server said last that somebody watches it there
+    watched_at       timestamptz,               -- when a server last said that it is watched there
     -- Raised by each claim; writes of an older one are refused. It begins at the
     -- time in microseconds: a row made again after its deletion has a higher one.
     epoch            bigint not null default extract(epoch from clock_timestamp()) * 1000000
 ) with (fillfactor = 80);                       -- room for updates in place
 
--- These columns were added later. Not unless they must be, as below. url_lower is
--- what a search for a part of the URL reads: 100,000 in half the time that lower()
+-- These columns were added later. Altered only if need be, for the reason below. url_lower is
+-- what a search for a part of the URL reads: 100,000 rows in half the time that lower()
 -- would take. length is the duration of a session that has ended, null if it has
 -- no event. Of a live one it is null too: a column that an index has and that
 -- changes with each batch would end the updates in place.
@@ -47,7 +47,7 @@ do $$ begin
     end if;
 end $$;
 
--- A search reads sessions_found alone, and the rows of the page that it gives.
+-- A search by time, URL or state reads sessions_found, and the rows of the page that it gives.
 drop index if exists sessions_created, sessions_past;
 create index if not exists sessions_found on sessions (created_at desc, session_id) include (is_active, url_lower, length);
 create index if not exists sessions_user on sessions (user_id, created_at desc);
@@ -68,7 +68,7 @@ create table if not exists session_events (
     primary key (session_id, first_index)
 );
 
--- Not unless it must be: it waits for all who read the table, a backup say, and
+-- Altered only if need be: that waits for all who read the table, a backup say, and
 -- makes writers wait behind it.
 do $$ begin
     if (select attstorage from pg_attribute where attrelid = 'session_events'::regclass and attname = 'events') <> 'e' then

@@ -17,7 +17,7 @@ import (
 
 // filter is what a list of sessions is asked for; its zero value asks for all.
 type filter struct {
-	userID, url string // exact; a part of it, in any case
+	userID, url string // exact; a part of it, in upper or lower case
 	from, to    time.Time
 	minDuration int64 // milliseconds
 	errors      bool
@@ -27,7 +27,7 @@ type filter struct {
 // Counting more would read an index to its end.
 const maxTotal = 1000 // sessions are counted up to here
 
-// where makes the filter's clause and its arguments. What is_active is stands in
+// where makes the filter's clause and its arguments. The value of is_active stands in
 // the text, so that PostgreSQL finds the index of such sessions.
 func (f filter) where() (clause string, args []any) {
 	clause = "where (is_active or length is not null)" // not the ended ones without an event
@@ -55,7 +55,7 @@ func (f filter) where() (clause string, args []any) {
 	if !f.to.IsZero() {
 		and("created_at <= $%d", f.to)
 	}
-	if f.minDuration > 0 {
+	if f.minDuration > 0 { // length is null for a live session
 		and(`(length >= $%d or session_id in
 			(select session_id from sessions
 				where is_active and last_event_time - first_event_time >= $%[1]d))`, f.minDuration)
@@ -64,8 +64,8 @@ func (f filter) where() (clause string, args []any) {
 }
 
 // find gives a page of the sessions that a filter lets through, newest first, one
-// more than limit if there are more, and how many there are, up to one more than
-// maxTotal.
+// more than limit if there are more, and how many there are, beyond maxTotal perhaps
+// not all of them.
 // found may also end early, where its rows are more than pageBytes: then there are more.
 func (st *store) find(ctx context.Context, f filter, limit, offset int64) (
 	found []storedSession, total int64, err error) {
@@ -74,7 +74,7 @@ func (st *store) find(ctx context.Context, f filter, limit, offset int64) (
 	found, err = st.list(ctx, fmt.Sprintf(`where session_id in (select session_id from sessions %s
 		order by created_at desc, session_id limit $%d offset $%d) order by created_at desc, session_id`,
 		where, n+1, n+2),
-		append(slices.Clip(args), limit+1, offset)...) // the inner one reads an index alone, however far the offset
+		append(slices.Clip(args), limit+1, offset)...) // the inner one reads mostly an index
 	if err != nil {
 		return nil, 0, err
 	}
@@ -245,7 +245,7 @@ func (s *server) handleExport(w http.ResponseWriter, r *http.Request) error {
 	return nil
 }
 
-// handleExportUser sends all that there is of a user, for who asks what is known
+// handleExportUser sends all that there is of a user, for those who ask what is known
 // of them: of each session its line, then its events, one a line.
 func (s *server) handleExportUser(w http.ResponseWriter, r *http.Request) error {
 	userID, err := userOf(r)

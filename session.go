@@ -37,7 +37,7 @@ const (
 	maxPage          = 1000             // events in a session_events answer
 )
 
-// core is what connections and requests work with. log is for people, logs also has the others.
+// core is what connections and requests work with. log is logs.app; logs has the other loggers too.
 type core struct {
 	cfg      config
 	hub      *hub
@@ -56,16 +56,16 @@ type tracker struct {
 	out *outbox
 
 	id string // of the session that it records; empty for none
-	// A start that names asked again means the session that it got.
-	asked string // the id that it had asked for
+	// A start that names asked again means the session that the tracker got for it.
+	asked string // the id that the tracker had asked for
 	// last stays when the session has ended: a post waits for its commit.
 	last  string // the last that it has recorded
-	token string // which continues the session; empty for none
-	share bool   // several may record one session: they cannot number their events
+	token string // it continues the session; empty for none
+	share bool   // several may record one session: they cannot number their batches
 
 	continues bool // the session was there before: it is not counted as begun
 
-	mayStart func() bool // counts the sessions that its address begins
+	mayStart func() bool // counts a session that its address begins, and says whether it may
 	started  func()      // called when the connection has started a session, if set
 }
 
@@ -227,7 +227,7 @@ var (
 	validID = func(id string) bool { return isID(id) && !slices.Contains(noIDs, id) }
 )
 
-// start is a session_start, read; begin writes into id and token what the session got.
+// start is a session_start, read; begin writes into id and token what the tracker got.
 type start struct {
 	id     string
 	about  description
@@ -267,7 +267,7 @@ func parseStart(data []byte) start {
 		}
 	})
 	if !st.resume {
-		st.create, st.page, st.first = false, 0, 0 // the page's own, if they are there
+		st.create, st.page, st.first = false, 0, 0 // without resume they are metadata
 	}
 	if len(data) > maxMetadata || nests(data, maxNesting) {
 		data = excerpt(data, documented, maxField)
@@ -298,9 +298,9 @@ func withDefaults(data []byte) []byte {
 	return endObject(out)
 }
 
-// excerpt copies the members of a JSON object that have these names, each cut to most
-// bytes; a value that cannot be cut is left out, and so is what would go beyond
-// maxFields of that size. Of a name that stands twice the last counts.
+// excerpt copies the members of a JSON object that have these names. Strings are cut to
+// most bytes. A value that has over twice as many, or nests too deep, is left out, and so
+// is what would go beyond maxFields * most bytes. Of a name that stands twice the last counts.
 func excerpt(object []byte, names []string, most int) []byte {
 	out, last, order := []byte("{"), map[string][]byte{}, []string{}
 	members(object, func(name string, _, value []byte) {
@@ -339,7 +339,7 @@ func encodeJSON(v any) []byte {
 	return bytes.TrimSuffix(out.Bytes(), []byte("\n"))
 }
 
-// plainText gives a string's text, and any other value as it stands.
+// plainText gives a string's text, nothing for null, and any other value as it stands.
 func plainText(value []byte) string {
 	if value[0] == '"' {
 		return unquote(value)
@@ -395,7 +395,7 @@ func (t *tracker) startSession(f frame) error {
 	if t.started != nil && t.id != known {
 		t.started()
 	}
-	if t.id != asked && t.id != known && !t.share { // rrweb's client shows what it is told on the console
+	if t.id != asked && t.id != known && !t.share { // rrweb's client would show it on the console
 		t.out.send(envelope("session_assigned", sessionID{t.id}))
 	}
 	if st.resume {
@@ -422,11 +422,11 @@ func (t *tracker) begin(st *start, counted bool) (attached, error) {
 		}
 		got, err := t.claim(st, resuming)
 		switch {
-		// Nobody has this token yet: the session is begun with it.
+		// No row has this id and token: the session is begun with them.
 		case err == errToken && resuming && st.create:
 			resuming = false
 		case err == errTaken && (t.share || st.create && attempt < 6) && pause(t.ctx, attempt):
-			// Another is about to begin it.
+			// Another is about to begin it: 6 attempts take longer than its claim.
 			resuming = st.create
 		case err == errTaken, err == errToken:
 			isNew = true
@@ -451,7 +451,7 @@ var (
 // claim reserves a session in the hub, claims it in the database, and attaches
 // it: three steps, so that two trackers of one session meet before either has
 // changed its row.
-// resuming: the token that st has is to open the row. A tracker that joins gets no numbers.
+// With resuming, the token in st must open the row. A tracker that joins gets zeros.
 func (t *tracker) claim(st *start, resuming bool) (attached, error) {
 	reserved, answer := unreserve{st.id, st.about.cost()}, make(chan reservation, 1)
 	r, ok := ask(t.hub, answer, reserve{t.out, st.id, resuming, t.share, reserved.cost, answer})

@@ -29,7 +29,7 @@ const schemaLock = 0x5e55104e
 const (
 	queryTimeout = 15 * time.Second // of a question
 	beatTimeout  = 5 * time.Second
-	deadAfter    = time.Minute // a server that has not said for so long that it is there
+	deadAfter    = time.Minute // a server that gives no sign for this long is gone
 	deleteStep   = 50          // sessions that are looked up at once to be deleted
 	maxActive    = 10_000      // sessions in one list
 	// Beyond it no age is believed.
@@ -38,7 +38,7 @@ const (
 	cleanupTimeout = 10 * time.Minute
 )
 
-// What callers tell apart. Every other error of the store is the database's.
+// What callers tell apart, with claim's errLaterPage. Most other errors are the database's.
 var (
 	errNotFound = errors.New("no such session")
 	errClocks   = errors.New("the clocks of this machine and the database differ by more than an hour: " +
@@ -64,7 +64,7 @@ type store struct {
 // failure is the last error of the database. It is forgotten when something is committed or claimed.
 type failure struct {
 	err       error
-	at, since time.Time // the last one; the first one, a minute apart at most from the next
+	at, since time.Time // of err; of the first in a row of errors less than a minute apart
 }
 
 // openStore makes the pools, of cfg.MaxConns connections together; they connect
@@ -78,7 +78,7 @@ func openStore(ctx context.Context, cfg *pgxpool.Config, log *slog.Logger) (st *
 	if one.MaxConns = 1; otherHosts(cfg.ConnConfig) {
 		cfg.MaxConns--
 	}
-	// A connection may have broken since it was last used, and a question would fail by it.
+	// A connection may have broken since it was last used, and a question would fail on it.
 	cfg.ShouldPing = func(context.Context, pgxpool.ShouldPingParams) bool { return true }
 	one.ShouldPing = func(context.Context, pgxpool.ShouldPingParams) bool { return false } // a pulse does
 	if st.pool, err = pgxpool.NewWithConfig(ctx, cfg); err == nil {
@@ -396,7 +396,8 @@ type totals struct {
 	sessions, active, events, bytes int64
 }
 
-// totals reads every row: it takes seconds where there are millions.
+// totals reads every row: it takes seconds where there are millions. Ended sessions without an
+// event are not counted, as searches do not find them.
 func (st *store) totals(ctx context.Context) (t totals, err error) {
 	err = st.pool.QueryRow(ctx, `select count(*), count(*) filter (where is_active),
 		coalesce(sum(event_count), 0)::bigint,
@@ -421,7 +422,7 @@ func (st *store) remove(ctx context.Context, id string) error {
 
 // removeOld deletes ended sessions, the oldest first, and says how many: those
 // that ended longer ago than age by the database's clock, or a day ago without an
-// event, and, with a limit, as many more as it takes for limit bytes. While this
+// event, and, with a limit, as many more as leave limit bytes at most. While this
 // machine's clock and the database's differ, one of them is wrong, and nothing that
 // has events is deleted for its age: errClocks.
 func (st *store) removeOld(ctx context.Context, age time.Duration, limit int64) (deleted int64, err error) {

@@ -26,7 +26,7 @@ type uplink struct {
 	// Each connection, and each attempt at one, waits for its end.
 	open   context.Context // until the cut
 	cut    context.CancelFunc
-	silent string // address of the server that the last one was given up for
+	silent string // address of the server for which the last uplink was given up
 	since  time.Time
 }
 
@@ -36,9 +36,9 @@ func newUplink(silent string) *uplink {
 	return &uplink{open, cut, silent, time.Now()}
 }
 
-// dialer makes connections that end with the uplink. pgx would otherwise wait up
-// to 15 s for a server that hangs to cancel what it was asked, and give no place
-// in the pool back before.
+// dialer makes connections that end with the uplink. Otherwise pgx would ask a server
+// that hangs to cancel the query, wait for it for up to 15 s, and keep the place in
+// the pool for as long.
 func (u *uplink) dialer(dial pgconn.DialFunc) pgconn.DialFunc {
 	return func(ctx context.Context, network, address string) (net.Conn, error) {
 		if address == u.silent && time.Since(u.since) < avoidance {
@@ -67,7 +67,7 @@ func (c *upConn) Close() error {
 	return c.Conn.Close()
 }
 
-// otherHosts reports whether a URL names more than one.
+// otherHosts reports whether c names more than one host and port.
 func otherHosts(c *pgx.ConnConfig) bool {
 	return slices.ContainsFunc(c.Fallbacks, func(f *pgconn.FallbackConfig) bool {
 		return f.Host != c.Host || f.Port != c.Port
@@ -75,7 +75,7 @@ func otherHosts(c *pgx.ConnConfig) bool {
 }
 
 // pulse gives a database up that hangs, with all that waits for it: what was under
-// way is tried again, by the first host that takes writes.
+// way is tried again, by the first host that DATABASE_URL lets it use.
 func (st *store) pulse(ctx context.Context) {
 	c, err := st.pulses.Acquire(ctx)
 	if err != nil {
@@ -97,7 +97,7 @@ func (st *store) reset() {
 	st.pulses.Reset()
 }
 
-// beforeConnect has a connection made by the uplink, and hears what it is refused.
+// beforeConnect has a connection made by the uplink, and looks at its errors.
 func (st *store) beforeConnect(_ context.Context, c *pgx.ConnConfig) error {
 	c.DialFunc = st.uplink.Load().dialer(c.DialFunc)
 	if st.pooled.Load() {
@@ -108,7 +108,7 @@ func (st *store) beforeConnect(_ context.Context, c *pgx.ConnConfig) error {
 		switch {
 		case err.Code == "25006": // a server that takes no writes: new connections may lead to another
 			st.reset()
-		case prepares && (err.Code == "42P05" || err.Code == "26000"): // PostgreSQL has statements of other clients
+		case prepares && (err.Code == "42P05" || err.Code == "26000"): // prepared by another client
 			if !st.pooled.Swap(true) {
 				st.log.Error("a pooler lends connections for a transaction at a time: "+
 					"add default_query_exec_mode=exec to DATABASE_URL; until the next start it is as if it were there",
@@ -121,8 +121,8 @@ func (st *store) beforeConnect(_ context.Context, c *pgx.ConnConfig) error {
 	return nil
 }
 
-// preparesStatements tells a way to send statements that a pooler in transaction
-// mode breaks.
+// preparesStatements reports whether statements are sent in a way that a pooler in
+// transaction mode breaks.
 func preparesStatements(c *pgx.ConnConfig) bool {
 	return c.DefaultQueryExecMode < pgx.QueryExecModeExec
 }

@@ -17,7 +17,7 @@ type viewer struct {
 	ctx context.Context // ends with its connection
 	out *outbox
 
-	opened func(id string) // is told which sessions the viewer has joined
+	opened func(id string) // is told which sessions the viewer joins or reads pages of
 }
 
 // handle does what a message asks.
@@ -146,7 +146,7 @@ func (v *viewer) sendPage(f frame) error {
 
 // page is some events of a session, in order.
 type page struct {
-	// As it was when the page was begun, with the number of all its events.
+	// As it was when the page was begun; now.events is the number of all its events.
 	session summary
 	text    []byte // what the caller began it with, and the events, with commas between them
 	count   int64
@@ -166,8 +166,8 @@ func (p *page) add(event []byte) (more bool) {
 
 const pageEnd = 200 // bytes that a caller may add to a page's text
 
-// grow takes room for a chunk of so much JSON, and for as much of it in the page. Room that the page
-// has already counts: the largest chunk decides.
+// grow takes room for a chunk of raw bytes of JSON, and for as many in the page, but for the room
+// that the page has taken before: the largest chunk decides.
 func (p *page) grow(ctx context.Context, raw int64) error {
 	more := 2*raw - p.cost
 	if more <= 0 {
@@ -197,7 +197,7 @@ func (p *page) release() { p.budget.finish(p, p.cost, p.cost) }
 // page, also with an error, when its text is sent.
 func (c *core) eventPage(ctx context.Context, id string, from, limit int64, start string) (*page, error) {
 	p := &page{text: []byte(start), budget: c.outgoing}
-	if err := p.grow(ctx, pageBytes); err != nil {
+	if err := p.grow(ctx, pageBytes); err != nil { // for a chunk, and for the text
 		return p, err
 	}
 	reply := make(chan inMemory, 1)

@@ -16,27 +16,27 @@ type watch struct {
 	next int64 // the first event that the viewer has neither been sent nor told to page for
 	end  int64 // one past the newest event that was published
 	live bool  // the viewer takes the session for live
-	owed bool  // it had no room for the session's end
+	owed bool  // it had no room for session_ended
 
 	state string // of the session, as the viewer was told
 }
 
 const (
-	snapshotAge   = 30 * time.Second // a newest full snapshot older than this is old
+	snapshotAge   = 30 * time.Second // then the newest full snapshot is old: see wantSnapshot
 	snapshotPause = 5 * time.Second  // between two requests for one
 )
 
-// share is how many bytes may wait for each viewer: all together may hold a
-// quarter of the budget, and none so much that it would never catch up.
+// share is how many bytes may wait for each viewer: all together may hold
+// outgoingBytes, and none so much that it would never catch up.
 func (h *hubState) share() int {
 	return min(4<<20, int(outgoingBytes(h.cfg))/max(1, len(h.viewers)))
 }
 
-// outgoingBytes is what viewers' messages, and as much again what answers to
-// requests, may take in memory.
+// outgoingBytes is what viewers' messages may take in memory. Answers to requests may
+// take as much again.
 func outgoingBytes(cfg config) int64 { return max(int64(cfg.maxBufferBytes)/4, outgoingMin) }
 
-// outgoingMin lets one page be made: that takes twice pageBytes, of the half that may grow.
+// outgoingMin lets one page be made: page.grow takes 2 * pageBytes, half of a budget at most.
 const outgoingMin = 4 * pageBytes
 
 // tell sends a viewer a message, and reports whether the viewer had room.
@@ -103,8 +103,8 @@ func (h *hubState) tellEnded(id string) {
 	}
 }
 
-// fanOut sends a batch to those who watch the session. A viewer that stands
-// somewhere else than at its first event is told to page.
+// fanOut sends a batch to those who watch the session. A viewer whose next event is
+// not the batch's first is told to page.
 func (h *hubState) fanOut(s *session, b *batch) {
 	for out, w := range h.watchers[s.id] {
 		w.end, w.live, w.owed = b.end(), true, false
@@ -183,8 +183,8 @@ func (h *hubState) unwatch(out *outbox, id string) {
 	}
 }
 
-// resetWatchers prepares those who watch a session that was deleted for another
-// under its id: what they have seen is not of that.
+// resetWatchers has those who watch a deleted session begin anew: one that comes
+// under the same id has none of the events that they have seen.
 func (h *hubState) resetWatchers(id string) {
 	for _, w := range h.watchers[id] {
 		w.next, w.end = 0, 0

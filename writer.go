@@ -25,7 +25,7 @@ const (
 	commitTimeout = 30 * time.Second // of one transaction
 	lockTimeout   = "1s"             // in it, for a row that somebody else holds
 	chunkBytes    = 1 << 20          // JSON in a chunk, unless one event is larger
-	chunkEvents   = 20_000           // in a chunk: who reads it needs the bounds of all
+	chunkEvents   = 20_000           // in a chunk: whoever reads it needs the bounds of all
 
 	// packPiece is compressed without a break. Live events would otherwise wait for
 	// a processor for 10 ms at a time.
@@ -131,19 +131,18 @@ const (
 		from sessions where session_id = $1 and epoch = $2 on conflict do nothing`
 )
 
-// commit stores flushes in one transaction, and sets the outcome of each if there is no error.
-// Every statement holds for the
-// flush's epoch only: the first locks the row, so the others see the same. All
-// values are absolute and never go back, and all rows have their keys: storing
-// twice changes nothing, be it because a commit's answer was lost, or because
-// PostgreSQL had been given up and carries out an old transaction after a newer one.
+// commit stores flushes in one transaction. The outcomes that it sets hold if there is no error.
+// Every statement is for the flush's epoch only: a flush's first one locks the row, so the others
+// see the same. All values are absolute and never go back, and all rows have their keys: storing
+// twice changes nothing, be it because a commit's answer was lost, or because PostgreSQL had been
+// given up and carries out an old transaction after a newer one.
 func (w *writer) commit(ctx context.Context, work []*flush) error {
 	ctx, cancel := context.WithTimeout(ctx, commitTimeout)
 	defer cancel()
 	statements := &pgx.Batch{}
 	statements.Queue("select set_config('lock_timeout', $1, true)", lockTimeout)
 	for _, f := range work {
-		f.outcome = stored
+		f.outcome = stored // unless what queue queues finds otherwise
 		queue(statements, f)
 	}
 	if err := w.store.pool.SendBatch(ctx, statements).Close(); err != nil {

@@ -13,8 +13,8 @@ export const isOpen = (url) => typeof url === 'string' && URL.canParse(url) && m
 const finite = (...numbers) => numbers.every(Number.isFinite);
 
 // A time that is no number, or an empty list of positions, becomes a NaN in the
-// Replayer's queue, which then waits for it for ever. A pointer's event of a type that
-// is no number it would dispatch.
+// Replayer's queue, which then waits for it for ever. A pointer's event whose type is
+// no number would be dispatched in the page.
 export function wellFormed(e) {
   if (!isObject(e) || !Number.isInteger(e.type) || !isObject(e.data)) return false;
   if (!finite(e.timestamp) || Math.abs(e.timestamp) > 8.64e15) return false;
@@ -28,7 +28,7 @@ export function wellFormed(e) {
     && positions.every((p) => isObject(p) && finite(p.x, p.y, p.timeOffset));
 }
 
-// forget also takes out what is no attribute's value; of styles alone a change may be an object.
+// forget also takes out what is no attribute's value; only a style's change may be an object.
 function forget(attributes, names) {
   for (const [name, value] of Object.entries(attributes)) {
     if (names.includes(name.toLowerCase()) || isObject(value) && name !== 'style') delete attributes[name];
@@ -104,7 +104,7 @@ export class Cleaner {
     this.story = new Story(onMoment);
   }
 
-  // take returns what the Replayer gets. That seeks to the last Meta, and expects a
+  // take returns what the Replayer gets. To seek, it goes to the last Meta, and expects a
   // full snapshot right behind it: so every snapshot gets one at its own time, and
   // a page's own Meta is a resize, if it is one.
   take(raw) {

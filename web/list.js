@@ -147,7 +147,7 @@ function showFilters() {
 
 async function removeUser() {
   const userId = asked.get('userId');
-  const question = `Delete all sessions of ${words(userId)}, also those that match no other filter?`;
+  const question = `Delete all sessions of ${words(userId)}, also those that the other filters hide?`;
   const answer = await remove(`/sessions?userId=${encodeURIComponent(userId)}`, question, note);
   if (!answer) return;
   const { deletedCount } = await answer.json();
@@ -188,8 +188,8 @@ async function tellUnrecorded() {
   const silent = trackerFetches.filter(({ sessions }) => sessions === 0).slice(0, 5);
   for (const { origin, fetches, refusals } of silent) {
     const reasons = Object.entries(refusals ?? {})
-      .map(([why, n]) => ` Refused ${count(n)} times: ${REFUSALS[why] ?? why}.`);
-    const came = `Pages of ${origin} fetched tracker.js ${count(fetches)} times in the last hour; no session came.`;
+      .map(([why, n]) => ` Refused (${count(n)}×): ${REFUSALS[why] ?? why}.`);
+    const came = `Pages of ${origin} fetched tracker.js (${count(fetches)}×) in the last hour; no session came of it.`;
     $.unrecorded.append(el('li', { textContent: came + reasons.join('') }));
   }
   $.unrecorded.hidden = silent.length === 0;

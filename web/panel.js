@@ -63,7 +63,7 @@ export class Panel {
       m.first ? 'Began on ' : m.chosen ? 'Chose in ' : VERBS[m.kind],
       el(m.kind === 'event' ? 'code' : 'b', { textContent: m.text }), ' ',
       m.n > 1 && tag(`×${m.n}`, `${m.n} times`),
-      m.rage && tag('rage click', 'Three times and more within a second'),
+      m.rage && tag('rage click', 'Three times or more within a second'),
       m.dead && tag('dead click', 'Nothing changed for three seconds'),
       (m.title || m.kind === 'event') && el('small', { textContent: m.title || m.detail }),
     ].filter(Boolean);

@@ -267,7 +267,7 @@ export class Picture {
   get animations() { return [...this.roots].flatMap((root) => root.getAnimations()); }
 
   // settle shows the end of what began before the moment that was sought, or of all
-  // for who wants no motion.
+  // for whoever wants no motion.
   settle() {
     for (const animation of this.animations) {
       if (animation.playState === 'paused' && !('animationName' in animation)) continue; // by the page

@@ -1,8 +1,8 @@
 // The player: a play head over a recording of any length.
 //
 // Memory stays bounded, however long the session: only a window of it is here,
-// from the full snapshot before the play head to at most a minute or about 8 MB
-// of JSON ahead of it; from 24 MB on, what has been played is dropped (trim).
+// from the full snapshot before the play head to at most a minute's playing or about
+// 8 MB of JSON ahead of it; from 24 MB on, what has been played is dropped (trim).
 // Seeking outside the window builds a new scene from the last full snapshot
 // before the target and shows it when it is ready.
 

@@ -10,16 +10,11 @@ form.onsubmit = async (e) => {
     const headers = { 'Content-Type': 'application/json' }, body = JSON.stringify({ token: token.value });
     const response = await fetch('/signin', { method: 'POST', headers, body });
     if (response.ok) return location.reload();
-    token.ariaInvalid = response.status === 401;
-    note.textContent = refusal(response);
+    const isWrong = response.status === 401;
+    token.ariaInvalid = isWrong;
+    note.textContent = isWrong ? 'This is not the access token.' : `The server answered ${response.status}.`;
   } catch {
     note.textContent = 'The server cannot be reached.';
   }
   return token.select();
 };
-
-function refusal({ status, headers }) {
-  if (status === 401) return 'This is not the access token.';
-  if (status === 429) return `Too many attempts. Try again in ${headers.get('Retry-After') ?? 'a few'} seconds.`;
-  return `The server answered ${status}.`;
-}

@@ -145,8 +145,8 @@ export class Story {
     this.clicks = { x, y, times: [now], moment, answerable, unanswered: answerable };
   }
 
-  // input tells that something was typed or chosen, once until something else
-  // is; a click into the control becomes that. What was typed is nobody's.
+  // input tells that something was typed or chosen, once until it is elsewhere;
+  // the moment of a click into the control becomes that of the input.
   input({ id, text }) {
     const node = this.nodes.get(id), last = this.clicks?.moment;
     if (id === this.field || text === '' || node?.nodeType !== 1 || node.matches(SWITCH)) return;
@@ -164,7 +164,7 @@ export class Story {
     this.call(textOf(this.root.querySelector('title')));
   }
 
-  // call gives the page that is on a name.
+  // call gives the current page its title.
   call(title) {
     if (this.page && title) this.onMoment(Object.assign(this.page, { title: words(title) }));
   }

@@ -27,8 +27,8 @@ export class Styles {
     for (const owner of this.owners) this.rewrite(owner);
   }
 
-  // rewrite takes an element, of which the style sheet and what else asks for
-  // media features is rewritten, or a constructed sheet.
+  // rewrite takes a constructed sheet, or an element: then it rewrites the style sheet
+  // of that, or what else in it asks for media features.
   rewrite(owner) {
     const sheet = owner.cssRules ? owner : owner.sheet;
     if (sheet) this.replace(sheet.media, 'mediaText');
@@ -67,8 +67,8 @@ export class Styles {
     this.originals.set(object, { original, written: object[property] });
   }
 
-  // asVisited decides what is asked of the visitor's browser. Where a page leaves
-  // its color scheme to that, this is it.
+  // asVisited answers media queries as the visitor's browser would have. Where a page
+  // leaves its color scheme to the browser, the visitor's is taken.
   asVisited(text) {
     const scheme = this.features.find((f) => f.startsWith('prefers-color-scheme:'))?.split(':')[1];
     const decided = text.replace(MEDIA, (all, name, value) => {

@@ -3,7 +3,7 @@
 // that of their numbers, and steps of the clock are taken out. What follows one
 // comes at the time of what was before it, and goes on from there.
 
-const BACK_MS = 1000; // so far events are mixed up without any fault
+const BACK_MS = 1000; // by so much events are mixed up without any fault
 const AHEAD_MS = 7 * 24 * 3600_000; // more than that passes between no two events of a visit
 const PAUSE_MS = 60_000; // a longer pause may be the clock, set right again
 

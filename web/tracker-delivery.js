@@ -10,7 +10,7 @@ const LAST_SIZE = 60000; // bytes: browsers let a fetch outlive its page up to 6
 const PACK_SIZE = 800000; // UTF-16 units of JSON; of more the compressed text would not fit into LAST_SIZE
 const TELL_MS = 5000; // between two messages about pages and clicks
 
-let held = []; // batches and errors that are not acked: {seq (0: not sent yet), snap, text, kind (of an error)}
+let held = []; // batches and errors that are not acked: {seq (0: not numbered yet), snap, text, kind (of an error)}
 let limit = (32 << 20) - (64 << 10); // bytes that one message may have
 let socket = null, ready = false, readyAt = 0;
 let newsTimer = 0; // set while something is to be said that the last session_start did not have

@@ -21,8 +21,8 @@ const picture = (() => {
   const STATES = ["popover-open", "fullscreen", "focus", "focus-visible", "target", "indeterminate",
     "invalid", "user-invalid", "user-valid"]
     .filter((state) => CSS.supports(`selector(:${state})`));
-  // Who may be in one of them, or not be defined, beside what has the focus and the
-  // like. To ask all elements would take a tenth of a second of a large page.
+  // Elements that may be in one of them, or undefined, beside what has the focus and the
+  // like. To ask all elements of a large page would take a tenth of a second.
   const MAY_HAVE = /-|^(style|link|input|select|textarea|button|output|fieldset|form|object|progress)$/;
   const FEATURES = [["prefers-color-scheme", "light dark"], ["prefers-reduced-motion", "no-preference reduce"],
     ["prefers-contrast", "no-preference more less custom"], ["hover", "none hover"], ["any-hover", "none hover"],
@@ -31,7 +31,7 @@ const picture = (() => {
   const asks = FEATURES.map((feature) => matchMedia(`(${feature})`));
   const LOOK_MS = 100, LAST_LOOK_MS = 30000;
   const MEASURE_MS = 10; // of the elements in one look
-  const SHARE = 20; // between two looks is this many times the time of one, up to a second
+  const SHARE = 20; // the pause between two looks is so many times the time of one, up to a second
   // A browser's own text of a shorthand with var(), of which a longhand is set later.
   const BROKEN = /(^|[^\w-])(?!--)([a-z-]+): (?=;)/, EMPTY = new RegExp(BROKEN, "g");
 

@@ -274,7 +274,7 @@ function cutFragment(fragment, doc) {
   return doc && (byId(doc, fragment) || byName(doc, fragment).length || fragment === "top") ? "#" + fragment : "";
 }
 
-// cutAddress cuts of an address what may be secret: user and password, path
+// cutAddress cuts from an address what may be secret: user and password, path
 // parameters, the query, a fragment that is neither a route nor, in doc, the
 // name of a section. Of pictures too: they may be signed.
 function cutAddress(address, doc = null) {
@@ -349,8 +349,8 @@ function secrecy(el, seen = new Map()) {
   return found;
 }
 
-// secrecyAt is that of an element, or of the one around another node, by id. seen has
-// it of what the event adds.
+// secrecyAt is the secrecy of an element, or of the element around any other node, by
+// id. For what the event adds it is in seen already.
 function secrecyAt(id, seen) {
   if (!seen.has(id)) {
     const node = nodeOf(id);
@@ -359,7 +359,7 @@ function secrecyAt(id, seen) {
   return seen.get(id);
 }
 
-// isTelling spares asking the browser of most elements.
+// isTelling spares asking the browser about most elements.
 function isTelling(tag, attributes) {
   if (options.maskText || options.blockSelector || TELLING.test(tag) || EDITOR_CLASS.test(attributes.class)) return true;
   for (const name in attributes) if (TELLING.test(name)) return true;

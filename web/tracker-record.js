@@ -93,8 +93,8 @@ function mendSoon() {
   }), Math.max(0, mendedAt + MEND_MS - now()));
 }
 
-// A form with a field named nodeType, or fields named host and mode, is none
-// that rrweb can walk past.
+// A form with a field named nodeType, or fields named host and mode, is one
+// that rrweb cannot read.
 function isUnreadable(node) {
   const { attributes } = node;
   return typeof node.nodeType !== "number" || typeof node.ELEMENT_NODE !== "number" || "host" in node && "mode" in node
@@ -169,7 +169,7 @@ function fitted(event) {
   return size > limit ? null : text;
 }
 
-// tooLarge: without its snapshot nothing can be watched. What says so is recorded.
+// tooLarge ends recording: without a snapshot nothing can be watched. An event says so.
 function tooLarge() {
   explain("too-large");
   endRecorder();
@@ -241,7 +241,7 @@ function goOn() {
   startRecorder();
 }
 
-// notePage looks at the address and the title, with every event and where none tells.
+// notePage looks at the address and the title, with every event and when no event comes.
 let page = {}, lastAddress, lastTitle;
 function notePage() {
   const title = titleOf(document);

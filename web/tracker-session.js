@@ -27,7 +27,7 @@ function load() {
 }
 
 // keep stores what a next page needs. Every batch has its number by then, so
-// that what does not fit is missed there, and said to be a gap. A page that is
+// that the next page misses what does not fit, and records a gap. A page that is
 // left before it has its session adds to what the page before it kept. Where
 // nothing can be stored the next page begins another session.
 function keep(leaving = false) {
@@ -49,7 +49,7 @@ function keep(leaving = false) {
 
 const forget = safe(() => sessionStorage.removeItem(STORE));
 
-// lock gives whether this page has the session now. The page before it may hold
+// lock tells whether this page has the session now. The page before it may hold
 // the lock for a moment still, and store something more.
 function lock(id) {
   const mine = turn, patience = new AbortController();
@@ -134,7 +134,7 @@ function comeBack() {
   takeSnapshot();
 }
 
-// remembered gives what a storage has of a name; otherwise value, and puts it there.
+// remembered gives what a storage has under a name; otherwise value, which it puts there.
 function remembered(storage, name, value) {
   try {
     const stored = window[storage], key = `${STORE}:${name}`;

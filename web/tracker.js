@@ -17,8 +17,8 @@
 // hidden fields are never shown. What the owner gives to event() and identify() is
 // recorded as it is.
 //
-// What goes wrong here never reaches the page's own code: what that calls goes through
-// safe(), and so does what listens where it may throw.
+// What goes wrong here never reaches the page's own code: functions that the page calls
+// go through safe(), and so do listeners that may throw.
 if (window.sessionReplay && window.sessionReplay.start) return; // embedded twice
 
 const script = document.currentScript || document.querySelector('script[src*="/tracker.js"]');
@@ -49,8 +49,8 @@ function safe(f, failed = trouble) {
   };
 }
 
-// on listens while recording goes on. The prototype's own, because pages replace
-// window.addEventListener too.
+// on listens while recording goes on. It calls the prototype's method, because pages
+// replace window.addEventListener too.
 function on(target, type, f, capture = false) {
   EventTarget.prototype.addEventListener.call(target, type, f, { capture, signal: listeners.signal });
 }
@@ -58,8 +58,8 @@ function on(target, type, f, capture = false) {
 // ── Time ─────────────────────────────────────────────────────────────────────
 // A page may have a Date of its own, and a clock may be set: within a page time
 // goes on by the browser's monotonic clock, from the time of day at its start or,
-// if that is later, from the last event of its session. Events and files carry
-// both clocks where no page has its hands.
+// if that is later, from the last event of its session. An Event has the one clock, a
+// File the other, and no page can change these.
 
 const sinceStart = getter(PlainEvent, "timeStamp");
 const monotonic = () => sinceStart(new PlainEvent(""));
@@ -99,7 +99,7 @@ function isInRecordedPage(frame = window) {
   }
 }
 
-// explain keeps the reason why nothing is recorded, and tells who develops the page.
+// explain keeps the reason why nothing is recorded, and tells it to the page's developer.
 function explain(why) {
   reason = why;
   const { debug = false } = options;
