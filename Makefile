@@ -46,7 +46,8 @@ test: build
 	go vet ./...
 	go vet -tags bench,breakages ./...
 	go test -race -shuffle=on -parallel 6 -timeout 1h ./...
-	@command -v pgbouncer /usr/sbin/pgbouncer >/dev/null || echo "PgBouncer is not installed: TestFaultPooler was skipped"
+	@{ command -v pgbouncer || test -x /usr/sbin/pgbouncer; } >/dev/null || \
+		echo "PgBouncer is not installed: TestFaultPooler was skipped"
 	@scripts/chromium
 	MAKEFLAGS= TEST_SERVER='$(CURDIR)/session-replay' node --test --test-concurrency=3 --test-reporter=spec \
 		scripts/*.test.mjs web/test/*.test.mjs

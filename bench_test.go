@@ -5,10 +5,10 @@ package main
 // The benchmark: the figures of the table in doc/measured.md, measured on the real
 // server in a process of its own, with PostgreSQL of its own that does fsync.
 //
-//	make bench                                        all of it, as Markdown
+//	make bench                                            all of it, as Markdown
 //	go test -tags bench -run '^TestBench$/ingest' -v .    one part
-//	RECORDINGS=DIR …                                  with recordings of your own as load
-//	BENCH_PROFILE=DIR …                               with the server's CPU profiles
+//	RECORDINGS=DIR …                                      with recordings of your own as load
+//	BENCH_PROFILE=DIR …                                   with the server's CPU profiles
 //
 // The load is made here, by trackers that cost as little as possible: what they
 // send is masked and deflated before the clock starts, and goes out by one writev a

@@ -11,9 +11,9 @@ import (
 // flush that comes back is acked, tried again, or the end of its session.
 
 const (
-	flushBytes = 4 << 20 // when as much is pending, a transaction starts at once
-	// In bytes of the budget. A transaction that has as many takes no further session.
-	maxFlushBytes   = 8 << 20 // when a session's part of a transaction has as many, it ends
+	flushBytes = 4 << 20 // when this much is pending, a transaction starts at once
+	// In bytes of the budget. A transaction that has this many takes no further session.
+	maxFlushBytes   = 8 << 20 // a session's part of a transaction ends when it has this many
 	maxFlushReports = 500
 	maxPause        = 2 * time.Second // between two attempts
 )

@@ -63,10 +63,9 @@ func (f filter) where() (clause string, args []any) {
 	return clause, args
 }
 
-// find gives a page of the sessions that a filter lets through, newest first, one
-// more than limit if there are more, and how many there are, beyond maxTotal perhaps
-// not all of them.
-// found may also end early, where its rows are more than pageBytes: then there are more.
+// find gives a page of the sessions that a filter lets through, newest first, one more than limit
+// if there are more, and how many there are, beyond maxTotal perhaps not all of them. found may
+// also end early, where its rows are more than pageBytes: then there are more.
 func (st *store) find(ctx context.Context, f filter, limit, offset int64) (
 	found []storedSession, total int64, err error) {
 	where, args := f.where()

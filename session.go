@@ -426,7 +426,7 @@ func (t *tracker) begin(st *start, counted bool) (attached, error) {
 		case err == errToken && resuming && st.create:
 			resuming = false
 		case err == errTaken && (t.share || st.create && attempt < 6) && pause(t.ctx, attempt):
-			// Another is about to begin it: 6 attempts take longer than its claim.
+			// Another is about to begin it: 6 attempts outlast its claim, unless the database is slow.
 			resuming = st.create
 		case err == errTaken, err == errToken:
 			isNew = true

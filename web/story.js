@@ -145,7 +145,7 @@ export class Story {
     this.clicks = { x, y, times: [now], moment, answerable, unanswered: answerable };
   }
 
-  // input tells that something was typed or chosen, once until it is elsewhere;
+  // input tells that something was typed or chosen, once until another control is used;
   // the moment of a click into the control becomes that of the input.
   input({ id, text }) {
     const node = this.nodes.get(id), last = this.clicks?.moment;

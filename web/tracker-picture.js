@@ -31,7 +31,7 @@ const picture = (() => {
   const asks = FEATURES.map((feature) => matchMedia(`(${feature})`));
   const LOOK_MS = 100, LAST_LOOK_MS = 30000;
   const MEASURE_MS = 10; // of the elements in one look
-  const SHARE = 20; // the pause between two looks is so many times the time of one, up to a second
+  const SHARE = 20; // the pause between two looks is at least so many times the time of one, up to a second
   // A browser's own text of a shorthand with var(), of which a longhand is set later.
   const BROKEN = /(^|[^\w-])(?!--)([a-z-]+): (?=;)/, EMPTY = new RegExp(BROKEN, "g");
 

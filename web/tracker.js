@@ -59,7 +59,7 @@ function on(target, type, f, capture = false) {
 // A page may have a Date of its own, and a clock may be set: within a page time
 // goes on by the browser's monotonic clock, from the time of day at its start or,
 // if that is later, from the last event of its session. An Event has the one clock, a
-// File the other, and no page can change these.
+// File the other, which pages leave alone.
 
 const sinceStart = getter(PlainEvent, "timeStamp");
 const monotonic = () => sinceStart(new PlainEvent(""));
