@@ -54,7 +54,10 @@ func (a answer) saysOf() (says string) {
 		if in.Decode(&m) != nil {
 			return strings.TrimSpace(says)
 		}
-		says += fmt.Sprintf("%s:%s%.0d ", m.Type, m.Data.Code, m.Data.Seq)
+		one := fmt.Sprintf("%s:%s%.0d ", m.Type, m.Data.Code, m.Data.Seq)
+		if m.Type != "events_ack" || !strings.HasSuffix(says, one) { // which may come twice
+			says += one
+		}
 	}
 }
 
@@ -312,10 +315,11 @@ func TestRecordings(t *testing.T) {
 // that each of them would have.
 func TestPostAnswers(t *testing.T) {
 	t.Parallel()
-	s := startInside(t)
+	s := startServer(t)
 	token := strings.Repeat("x", 1<<20)
 	body := fmt.Sprintf(`{"type":"session_start","data":{"sessionId":"s","resume":%q,"create":true}}`, token) +
-		strings.Repeat("\n"+`{"type":"session_start","data":{"resume":""}}`, maxAnswers)
+		strings.Repeat("\n{}", maxErrors-1) + // faster than a session is begun
+		strings.Repeat("\n"+`{"type":"session_start","data":{"resume":""}}`, maxAnswers-maxErrors)
 	got := s.post("/ws", body)
 	said, _, _ := strings.Cut(got.body[strings.LastIndex(got.body[:len(got.body)-1], "\n")+1:], "\n")
 	if got.status != 400 || len(got.body) > len(token)/2 || !strings.Contains(said, `"refused"`) {
