@@ -292,7 +292,10 @@ var faults = []fault{
 			l.pending(1)
 			l.toDB.thaw()
 		}},
-	}, after: stopWithoutDatabase},
+	}, after: func(l *load) {
+		stopWithoutDatabase(l)
+		l.toDB.spare() // idle connections would be cut while what is stored is asked for
+	}},
 	{name: "the network to the trackers", env: []string{"HEARTBEAT_INTERVAL=1000"}, quick: 8, full: 40, times: 2,
 		fullTimes: 10,
 		change:    func(i int, tr *testTracker) { tr.mischief = i%2 == 0 },

@@ -169,6 +169,9 @@ func (p *testProxy) cutInside(bytes int64) {
 	p.each(func(l *link) { l.room.Store(rand.Int64N(bytes)) })
 }
 
+// spare takes back what cutInside has set.
+func (p *testProxy) spare() { p.each(func(l *link) { l.room.Store(math.MaxInt64) }) }
+
 // isWhole reports whether no link is about to be cut.
 func (p *testProxy) isWhole() bool {
 	whole := true
