@@ -150,7 +150,7 @@ func checkLists(t *testing.T, s *testServer) {
 		var got struct {
 			Sessions []struct{ Metadata map[string]json.RawMessage }
 		}
-		if list = strings.TrimSpace(list); list[0] == '[' {
+		if list = strings.TrimSpace(list); strings.HasPrefix(list, "[") {
 			list = `{"sessions":` + list + `}`
 		}
 		err := json.Unmarshal([]byte(list), &got)
@@ -399,7 +399,9 @@ func TestBoundsHealth(t *testing.T) {
 			waitUntil(t, "who has the token is told why", func() bool {
 				return strings.Contains(s.as(bearer, "GET", "/health").body, tt.reason)
 			})
-			if n := strings.Count(s.output.String(), "unhealthy") - before; n != 1 {
+			lines := func() int { return strings.Count(s.output.String(), "unhealthy") - before }
+			waitUntil(t, "the log says it", func() bool { return lines() > 0 })
+			if n := lines(); n != 1 {
 				t.Errorf("got %d lines in the log, want one", n)
 			}
 			rise()

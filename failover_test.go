@@ -93,7 +93,7 @@ func newPair(t *testing.T) *pair {
 // promote makes the standby the primary.
 func (p *pair) promote() {
 	p.t.Helper()
-	if !querySQL[bool](p.t, p.standby.url, "select pg_promote()") {
+	if !querySQL[bool](p.t, p.standby.url, "select pg_promote(true, 600)") {
 		p.t.Fatal("the standby was not promoted")
 	}
 	p.server.database = p.standby.url
@@ -300,13 +300,15 @@ func TestFaultPooler(t *testing.T) {
 				waitUntil(t, "the log names the setting", func() bool {
 					return strings.Contains(l.server.output.String(), named)
 				})
+				l.progress("the setting") // what was under way without it has ended,
+				l.server.waitHealthy()    // and a beat that was
 			}
 			if failed := l.reads(scale(5, 20)); failed > 0 {
 				t.Errorf("%d of %d reads failed", failed, 8*4*scale(5, 20))
 			}
 			var out bytes.Buffer
 			err := run(t.Context(), []string{"-check"}, envOf("PORT="+freePort(t), "LOG_DIR="+t.TempDir(),
-				"DATABASE_URL="+through), &out, &out)
+				"DATABASE_URL="+through, "DB_CONNECTION_TIMEOUT=1m"), &out, &out)
 			if says := strings.Contains(out.String(), named); says != (lines == 1) || (err != nil) != says {
 				t.Errorf("-check: %v\n%s", err, out.String())
 			}

@@ -495,7 +495,14 @@ func checkREST(t testing.TB, s *testServer, tr *testTracker) {
 			Events json.RawMessage
 			Count  int
 		}
-		s.getJSON(fmt.Sprintf("/sessions/%s/events?fromIndex=%d&limit=10000", tr.session, from), &page)
+		path := fmt.Sprintf("/sessions/%s/events?fromIndex=%d&limit=10000", tr.session, from)
+		waitUntil(t, "REST answers", func() bool { // a fault may just be over
+			status, body := s.get(path)
+			if err := json.Unmarshal(body, &page); status != http.StatusServiceUnavailable && (err != nil || status != 200) {
+				t.Fatalf("GET %s: status %d, %v", path, status, err)
+			}
+			return status == 200
+		})
 		if right := countRight(tr.session, from, page.Events); page.Count == 0 || page.Count != right {
 			t.Errorf("%s: REST gives %d right events at %d of %d, count %d", tr.session, right, from, made, page.Count)
 			return

@@ -220,7 +220,7 @@ func (th *thief) request(l *link, data []byte) {
 }
 
 func (th *thief) answer(l *link, data []byte) ([]byte, bool) {
-	if !l.chunk.Load() || th.armed.Load() == 0 && l.held == nil {
+	if !l.chunk.Load() || th.armed.Load() <= 0 && l.held == nil {
 		l.chunk.Store(false)
 		return data, true
 	}
