@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"encoding/json"
 	"fmt"
 	"slices"
@@ -91,6 +92,17 @@ func TestFollowGone(t *testing.T) {
 	time.Sleep(2 * listEvery * followEvery) // it has been looked for since
 	execSQL(t, s.database, "update sessions set is_active = false")
 	v.expect("session_ended")
+}
+
+// An error leaves what was known of the other servers: their sessions have not left.
+func TestFollowError(t *testing.T) {
+	st := newStoreTest(t)
+	f := &follower{store: st.store, others: map[string]bool{"b": true}}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := f.tryLook(ctx); err == nil || !f.others["b"] {
+		t.Errorf("got %v and %v, want an error, and the server that was there", err, f.others)
+	}
 }
 
 func idsOf(m testMessage) (ids []string) {

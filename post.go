@@ -30,7 +30,7 @@ type post struct {
 // maxPostTime begins with the header, and is for the body, its handling and its commit.
 const (
 	maxPostTime = 45 * time.Second // the answer may not take longer than http.Server's WriteTimeout
-	maxAnswers  = 200              // to one post, with what it has done wrong
+	maxAnswers  = 200              // messages in the answer to one post, errors too
 	postPause   = 3 * time.Second  // so long after a post its page, which has a token, is not said to have left
 )
 

@@ -29,13 +29,13 @@ var sharedDatabase = sync.OnceValues(func() (string, error) {
 	if given := os.Getenv("TEST_DATABASE_URL"); given != "" {
 		return given, nil
 	}
-	cluster, err := launchPostgres()
+	// Processes are killed here, machines are not: tests need not wait for the disk.
+	cluster, err := launchPostgres([]string{"fsync = off"})
 	if err != nil {
 		return "", err
 	}
 	testShared.cluster = cluster
-	// Processes are killed here, machines are not: tests need not wait for the disk.
-	return cluster.url, cluster.configure("alter system set fsync = off", "select pg_reload_conf()")
+	return cluster.url, nil
 })
 
 // testDatabase makes an empty database that is dropped after the test, and
@@ -141,6 +141,7 @@ func holdSQL(t testing.TB, database, sql string) (letGo func()) {
 // PostgreSQL have one to themselves.
 type testPostgres struct {
 	dir, url string
+	settings []string       // lines of its configuration
 	pidFile  string         // the postmaster's, in the data directory
 	leash    io.WriteCloser // the guard's standard input
 	guard    *exec.Cmd
@@ -149,12 +150,12 @@ type testPostgres struct {
 // launchPostgres starts a cluster, in a directory that prepare may fill, and a
 // guard that stops and removes it when its standard input ends: at end(), or when
 // this process dies, however it dies.
-func launchPostgres(prepare ...func(dir string) error) (*testPostgres, error) {
+func launchPostgres(settings []string, prepare ...func(dir string) error) (*testPostgres, error) {
 	dir, err := os.MkdirTemp("", "session-replay-pg-")
 	if err != nil {
 		return nil, err
 	}
-	p := &testPostgres{dir: dir}
+	p := &testPostgres{dir: dir, settings: settings}
 	p.guard = exec.Command("sh", "-c", `read -r _; scripts/postgres stop "$0" >/dev/null 2>&1; rm -rf "$0"`, dir)
 	p.guard.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // ^C is for the tests, not for it
 	if p.leash, err = p.guard.StdinPipe(); err != nil {
@@ -175,7 +176,7 @@ func launchPostgres(prepare ...func(dir string) error) (*testPostgres, error) {
 // ownPostgres is a cluster for this test alone, which may break it.
 func ownPostgres(t testing.TB, prepare ...func(dir string) error) *testPostgres {
 	t.Helper()
-	p, err := launchPostgres(prepare...)
+	p, err := launchPostgres(nil, prepare...)
 	if err != nil {
 		t.Fatalf("the tests need PostgreSQL: %v", err)
 	}
@@ -184,7 +185,7 @@ func ownPostgres(t testing.TB, prepare ...func(dir string) error) *testPostgres 
 }
 
 func (p *testPostgres) start() error {
-	cmd := exec.Command("scripts/postgres", "start", p.dir)
+	cmd := exec.Command("scripts/postgres", append([]string{"start", p.dir}, p.settings...)...)
 	var trouble strings.Builder
 	cmd.Stderr = &trouble
 	out, err := cmd.Output()
@@ -201,20 +202,6 @@ func (p *testPostgres) start() error {
 	err = conn.QueryRow(context.Background(), "show data_directory").Scan(&data)
 	p.pidFile = filepath.Join(data, "postmaster.pid")
 	return err
-}
-
-func (p *testPostgres) configure(statements ...string) error {
-	conn, err := pgx.Connect(context.Background(), p.url)
-	if err != nil {
-		return err
-	}
-	defer conn.Close(context.Background())
-	for _, statement := range statements {
-		if _, err := conn.Exec(context.Background(), statement); err != nil {
-			return err
-		}
-	}
-	return nil
 }
 
 func (p *testPostgres) end() {

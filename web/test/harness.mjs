@@ -97,10 +97,8 @@ export async function harness(env = {}) {
     for (const d of [dir, logs]) rmSync(d, { recursive: true, force: true, maxRetries: 20, retryDelay: 100 });
   };
   leftovers.add(endDatabase);
-  const database = execFileSync(script, ["start", dir], { encoding: "utf8" }).trim();
   // Processes are killed here, machines are not: tests need not wait for the disk.
-  execFileSync("psql", ["-X", "-q", "-d", database, "-c", "alter system set fsync = off", "-c", "select pg_reload_conf()"],
-    { stdio: ["ignore", "ignore", "inherit"] });
+  const database = execFileSync(script, ["start", dir, "fsync = off"], { encoding: "utf8" }).trim();
 
   const port = await freePort();
   const host = `127.0.0.1:${port}`;

@@ -166,7 +166,7 @@ for (const [name, options] of [["and the next page sends it again", {}], ["alone
     await until(() => proxy.posts.length, "the POST");
     release();
     const isSoon = Date.now() - since < 3000; // the next page waits for 3.75 s at least, then it says that something is missing
-    if (options.closes && !isSoon) return t.diagnostic("the POST was released too late to tell");
+    if (options.closes && !isSoon) return t.skip("the POST was released too late to tell");
     await until(() => proxy.posts.every(({ answer }) => /events_ack|"taken"/.test(answer)), "its answer"); // or its session has gone on
     await mark(page, 2);
     const events = await arrived(page, id);
@@ -217,15 +217,17 @@ async function visits(t, name, n, body, end) {
     request.on("data", (user) => ended.add(String(user)));
     request.on("end", () => response.end());
   };
+  const one = async (user) => {
+    const page = await context.newPage();
+    await page.goto(distant(`/${user}`, tell + body, `data-user="${user}"`));
+    await page.evaluate(() => document.getElementById("b").click());
+    await end(page);
+    await page.close();
+  };
   await Promise.all([0, 1, 2, 3].map(async (lane) => {
-    for (const user of users.filter((_, i) => i % 4 === lane)) {
-      const page = await context.newPage();
-      await page.goto(distant(`/${user}`, tell + body, `data-user="${user}"`));
-      await page.evaluate(() => document.getElementById("b").click());
-      await end(page);
-      await page.close();
-    }
+    for (const user of users.filter((_, i) => i % 4 === lane)) await one(user);
   }));
+  while (ended.size < 2 && users.length < 100) await one(users[users.push(`${name}-${users.length}`) - 1]); // alone
   return { users, ended };
 }
 
@@ -233,7 +235,7 @@ const isClick = (e) => e.data.source === 2 && e.data.type === 2;
 
 // whole gives how many visits have their snapshot and clicks. It waits for those that
 // could end: for half of them without end, for the rest a while only, because a busy
-// browser may end a page before the page's last request has left it, or before pagehide.
+// browser may end a page before the page's last request has left it.
 async function whole({ users, ended }, clicks = 1) {
   const found = new Set(), late = Date.now() + 5000;
   await until(async () => {
@@ -242,9 +244,8 @@ async function whole({ users, ended }, clicks = 1) {
       const events = session ? await h.events(session.sessionId) : [];
       if (events.some((e) => e.type === 2) && events.filter(isClick).length >= clicks) found.add(user);
     }
-    if (ended.size < 2) return Date.now() > late; // the browser ended the pages, not the test
     const lost = [...ended].filter((user) => !found.has(user)).length;
-    return !lost || Date.now() > late && lost <= ended.size / 2;
+    return ended.size && (!lost || Date.now() > late && lost <= ended.size / 2);
   }, "half of the visits");
   return found.size;
 }
@@ -256,12 +257,12 @@ test("visits that end at once have their snapshot and their click", async (t) =>
   for (const after of [0, 100, 250]) {
     const all = await visits(t, `after${after}`, 8, page(20_000), () => sleep(after));
     const count = await whole(all);
-    t.diagnostic(`closed ${after} ms after load, at a round trip of 150 ms: ${count} of 8 have snapshot and click,`
+    t.diagnostic(`closed ${after} ms after load, at a round trip of 150 ms: ${count} of ${all.users.length} have snapshot and click,`
       + ` ${all.ended.size} ran to their end`);
   }
   await whole(await visits(t, "small", 4, page(50_000), () => {}));
   const found = await Promise.all(large.users.map((user) => h.json(`/sessions?userId=${user}`)));
-  t.diagnostic(`closed at once with a snapshot of 70 KB: ${found.filter(({ sessions }) => sessions.length).length} of 4`);
+  t.diagnostic(`closed at once with a snapshot of 70 KB: ${found.filter(({ sessions }) => sessions.length).length} of ${large.users.length}`);
 });
 
 test("a first snapshot of 300 KB leaves compressed with a page that has no connection yet", async (t) => {
@@ -276,7 +277,7 @@ test("a first snapshot of 300 KB leaves compressed with a page that has no conne
     }
     t.diagnostic(`${await page.evaluate(() => window.packed)} bytes`);
   });
-  t.diagnostic(`${await whole(all, 3)} of 4 have snapshot and clicks, ${all.ended.size} ran to their end`);
+  t.diagnostic(`${await whole(all, 3)} of ${all.users.length} have snapshot and clicks, ${all.ended.size} ran to their end`);
 });
 
 test("visits that end later have everything", async (t) => {
@@ -288,6 +289,6 @@ test("visits that end later have everything", async (t) => {
       await page.evaluate(() => document.getElementById("b").click());
       await end(page);
     });
-    t.diagnostic(`${name} later: ${await whole(all, 2)} of 4 have both clicks, ${all.ended.size} ran to their end`);
+    t.diagnostic(`${name} later: ${await whole(all, 2)} of ${all.users.length} have both clicks, ${all.ended.size} ran to their end`);
   }
 });

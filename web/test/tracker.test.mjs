@@ -106,8 +106,6 @@ test("offline and back", async (t) => {
   await page.context().setOffline(true);
   await until(() => page.evaluate(() => window.sessionReplay.state.reason === "offline"), "the reason");
   await mark(page, 100);
-  await sleep(500); // for what should not happen
-  assert.ok(!customs(await h.events(id), "mark").includes(100), "it was not offline");
   await page.context().setOffline(false);
   await mark(page, 10);
   await arrived(page, id);
