@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -57,9 +56,9 @@ func describe(w io.Writer, cfg config) {
 
 // tryListen fails unless HOST is an address of this machine and PORT is free.
 func tryListen(cfg config) error {
-	listener, err := net.Listen("tcp", net.JoinHostPort(cfg.host, cfg.port))
+	listener, err := listen(cfg)
 	if err != nil {
-		return fmt.Errorf("HOST and PORT: %w", err)
+		return err
 	}
 	return listener.Close()
 }

@@ -121,7 +121,7 @@ func assemble(cfg config, logs *logs) (*server, error) {
 // run starts each part after those that it needs. It stops housekeeping, then in the order in which
 // they feed each other: HTTP, the connections, the hub with its writers.
 func (s *server) run(ctx context.Context) error {
-	listener, err := s.listen()
+	listener, err := listen(s.cfg)
 	if err != nil {
 		return err
 	}
@@ -190,12 +190,12 @@ func (s *server) stop(srv *http.Server) error {
 }
 
 // listen opens HOST and PORT. With TLS it offers HTTP/1.1 alone, which WebSockets need.
-func (s *server) listen() (net.Listener, error) {
-	listener, err := net.Listen("tcp", net.JoinHostPort(s.cfg.host, s.cfg.port))
+func listen(cfg config) (net.Listener, error) {
+	listener, err := net.Listen("tcp", net.JoinHostPort(cfg.host, cfg.port))
 	if err != nil {
 		return nil, fmt.Errorf("HOST and PORT: %w", err)
 	}
-	if c := s.cfg.certificate; c != nil {
+	if c := cfg.certificate; c != nil {
 		listener = tls.NewListener(listener, &tls.Config{
 			NextProtos:     []string{"http/1.1"},
 			GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return c.pair.Load(), nil },
