@@ -227,7 +227,11 @@ async function visits(t, name, n, body, end) {
   await Promise.all([0, 1, 2, 3].map(async (lane) => {
     for (const user of users.filter((_, i) => i % 4 === lane)) await one(user);
   }));
-  while (ended.size < 2 && users.length < 100) await one(users[users.push(`${name}-${users.length}`) - 1]); // alone
+  while (ended.size < 2 && users.length < 100) { // one after the other
+    const user = `${name}-${users.length}`;
+    users.push(user);
+    await one(user);
+  }
   return { users, ended };
 }
 
