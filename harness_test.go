@@ -31,9 +31,9 @@ import (
 
 // patience bounds every wait for something that normally takes milliseconds:
 // far above what a busy machine needs, so that only a real fault reaches it.
-// TEST_PATIENCE is for who knows that there is one.
+// TEST_PATIENCE, in seconds, is for who knows that there is one.
 var patience = func() time.Duration {
-	if d, err := time.ParseDuration(os.Getenv("TEST_PATIENCE")); err == nil {
+	if d, err := time.ParseDuration(os.Getenv("TEST_PATIENCE") + "s"); err == nil {
 		return d
 	}
 	return 5 * time.Minute

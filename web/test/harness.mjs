@@ -29,10 +29,13 @@ const run = promisify(execFile);
 const root = fileURLToPath(new URL("../..", import.meta.url));
 const bigOutput = { maxBuffer: 1 << 30 };
 
+// Milliseconds; TEST_PATIENCE, in seconds, is for who knows that there is a fault.
+const PATIENCE_MS = 1000 * (process.env.TEST_PATIENCE || 300);
+
 // until waits for check() to give something true, and gives it back. Its time
 // only ends what would wait for ever: no machine is too slow for a test. The longer it
 // waits, the less often it asks.
-export async function until(check, what = "a condition", timeout = 300_000) {
+export async function until(check, what = "a condition", timeout = PATIENCE_MS) {
   const began = performance.now();
   for (;;) {
     const got = await check(), waited = performance.now() - began;
@@ -44,7 +47,7 @@ export async function until(check, what = "a condition", timeout = 300_000) {
 
 // patient makes Playwright wait as long as until does, not half a minute.
 export function patient(context) {
-  context.setDefaultTimeout(300_000);
+  context.setDefaultTimeout(PATIENCE_MS);
   return context;
 }
 
